@@ -1,0 +1,531 @@
+"""dataset_download.py through its command line, against numpy, tiktoken and hashlib."""
+
+import base64
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset_download import main
+
+SCRIPT = Path(__file__).parents[1] / "dataset_download.py"
+GPT2_RANKS = Path(__file__).parents[2] / "shared/data/gpt2.tiktoken"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+KEYS = {
+    "source",
+    "revision",
+    "split",
+    "text_column",
+    "tokenizer",
+    "vocab_size",
+    "eos_id",
+    "chunk_tokens",
+    "target_tokens",
+    "documents",
+    "tokens",
+    "bytes",
+    "chunks",
+    "finished",
+}
+TEXTS = ["Hello world.", "", "zwei\n\nZeilen", "<|endoftext|>", "nul\0 \U0001f600", "x" * 300, "last"]
+
+
+def run(source, output, *options, tokenizer="bytes", validation=0):
+    arguments = ["--source", source, "--tokenizer", tokenizer, "--validation_tokens", validation]
+    main([str(value) for value in (*arguments, "--output_dir", output, *options)])
+
+
+def refused(capsys, *arguments, **options):
+    """The one line that a run which is refused leaves on stderr."""
+    with pytest.raises(SystemExit) as stopped:
+        run(*arguments, **options)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("dataset_download.py: error: ")
+    return message
+
+
+def read_split(folder):
+    """Metadata and the list of documents (uint16 arrays), with every promise of the layout checked."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert set(metadata) == KEYS
+    token_bytes = np.load(folder / "token_bytes.npy")
+    assert token_bytes.dtype == np.uint16 and token_bytes.shape == (metadata["vocab_size"],)
+    assert token_bytes[metadata["eos_id"]] == 0
+    documents = []
+    for number, chunk in enumerate(metadata["chunks"]):
+        assert chunk["name"] == f"chunk_{number:03d}"
+        paths = {kind: folder / f"{chunk['name']}.{kind}.npy" for kind in ("tokens", "offsets")}
+        for kind, path in paths.items():
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == chunk[f"{kind}_sha256"]
+        tokens, offsets = np.load(paths["tokens"]), np.load(paths["offsets"])
+        assert tokens.dtype == np.uint16 and offsets.dtype == np.int64
+        assert offsets[0] == 0 and offsets[-1] == len(tokens) == chunk["tokens"]
+        assert (np.diff(offsets) >= 0).all() and len(offsets) == chunk["documents"] + 1
+        assert token_bytes[tokens].sum() == chunk["bytes"]
+        documents += np.split(tokens, offsets[1:-1])
+    for total in ("documents", "tokens", "bytes"):
+        assert metadata[total] == sum(chunk[total] for chunk in metadata["chunks"])
+    expected = {"metadata.json", "token_bytes.npy", "tokenizer.tiktoken"}
+    expected |= {f"{c['name']}.{kind}.npy" for c in metadata["chunks"] for kind in ("tokens", "offsets")}
+    assert {path.name for path in folder.iterdir()} == expected
+    return metadata, documents
+
+
+def texts_of(folder):
+    return [bytes(ids.astype(np.uint8)).decode() for ids in read_split(folder)[1]]
+
+
+def files_of(output):
+    return {path.relative_to(output): path.read_bytes() for path in output.rglob("*") if path.is_file()}
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text, "other": 1}) + "\n" for text in texts))
+    return path
+
+
+def write_source(kind, folder, texts):
+    """The texts as a source of the given kind; returns what to pass as --source."""
+    folder.mkdir()
+    if kind == "txt":
+        for number, text in enumerate(texts):
+            below = folder / f"part_{number // 3}"
+            below.mkdir(exist_ok=True)
+            (below / f"{number:03d}.txt").write_bytes(text.encode())
+        (folder / "README.md").write_text("of no known kind: left out")
+        return folder
+    if kind == "jsonl":
+        return write_jsonl(folder / "texts.jsonl", texts)
+    if kind == "jsonl.zst":
+        import zstandard
+
+        lines = write_jsonl(folder / "texts", texts).read_bytes()
+        # two frames in a file, as zstd -c a b > c leaves them
+        frames = [zstandard.ZstdCompressor().compress(part) for part in (lines[:100], lines[100:])]
+        (folder / "texts.jsonl.zst").write_bytes(b"".join(frames))
+        return folder / "texts.jsonl.zst"
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"number": list(range(len(texts))), "text": texts})
+    parquet.write_table(table, folder / "texts.parquet", row_group_size=2)
+    return folder
+
+
+def random_texts(count, seed=0):
+    chance = random.Random(seed)
+    return [f"{number}: " + "word " * chance.randrange(60) for number in range(count)]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_jsonl(tmp_path / "corpus.jsonl", random_texts(200))
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "jsonl.zst", "parquet"])
+def test_documents_of_every_kind_of_file(kind, tmp_path, capsys):
+    source = write_source(kind, tmp_path / "source", TEXTS)
+    run(source, tmp_path / "out")
+    metadata, _ = read_split(tmp_path / "out/train")
+    assert texts_of(tmp_path / "out/train") == TEXTS
+    assert metadata["source"] == str(source) and metadata["revision"] is None
+    assert metadata["split"] == "train" and metadata["text_column"] == "text"
+    assert metadata["tokenizer"] == "bytes" and metadata["vocab_size"] == 257 and metadata["eos_id"] == 256
+    assert metadata["chunk_tokens"] == 100_000_000 and metadata["target_tokens"] == 10_000_000_000
+    assert metadata["finished"] is True
+    assert not (tmp_path / "out/validation").exists()
+    printed = capsys.readouterr().out
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert f"7 documents, {size} tokens, {size} bytes, 1.00 bytes a token" in printed
+    assert f"{1 - size / (7 * 2048):.1%} padding" in printed
+    assert "ended before 10,000,000,000 tokens" in printed
+
+
+def test_standard_library(tmp_path):
+    run("stdlib", tmp_path / "out", "--target_tokens", "1e5", validation=20_000)
+    validation, train = texts_of(tmp_path / "out/validation"), texts_of(tmp_path / "out/train")
+    metadata, _ = read_split(tmp_path / "out/train")
+    assert metadata["source"] == "stdlib"
+    assert metadata["revision"] == ".".join(map(str, sys.version_info[:3]))
+    assert sum(len(text.encode()) for text in validation) >= 20_000
+    assert metadata["tokens"] >= 100_000
+    assert not set(filter(None, validation)) & set(train)
+    for text in filter(None, train):
+        compile(text, "document", "exec")
+
+
+def test_layout_with_gpt2_ranks(tmp_path):
+    if not GPT2_RANKS.exists():
+        pytest.skip("no GPT-2 ranks on this machine")
+    run(write_jsonl(tmp_path / "texts.jsonl", TEXTS), tmp_path / "out", tokenizer=GPT2_RANKS)
+    metadata, documents = read_split(tmp_path / "out/train")
+    assert metadata["vocab_size"] == 50_257 and metadata["eos_id"] == 50_256
+    assert metadata["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert "gpt2.tiktoken" in metadata["tokenizer"]
+    assert (tmp_path / "out/train/tokenizer.tiktoken").read_bytes() == GPT2_RANKS.read_bytes()
+    encoding = gpt2_encoding()
+    assert [ids.tolist() for ids in documents] == [encoding.encode_ordinary(text) for text in TEXTS]
+    token_bytes = np.load(tmp_path / "out/train/token_bytes.npy")
+    assert all(token_bytes[rank] == len(token) for token, rank in encoding._mergeable_ranks.items())
+
+
+def gpt2_encoding():
+    """GPT-2 with the split pattern as OpenAI first published it."""
+    lines = [line.split() for line in GPT2_RANKS.read_bytes().splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    special = {"<|endoftext|>": 50_256}
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+documents_strategy = st.lists(
+    st.one_of(
+        st.text(max_size=80),
+        st.text(st.sampled_from(" \n\t'sdLL1é\0")),
+        st.sampled_from(["", "\0", "<|endoftext|>", "\U0001f600\u200d", "x" * 5000]),
+    ),
+    min_size=1,
+).filter(any)
+
+
+@settings(max_examples=50, deadline=None)
+@given(texts=documents_strategy, chunk=st.integers(1, 200))
+def test_bytes_decode_to_the_text(texts, chunk):
+    with tempfile.TemporaryDirectory() as folder:
+        source = write_jsonl(Path(folder) / "texts.jsonl", texts)
+        run(source, Path(folder) / "out", "--chunk_tokens", chunk)
+        assert texts_of(Path(folder) / "out/train") == texts
+
+
+@pytest.mark.skipif(not GPT2_RANKS.exists(), reason="no GPT-2 ranks on this machine")
+def test_gpt2_tokens_decode_to_the_text():
+    encoding = gpt2_encoding()
+
+    # fewer examples: parsing and storing 50,256 ranks takes a tenth of a second each time
+    @settings(max_examples=15, deadline=None)
+    @given(texts=documents_strategy)
+    def check(texts):
+        with tempfile.TemporaryDirectory() as folder:
+            run(write_jsonl(Path(folder) / "t.jsonl", texts), Path(folder) / "out", tokenizer=GPT2_RANKS)
+            _, documents = read_split(Path(folder) / "out/train")
+            assert [encoding.decode(ids.tolist()) for ids in documents] == texts
+            assert [ids.tolist() for ids in documents] == encoding.encode_ordinary_batch(texts)
+
+    check()
+
+
+def test_surrogates_become_the_replacement_character(tmp_path):
+    source = write_jsonl(tmp_path / "texts.jsonl", ["a\ud800b", "\ud83d\ude00"])
+    run(source, tmp_path / "out")
+    assert texts_of(tmp_path / "out/train") == ["a\ufffdb", "\U0001f600"]
+
+
+def test_validation_is_the_first_documents(corpus, tmp_path):
+    texts = random_texts(200)
+    run(corpus, tmp_path / "out", "--target_tokens", 5_000, "--chunk_tokens", 700, validation=1_000)
+    validation, train = texts_of(tmp_path / "out/validation"), texts_of(tmp_path / "out/train")
+    assert validation + train == texts[: len(validation) + len(train)]
+    for part, target in ((validation, 1_000), (train, 5_000)):
+        sizes = [len(text.encode()) for text in part]
+        assert sum(sizes) - sizes[-1] < target <= sum(sizes)
+
+
+def test_chunks_close_at_the_document_that_fills_them(corpus, tmp_path):
+    run(corpus, tmp_path / "out", "--chunk_tokens", 700)
+    metadata, documents = read_split(tmp_path / "out/train")
+    ends = np.cumsum([chunk["documents"] for chunk in metadata["chunks"]])
+    for chunk, end in zip(metadata["chunks"][:-1], ends, strict=False):
+        assert chunk["tokens"] - len(documents[end - 1]) < 700 <= chunk["tokens"]
+    assert metadata["chunks"][-1]["tokens"] > 0 and len(metadata["chunks"]) > 3
+
+
+def test_single_document_is_cut_at_the_validation_tokens(tmp_path):
+    text = "".join(random_texts(50))
+    (tmp_path / "input.txt").write_text(text)
+    run(tmp_path / "input.txt", tmp_path / "out", validation=1_000)
+    assert texts_of(tmp_path / "out/validation") == [text[:1_000]]
+    assert texts_of(tmp_path / "out/train") == [text[1_000:]]
+
+
+@pytest.mark.parametrize("texts", [["only one"], ["a" * 30, "b" * 30], [""] * 3, []])
+def test_nothing_for_training_is_refused_and_can_be_mended(texts, tmp_path, capsys):
+    source = write_jsonl(tmp_path / "texts.jsonl", texts)
+    message = refused(capsys, source, tmp_path / "out", validation=50)
+    assert "nothing is left for training" in message or "no text" in message
+    write_jsonl(tmp_path / "texts.jsonl", ["a" * 30, "b" * 30])
+    run(source, tmp_path / "out", validation=20)
+    assert texts_of(tmp_path / "out/train") == ["b" * 30]
+
+
+def test_restart_after_a_failure_at_any_file(tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / "texts.jsonl", random_texts(60))
+    options = ("--chunk_tokens", 900, "--target_tokens", 6_000)
+    run(source, tmp_path / "whole", *options, validation=1_500)
+    expected = files_of(tmp_path / "whole")
+    replace = os.replace
+    for allowed in range(100):
+        output = tmp_path / f"broken_{allowed}"
+        calls = iter(range(100))
+
+        def fail_later(before, after, allowed=allowed, calls=calls):
+            if next(calls) == allowed:
+                raise OSError("the disk is full")
+            replace(before, after)
+
+        monkeypatch.setattr(os, "replace", fail_later)
+        try:
+            run(source, output, *options, validation=1_500)
+            break
+        except SystemExit:
+            monkeypatch.setattr(os, "replace", replace)
+        run(source, output, *options, validation=1_500)
+        assert files_of(output) == expected
+    assert allowed > 20
+
+
+@pytest.mark.parametrize("split, chunks", [("validation", 2), ("train", 1), ("train", 15)])
+def test_restart_after_sigkill(split, chunks, tmp_path):
+    source = write_jsonl(tmp_path / "texts.jsonl", random_texts(4_000))
+    options = ("--chunk_tokens", 3_000)
+    output, path = tmp_path / "killed", tmp_path / f"killed/{split}/metadata.json"
+    arguments = ["--source", source, "--tokenizer", "bytes", "--validation_tokens", 30_000]
+    command = [sys.executable, SCRIPT, *map(str, (*arguments, "--output_dir", output, *options))]
+    with subprocess.Popen(command, env=os.environ | OFFLINE, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 20
+        while not path.exists() or len(json.loads(path.read_bytes())["chunks"]) < chunks:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    before = {file: file.stat().st_mtime_ns for file in output.rglob("chunk_*.npy")}
+    metadata = json.loads(path.read_bytes())
+    assert not metadata["finished"]
+    run(source, output, *options, validation=30_000)
+    run(source, tmp_path / "whole", *options, validation=30_000)
+    assert files_of(output) == files_of(tmp_path / "whole")
+    for chunk in metadata["chunks"]:
+        file = path.with_name(f"{chunk['name']}.tokens.npy")
+        assert file.stat().st_mtime_ns == before[file]
+
+
+def test_finished_is_recognised(corpus, tmp_path, capsys):
+    run(corpus, tmp_path / "out", validation=1_000)
+    before = files_of(tmp_path / "out")
+    corpus.unlink()  # a finished preparation does not need its source
+    capsys.readouterr()
+    run(corpus, tmp_path / "out", validation=1_000)
+    assert "already prepared" in capsys.readouterr().out
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "option, before, now",
+    [
+        ("--source", "corpus.jsonl", "stdlib"),
+        ("--chunk_tokens", "100000000", "5000"),
+        ("--target_tokens", "10000000000", "6000"),
+        ("--validation_tokens", "1000", "2000"),
+        ("--validation_tokens", "1000", "0"),
+        ("--tokenizer", "bytes", "gpt2"),
+    ],
+)
+def test_other_arguments_are_refused(option, before, now, corpus, tmp_path, capsys):
+    run(corpus, tmp_path / "out", validation=1_000)
+    message = refused(capsys, corpus, tmp_path / "out", "--validation_tokens", 1_000, option, now)
+    assert before in message and now in message and "--output_dir" in message
+
+
+def test_validation_cannot_be_carved_off_afterwards(corpus, tmp_path, capsys):
+    run(corpus, tmp_path / "out")
+    message = refused(capsys, corpus, tmp_path / "out", validation=1_000)
+    assert "target_tokens 0" in message and "1000" in message
+
+
+def test_a_source_that_shrank_is_refused(corpus, tmp_path, capsys):
+    run(corpus, tmp_path / "out", validation=1_000)
+    path = tmp_path / "out/train/metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
+    write_jsonl(corpus, random_texts(20))
+    assert "the source has changed" in refused(capsys, corpus, tmp_path / "out", validation=1_000)
+
+
+def test_vocabulary_that_does_not_fit_is_refused(corpus, tmp_path, capsys):
+    tokens = [bytes([value]) for value in range(256)]
+    tokens += [b"%06d" % number for number in range(65_535 - 256)]
+    ranks = tmp_path / "large.tiktoken"
+    ranks.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(t), i) for i, t in enumerate(tokens)))
+    message = refused(capsys, corpus, tmp_path / "out", tokenizer=ranks)
+    assert "65,536" in message and "65,535" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", ["not ranks", "YQ==", "YQ== 1"])
+def test_broken_ranks_are_refused(line, corpus, tmp_path, capsys):
+    (tmp_path / "broken.tiktoken").write_text(line + "\n")
+    for name in ("broken.tiktoken", "missing.tiktoken"):
+        assert name in refused(capsys, corpus, tmp_path / "out", tokenizer=tmp_path / name)
+
+
+def test_gpt2_without_network_says_what_to_do(corpus, tmp_path, capsys, monkeypatch):
+    def no_network(name):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    message = refused(capsys, corpus, tmp_path / "out", tokenizer="gpt2")
+    assert "TIKTOKEN_CACHE_DIR" in message and "--tokenizer PATH.tiktoken" in message
+
+
+def test_small_disk_is_refused(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000_000))
+    message = refused(capsys, corpus, tmp_path / "out")
+    assert "20.8 GB are needed" in message and "3.0 GB are free" in message
+    assert not (tmp_path / "out").exists()
+    run(corpus, tmp_path / "out", "--target_tokens", "1e9")
+
+
+def test_bad_files(tmp_path, capsys):
+    import pyarrow
+    import zstandard
+    from pyarrow import parquet
+
+    (tmp_path / "line.jsonl").write_text('{"text": "fine"}\n\n{"text": broken}\n')
+    (tmp_path / "field.jsonl").write_text('{"text": "fine"}\n{"txt": "x"}\n')
+    (tmp_path / "null.jsonl").write_text('{"text": null}\n')
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "corpus.csv").write_text("text\nfine\n")
+    (tmp_path / "empty").mkdir()
+    parquet.write_table(pyarrow.table({"content": ["x"]}), tmp_path / "column.parquet")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1" + b"\0" * 100)
+    lines = b"".join(b'{"text": "%d"}\n' % number for number in range(50_000))
+    compressed = zstandard.ZstdCompressor().compress(lines)
+    (tmp_path / "torn.jsonl.zst").write_bytes(compressed[: len(compressed) // 2])
+    expected = {
+        "line.jsonl": "line 3: not valid JSON",
+        "field.jsonl": "line 2: no string under 'text'",
+        "null.jsonl": "line 1: no string under 'text'",
+        "latin1.txt": "not valid UTF-8 at byte 3",
+        "corpus.csv": "unknown kind of file",
+        "empty": "no .txt, .jsonl, .jsonl.zst, .parquet file",
+        "column.parquet": "no 'text' among content",
+        "torn.parquet": "not a readable parquet file",
+        "torn.jsonl.zst": "Truncated",
+        "missing": "no such file or folder",
+    }
+    for name, reason in expected.items():
+        message = refused(capsys, tmp_path / name, tmp_path / "out")
+        assert name in message and reason in message
+    assert not list(tmp_path.glob("out/**/metadata.json"))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--target_tokens", "0"),
+        ("--chunk_tokens", "1.5"),
+        ("--validation_tokens", "-1"),
+        ("--target_tokens", "many"),
+        ("--target_tokens", "inf"),
+    ],
+)
+def test_counts_that_are_none(option, corpus, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(corpus, tmp_path / "out", *option)
+    assert stopped.value.code == 2 and option[0] in capsys.readouterr().err
+
+
+def test_counts_in_any_notation(corpus, tmp_path):
+    run(corpus, tmp_path / "out", "--target_tokens", "1_000", "--chunk_tokens", "2e3")
+    metadata, _ = read_split(tmp_path / "out/train")
+    assert metadata["target_tokens"] == 1_000 and metadata["chunk_tokens"] == 2_000
+
+
+def test_hub_out_of_reach_lists_alternatives(tmp_path):
+    command = [sys.executable, SCRIPT, "--tokenizer", "bytes", "--output_dir", tmp_path / "out"]
+    result = subprocess.run(command, env=os.environ | OFFLINE, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    for name in ("cerebras/SlimPajama-627B", "gmongaras/SlimPajama-627B_Reupload", "DKYoon/SlimPajama-6B"):
+        assert name in result.stderr
+    assert "--source HuggingFaceFW/fineweb-edu --config sample-10BT" in result.stderr
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of local rows: contents[name][split] is a list of texts, revisions lists what was asked for."""
+    import datasets
+
+    stand_in = SimpleNamespace(contents={}, revisions=[])
+
+    def load_dataset_builder(name, config, revision):
+        stand_in.revisions.append(revision)
+        if name not in stand_in.contents:
+            raise ConnectionError(f"{name} is not here\nsecond line")
+        streams = {
+            split: datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
+            for split, texts in stand_in.contents[name].items()
+        }
+        return SimpleNamespace(hash="c0ffee", as_streaming_dataset=lambda: streams)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
+    return stand_in
+
+
+def test_hub_with_its_own_validation_split(hub, tmp_path):
+    texts = random_texts(40)
+    hub.contents["owner/name"] = {"train": texts[:30], "validation": texts[30:], "test": ["not this"]}
+    run("owner/name", tmp_path / "out", "--config", "small", validation=50)
+    assert texts_of(tmp_path / "out/train") == texts[:30]
+    validation = texts_of(tmp_path / "out/validation")
+    assert validation == texts[30 : 30 + len(validation)]
+    metadata, _ = read_split(tmp_path / "out/train")
+    assert metadata["source"] == "owner/name:small" and metadata["revision"] == "c0ffee"
+
+
+def test_hub_without_validation_split_and_restart(hub, tmp_path):
+    texts = random_texts(1_500)
+    arguments = ("owner/name", tmp_path / "out", "--chunk_tokens", 30_000)
+    hub.contents["owner/name"] = {"train": [*texts[:1_400], None, *texts[1_401:]]}
+    with pytest.raises(SystemExit):
+        run(*arguments, validation=50)
+    assert json.loads((tmp_path / "out/train/metadata.json").read_text())["chunks"]
+    hub.contents["owner/name"] = {"train": texts}
+    run(*arguments, validation=50)
+    assert texts_of(tmp_path / "out/validation") + texts_of(tmp_path / "out/train") == texts
+    assert hub.revisions == [None, "c0ffee"]
+
+
+@pytest.mark.parametrize("name", ["owner/name", "owner/other"])
+def test_hub_that_cannot_be_used_is_refused(name, hub, tmp_path, capsys):
+    hub.contents["owner/name"] = {"test": ["one"]}
+    message = refused(capsys, name, tmp_path / "out")
+    assert f"{name} does not resolve" in message and "file or folder" in message
+
+
+def test_fallback_of_the_default_source_is_said_and_kept(hub, tmp_path, capsys):
+    texts = random_texts(40)
+    hub.contents["gmongaras/SlimPajama-627B_Reupload"] = {"train": texts}
+    arguments = ["--tokenizer", "bytes", "--validation_tokens", "50", "--output_dir", str(tmp_path / "out")]
+    main(arguments)
+    assert "cerebras/SlimPajama-627B does not resolve (cerebras" in capsys.readouterr().err
+    metadata, _ = read_split(tmp_path / "out/train")
+    assert metadata["source"] == "gmongaras/SlimPajama-627B_Reupload"
+    hub.contents["cerebras/SlimPajama-627B"] = {"train": texts}
+    main(arguments)
+    assert "already prepared" in capsys.readouterr().out
+
+
+def test_config_without_hub_is_refused(corpus, tmp_path, capsys):
+    assert "--config small" in refused(capsys, corpus, tmp_path / "out", "--config", "small")
