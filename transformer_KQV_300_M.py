@@ -210,14 +210,16 @@ def causal_attention(q, k, v, config):
     Fewer kv heads than heads: neighbouring query heads share one. Returns [B, T, heads, head_dim].
     """
     T, S, shared = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
-    if config.use_flash_attention and FLASH_ATTENTION and q.is_cuda and q.dtype == torch.bfloat16:
+    plain, flash = config.plain_attention, config.use_flash_attention and FLASH_ATTENTION
+    if flash and not plain and q.is_cuda and q.dtype == torch.bfloat16:
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q, k, v, causal=True)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    # is_causal lines up the first query with the first key, which is right only without a past.
-    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if T < S or config.plain_attention else None
-    if not config.plain_attention:
+    # SDPA's is_causal lines up the first query with the first key. With a past, the last ones belong together: one
+    # query sees everything and needs no mask, several need this one.
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if plain or 1 < T < S else None
+    if not plain:
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=shared > 1)
     else:  # every product in sight of a FLOP counter
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)

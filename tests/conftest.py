@@ -1,0 +1,53 @@
+"""Shared fixtures. The hubs are switched off before any library that would reach for them is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true",
+    TOKENIZERS_PARALLELISM="false",
+)
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+import dataset_download  # noqa: E402
+
+# A model of a few thousand parameters and a run of eight steps on it, as KEY=VALUE settings.
+TINY_MODEL = ["vocab_size=257", "n_positions=32", "n_embd=32", "n_layer=2", "n_head=2", "n_inner=64"]
+TINY_RUN = [
+    "sequence=packed", "seq_length=32", "micro_batch_size=2", "gradient_accumulation=2", "num_gpus=2",
+    "target_tokens=2048", "learning_rate=1e-2", "min_lr=1e-3", "warmup_steps=2", "precision=fp32", "compile=false",
+    "log_interval=1", "eval_interval=4", "save_interval=2", "sample_tokens=8",
+]  # fmt: skip
+SENTENCES = [
+    f"Document {i} says that {i} times {j} is {i * j}, and that is all there is to say about it." * (1 + i % 3)
+    for i, j in enumerate(range(40, 160))
+]
+
+
+def prepare(folder, texts, validation_tokens=1500):
+    """Token files of the byte tokenizer for a list of texts; returns the KEY=VALUE settings that name them."""
+    source = folder / "texts"
+    source.mkdir(parents=True)
+    for i, text in enumerate(texts):
+        (source / f"{i:04}.txt").write_text(text, encoding="utf-8")
+    dataset_download.main([
+        "--source", str(source), "--tokenizer", "bytes", "--target_tokens", "1e6", "--chunk_tokens", "4000",
+        "--validation_tokens", str(validation_tokens), "--output_dir", str(folder / "data"),
+    ])  # fmt: skip
+    return [f"train_data={folder / 'data/train'}", f"val_data={folder / 'data/validation'}"]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Settings that name a small prepared data set: about 10,000 tokens in three chunks."""
+    return prepare(tmp_path_factory.mktemp("prepared"), SENTENCES)
+
+
+@pytest.fixture(scope="session")
+def data_dir(data):
+    """The folder with the train and validation splits of that data set."""
+    return Path(data[0].partition("=")[2]).parent
