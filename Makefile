@@ -1,0 +1,36 @@
+# `make help` lists what there is.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := --model_config configs/model_config_demo.yaml --train_config configs/train_config_demo.yaml --output_dir outputs_demo
+
+.PHONY: help demo test test-slow lint sync clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	@touch $@
+
+demo: .venv/installed  ## prepare a small corpus, train Q–K=V on it, evaluate and sample (5 minutes on 2 cores)
+	$(BIN)/python dataset_download.py --source stdlib --tokenizer bytes --target_tokens 4_000_000 --validation_tokens 200_000 --output_dir demo_data
+	$(BIN)/torchrun --standalone --nproc_per_node=2 transformer_KV_1_300_M.py $(DEMO)
+
+test: .venv/installed  ## run the test suite (8 minutes on 2 cores at most, no network, no GPU)
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed  ## run the long tests alone
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/installed  ## run ruff, and check that the training scripts are in step
+	$(BIN)/ruff check .
+	$(BIN)/python tests/sync_scripts.py
+
+sync: .venv/installed  ## carry the shared text of transformer_KQV_300_M.py to the other training scripts
+	$(BIN)/python tests/sync_scripts.py --write
+
+clean:  ## remove what `make demo` wrote
+	rm -rf demo_data outputs_demo

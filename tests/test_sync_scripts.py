@@ -1,0 +1,76 @@
+"""The training scripts differ in nothing but what the paper varies, and the tool that sees to it can be trusted."""
+
+import difflib
+import shutil
+
+import pytest
+import sync_scripts
+from conftest import ROOT
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("transformer_*.py"))
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A folder with the scripts and the record, free to be edited."""
+    (tmp_path / "tests").mkdir()
+    for name in [*SCRIPTS, sync_scripts.RECORD]:
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_every_script_is_in_step():
+    differences = sync_scripts.check(ROOT)
+    assert not differences, "run `python tests/sync_scripts.py --write`\n" + "\n".join(differences.values())
+
+
+def test_the_record_is_of_the_text_as_it_stands():
+    recorded = (ROOT / sync_scripts.RECORD).read_text(encoding="utf-8").strip()
+    assert recorded == sync_scripts.digest((ROOT / sync_scripts.REFERENCE).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_differs_from_the_reference_by_about_a_page(name):
+    reference, script = ((ROOT / n).read_text(encoding="utf-8").splitlines() for n in (sync_scripts.REFERENCE, name))
+    changed = [line for line in difflib.ndiff(reference, script) if line[0] in "+-"]
+    assert len(changed) <= 70
+
+
+def test_a_change_of_the_reference_is_carried_over(copy):
+    edit(copy / sync_scripts.REFERENCE, "LOSS_CHUNK = 2048 ", "LOSS_CHUNK = 1024 ")
+    assert "transformer_KV_1_300_M.py" in sync_scripts.check(copy)
+    assert sync_scripts.write(copy) == []
+    text = (copy / "transformer_KV_1_300_M.py").read_text(encoding="utf-8")
+    assert "LOSS_CHUNK = 1024 " in text and "class GPT_QKV_KEqualsV(" in text
+    assert not sync_scripts.check(copy)
+
+
+def test_an_edit_of_a_copy_is_shown_and_not_overwritten(copy):
+    name = "transformer_KV_1_300_M.py"
+    edit(copy / name, "LOSS_CHUNK = 2048 ", "LOSS_CHUNK = 512 ")
+    edit(copy / sync_scripts.REFERENCE, "LOSS_CHUNK = 2048 ", "LOSS_CHUNK = 1024 ")
+    before = (copy / name).read_text(encoding="utf-8")
+    assert sync_scripts.write(copy) == [name]
+    assert (copy / name).read_text(encoding="utf-8") == before
+    assert "-LOSS_CHUNK = 512 " in sync_scripts.check(copy)[name]
+
+
+def test_a_variant_s_own_parts_are_left_alone(copy):
+    name = "transformer_KV_1_300_M.py"
+    edit(copy / name, 'OUTPUT_DIR = "outputs_qkv_k_equals_v"', 'OUTPUT_DIR = "elsewhere"')
+    edit(copy / name, "(k,) = cache.append(self.layer, k)", "k = cache.append(self.layer, k)[0]")
+    assert not sync_scripts.check(copy)
+
+
+def test_a_model_class_under_the_wrong_name_is_found(copy):
+    name = "transformer_KV_1_300_M.py"
+    edit(copy / name, "model = GPT_QKV_KEqualsV(config)", "model = GPT(config)")
+    assert name in sync_scripts.check(copy)
+    assert sync_scripts.write(copy) == []
+    assert not sync_scripts.check(copy)
