@@ -83,9 +83,8 @@ def main():
     for name in edited:
         print(differences[name])
     if edited:
-        names = ", ".join(edited)
-        sys.exit(f"{names}: out of step. Shared text is edited in {REFERENCE} and carried over by --write, which changes"
-                 " nothing as long as a copy was edited by hand.")  # fmt: skip
+        print(f"out of step: {', '.join(edited)}. Edit shared text in {REFERENCE}, and carry it over with --write;")
+        sys.exit("--write changes nothing as long as a copy holds an edit of its own.")
     print(f"all scripts are in step with {REFERENCE}")
 
 
