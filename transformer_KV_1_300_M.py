@@ -602,15 +602,16 @@ def load_model(path, device="cpu"):
     return model.eval()
 
 
-def step_of(path):
-    return int(path.stem.rpartition("_")[2])
+def checkpoints(output_dir):
+    """The checkpoints in a folder, {step: path}, the newest first."""
+    paths = {path.stem.rpartition("_")[2]: path for path in output_dir.glob("checkpoint_step_*.pt")}
+    return {step: paths[str(step)] for step in sorted((int(name) for name in paths if name.isdigit()), reverse=True)}
 
 
 def find_checkpoint(output_dir, resume):
     """The checkpoint that all ranks go on from, or None: the newest whole one (auto), none (never), or that path."""
     found = [None if resume in ("auto", "never") else Path(resume)]
-    paths = sorted(output_dir.glob("checkpoint_step_*.pt"), key=step_of, reverse=True)
-    for path in paths if resume == "auto" and ranks()[0] == 0 else []:
+    for path in checkpoints(output_dir).values() if resume == "auto" and ranks()[0] == 0 else []:
         try:
             read_checkpoint(path)
             found = [path]
@@ -712,9 +713,9 @@ class Trainer:
 
     def _open_output_dir(self):
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        for stale in self.output_dir.glob("checkpoint_step_*.pt"):
-            if step_of(stale) > self.step:  # of a run that this one replaces: no resume must find it
-                stale.rename(stale.with_suffix(".pt.old"))
+        for step, path in checkpoints(self.output_dir).items():
+            if step > self.step:  # of a run that this one replaces: no resume must find it
+                path.rename(path.with_suffix(".pt.old"))
         for name, config in (("model_config", self.model_config), ("train_config", self.config)):
             text = yaml.safe_dump(as_dict(config), sort_keys=False)
             (self.output_dir / f"{name}.yaml").write_text(text, encoding="utf-8")
@@ -864,7 +865,7 @@ class Trainer:
 text perplexity  {before["text_perplexity"]:.2f} at step {before["step"]}, {after["text_perplexity"]:.2f} at the end
 speed            {speed:,.0f} tokens a second
 KV cache         {cache:,} bytes for {c.n_positions:,} tokens in bf16; QKV takes {full:,}
-written          {", ".join(str(path) for path in sorted(self.output_dir.iterdir()) if path.is_file())}"""
+in {self.output_dir}: metrics.jsonl, samples_step_{self.step}.txt, checkpoint_step_{self.step}.pt, final_model.pt"""
 
 
 def autocast(config, device):
@@ -887,7 +888,7 @@ def main(arguments=None):
         trainer = Trainer(model_config, config, options.output_dir, options.resume)
         with stop_signals() as received:
             complete = trainer.train(received)
-    except (RunError, yaml.YAMLError) as error:
+    except (RunError, OSError, yaml.YAMLError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

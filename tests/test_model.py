@@ -1,0 +1,723 @@
+"""The models of the training scripts against transformers' GPT-2, against each other with and without the KV cache,
+and against what the paper says of their size; the checkpoints they load and refuse."""
+
+import math
+import pickle
+import warnings
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import ROOT, TINY_MODEL, TINY_RUN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training script, and where the paper takes query, key and value from: a projection and the part of it."""
+
+    module: str
+    model: str
+    cached: int  # tensors a layer
+    q: tuple[str, int]
+    k: tuple[str, int]
+    v: tuple[str, int]
+    groups: int | None = None  # key/value heads in the tests' model of four heads; None: one for each query head
+    cached_bytes: int = 0  # of a token at 300M in bf16
+
+    @property
+    def script(self):
+        return import_module(self.module)
+
+    def build(self, **changes):
+        """A small model with random weights, biases and LayerNorms, in eval mode."""
+        torch.manual_seed(0)
+        config = self.script.ModelConfig(**(SMALL | {"n_kv_groups": self.groups} | changes))
+        model = getattr(self.script, self.model)(config)
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                tensor.normal_(std=0.2).add_(name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")))
+        return model.eval()
+
+    def empty(self, size):
+        """The published model of a size, without memory for its weights."""
+        values = yaml.safe_load((ROOT / f"configs/model_config_{size}.yaml").read_text())
+        with torch.device("meta"):
+            return getattr(self.script, self.model)(self.script.ModelConfig(**values))
+
+    def widths(self, d, kv_width):
+        """The outputs of each projection."""
+        parts = {self.q: d, self.k: kv_width, self.v: kv_width}
+        names = dict.fromkeys(name for name, _ in parts)
+        return {name: sum(width for part, width in parts.items() if part[0] == name) for name in names} | {"c_proj": d}
+
+
+VARIANTS = {
+    "kqv": Variant(
+        "transformer_KQV_300_M", "GPT", 2, ("c_attn", 0), ("c_attn", 1), ("c_attn", 2), cached_bytes=81_920
+    ),
+    "kv": Variant(
+        "transformer_KV_1_300_M", "GPT_QKV_KEqualsV", 1, ("c_q", 0), ("c_k", 0), ("c_k", 0), cached_bytes=40_960
+    ),
+}
+SMALL = {
+    "vocab_size": 61, "n_positions": 24, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 40,
+    "layer_norm_epsilon": 1e-3, "dropout": 0.1,
+}  # fmt: skip
+# What each script's released checkpoints call and how wide they make the projections of a model of this width.
+WIDTH, HEAD, GROUP_WIDTH = 128, 16, 4 * 16
+RELEASED = {
+    "KQV": {"c_attn": 3 * WIDTH},
+    "QK": {"c_kv": 2 * WIDTH},
+    "KV_1": {"c_q": WIDTH, "c_k": WIDTH},
+    "K": {"c_k": WIDTH},
+    "GQA": {"c_q": WIDTH, "c_kv": 2 * GROUP_WIDTH},
+    "MQA": {"c_q": WIDTH, "c_kv": 2 * HEAD},
+    "QGQA": {"c_q": WIDTH, "c_k": GROUP_WIDTH},
+    "QMQA": {"c_q": WIDTH, "c_kv": HEAD},
+}
+each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+examples = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small are slower on two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tokens(rows, length, seed=1):
+    return torch.randint(SMALL["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def close(actual, expected, tolerance=1e-5):
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def oracle(variant, model):
+    """transformers' GPT-2 as a function of ids and labels, computing with the very parameters of our model."""
+    c, own, theirs = model.config, dict(model.named_parameters()), {}
+    config = GPT2Config(
+        vocab_size=c.vocab_size, n_positions=c.n_positions, n_embd=c.n_embd, n_layer=c.n_layer, n_head=c.n_head,
+        n_inner=c.n_inner, activation_function="gelu", layer_norm_epsilon=c.layer_norm_epsilon,
+    )  # fmt: skip
+    heads = {"q": c.n_head, "k": variant.groups or c.n_head, "v": variant.groups or c.n_head}
+    head_dim = c.n_embd // c.n_head
+
+    def part_of(prefix, letter, kind):
+        """The rows of a projection that make the query, the key or the value; shared heads are repeated."""
+        (name, part), width = getattr(variant, letter), heads[letter] * head_dim
+        rows = own[f"{prefix}.{name}.{kind}"][part * width : (part + 1) * width]
+        rows = rows.view(heads[letter], head_dim, -1)
+        return rows.repeat_interleave(c.n_head // heads[letter], dim=0).flatten(0, 1)
+
+    for name, tensor in own.items():
+        if ".attn." in name and ".c_proj." not in name:
+            continue
+        convolution = ".c_" in name and name.endswith("weight")  # stored [in, out]
+        theirs[f"transformer.{name}"] = tensor.T if convolution else tensor
+    for layer in range(c.n_layer):
+        prefix = f"h.{layer}.attn"
+        weight = torch.cat([part_of(prefix, letter, "weight") for letter in "qkv"])
+        bias = torch.cat([part_of(prefix, letter, "bias") for letter in "qkv"])
+        theirs |= {f"transformer.{prefix}.c_attn.weight": weight.T, f"transformer.{prefix}.c_attn.bias": bias[:, 0]}
+    theirs["lm_head.weight"] = own["wte.weight"]
+    gpt2 = GPT2LMHeadModel(config).eval()
+    assert theirs.keys() == gpt2.state_dict().keys()
+    return lambda ids, labels=None: functional_call(gpt2, theirs, (ids,), {"labels": labels})
+
+
+# ---- the model is the paper's
+
+
+@each_variant
+def test_logits_are_those_of_transformers(variant):
+    model, ids = variant.build(), tokens(3, 24)
+    logits, loss = model(ids)
+    assert loss is None
+    assert logits.std() > 0.5  # large enough for the comparison to mean something
+    close(logits, oracle(variant, model)(ids).logits)
+
+
+@each_variant
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_is_that_of_transformers(variant, masked):
+    model, ids = variant.build(), tokens(3, 24)
+    labels = ids.masked_fill(tokens(3, 24, seed=2) % 3 == 0, -100) if masked else ids
+    close(model(ids, labels=labels)[1], oracle(variant, model)(ids, labels).loss)
+
+
+@each_variant
+def test_a_loss_without_any_label_is_zero(variant):
+    ids = tokens(2, 8)
+    assert variant.build()(ids, labels=torch.full_like(ids, -100))[1] == 0
+
+
+@each_variant
+def test_gradients_of_every_parameter_are_those_of_transformers(variant):
+    """Where key and value share a projection, its gradient is the sum of the oracle's two."""
+    model, ids = variant.build(), tokens(3, 24)
+    labels = ids.masked_fill(tokens(3, 24, seed=2) % 3 == 0, -100)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    ours = torch.autograd.grad(model(ids, labels=labels)[1], parameters)
+    expected = torch.autograd.grad(oracle(variant, model)(ids, labels).loss, parameters)
+    for name, gradient, reference in zip(names, ours, expected, strict=True):
+        assert reference.abs().max() > 1e-4, name
+        torch.testing.assert_close(gradient, reference, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class LargestLogits(TorchDispatchMode):
+    """Notes the most rows of logits that one tensor has held."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dim() > 1 and result.shape[-1] == SMALL["vocab_size"]:
+            if result.shape != (SMALL["n_embd"], SMALL["vocab_size"]):  # the transposed embedding
+                self.rows = max(self.rows, result.numel() // SMALL["vocab_size"])
+        return result
+
+
+@each_variant
+def test_a_loss_in_chunks_is_the_whole_loss_and_never_holds_all_logits(variant, monkeypatch):
+    model, ids = variant.build(), tokens(3, 24)
+    labels = ids.masked_fill(tokens(3, 24, seed=2) % 4 == 0, -100)
+    parameters = list(model.parameters())
+    whole = F.cross_entropy(model(ids)[0][:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    expected = torch.autograd.grad(whole, parameters)
+    monkeypatch.setattr(variant.script, "LOSS_CHUNK", 5)  # does not divide the 3 x 23 positions
+    with LargestLogits() as largest:
+        loss = model(ids, labels=labels)[1]
+        gradients = torch.autograd.grad(loss, parameters)
+    close(loss, whole)
+    close(gradients, expected)
+    assert largest.rows == 5
+
+
+@each_variant
+def test_plain_attention_gives_the_same_logits(variant):
+    model, ids = variant.build(), tokens(3, 24)
+    plain = variant.build(plain_attention=True)
+    close(plain(ids)[0], model(ids)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plain(ids)[0].dtype == model(ids)[0].dtype
+
+
+@each_variant
+def test_flash_attention_makes_no_difference_on_the_cpu(variant):
+    ids = tokens(2, 24)
+    with_it, without = variant.build(use_flash_attention=True), variant.build(use_flash_attention=False)
+    assert torch.equal(with_it(ids)[0], without(ids)[0])
+
+
+@each_variant
+def test_dropout_acts_on_what_attention_and_mlp_give_and_nowhere_else(variant):
+    model, ids = variant.build(dropout=0.5), tokens(8, 24)
+    given = {}
+    for name in ("attn", "mlp"):
+        module = getattr(model.h[0], name)
+        module.register_forward_hook(lambda *args, name=name: given.update({name: args[-1]}))
+    model(ids)
+    expected = given["attn"]
+    model.train()
+    for name in ("attn", "mlp"):
+        torch.manual_seed(3)
+        model(ids)
+        assert (given[name] == 0).float().mean() == pytest.approx(0.5, abs=0.05)
+    kept = given["attn"] != 0
+    close(given["attn"][kept], 2 * expected[kept])  # neither the embeddings nor the attention weights lost any
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if ".c_proj." in name:
+                tensor.zero_()
+    assert torch.equal(model(ids)[0], model(ids)[0])
+
+
+# ---- the KV cache
+
+
+@each_variant
+@examples
+@given(
+    split=st.lists(st.integers(1, 9), min_size=1, max_size=24),
+    rows=st.sampled_from([1, 3]),
+    plain=st.booleans(),
+)
+def test_reading_in_pieces_through_the_cache_gives_the_uncached_logits(variant, split, rows, plain):
+    check_pieces(variant, split, rows, plain_attention=plain)
+
+
+@each_variant
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("split", [[24], [1] * 24, [23, 1], [1, 23]])
+def test_token_by_token_and_at_once_through_the_cache_gives_the_uncached_logits(variant, rows, split):
+    check_pieces(variant, split, rows)
+
+
+def check_pieces(variant, split, rows, **changes):
+    model = variant.build(**changes)
+    ids = tokens(rows, min(sum(split), 24))
+    cache = model.make_cache(rows, max_length=ids.shape[1])
+    logits = [model(piece, cache=cache)[0] for piece in ids.split(cut(split, ids.shape[1]), dim=1)]
+    close(torch.cat(logits, dim=1), model(ids)[0])
+
+
+def cut(split, length):
+    """The first pieces of the split, the last one shortened, so that they add up to the length."""
+    ends = [0]
+    while ends[-1] < length:
+        ends.append(min(length, ends[-1] + split[len(ends) - 1]))
+    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+
+@each_variant
+@pytest.mark.parametrize("split", [[24], [1] * 24, [7, 1, 9, 7]])
+def test_in_bf16_the_cache_changes_no_more_than_bf16_does_by_itself(variant, split):
+    model, ids = variant.build(), tokens(3, 24)
+    exact = model(ids)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.make_cache(3)
+        cached = torch.cat([model(piece, cache=cache)[0] for piece in ids.split(split, dim=1)], dim=1)
+        uncached = model(ids)[0]
+    assert {tensor.dtype for tensor in tensors_of(cache)} == {torch.bfloat16}
+    rounding = (uncached.float() - exact).abs().max()
+    assert (cached.float() - exact).abs().max() < 2 * rounding
+
+
+@each_variant
+def test_labels_are_scored_through_the_cache_as_without_it(variant):
+    model, ids = variant.build(), tokens(2, 12)
+    cache = model.make_cache(2)
+    close(model(ids, labels=ids, cache=cache)[1], model(ids, labels=ids)[1])
+    close(model(ids[:, :1], cache=cache)[0], model(torch.cat([ids, ids[:, :1]], dim=1))[0][:, -1:])
+
+
+def tensors_of(thing):
+    """Every tensor that an object holds, in its attributes, lists, tuples and dicts."""
+    if isinstance(thing, torch.Tensor):
+        return [thing]
+    inner = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple) else []
+    if hasattr(thing, "__dict__"):
+        inner = vars(thing).values()
+    return [tensor for part in inner for tensor in tensors_of(part)]
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_holds_what_the_paper_says_and_nothing_else(variant, dtype):
+    model = variant.build()
+    cache = model.make_cache(3, max_length=20, dtype=dtype)
+    heads, held = variant.groups or SMALL["n_head"], tensors_of(cache)
+    assert len(held) == SMALL["n_layer"] * variant.cached
+    assert cache.nbytes == SMALL["n_layer"] * variant.cached * 3 * 20 * heads * 8 * dtype.itemsize
+    assert cache.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in held)
+    with torch.no_grad():
+        model(tokens(3, 20), cache=cache)
+    assert [tensor.data_ptr() for tensor in tensors_of(cache)] == [tensor.data_ptr() for tensor in held]
+
+
+@each_variant
+@pytest.mark.parametrize("length", [1, 32_000, 128_000])
+def test_the_300m_model_caches_the_published_bytes(variant, length):
+    cache = variant.empty("300M").make_cache(1, length, torch.bfloat16)
+    assert cache.nbytes == length * variant.cached_bytes
+
+
+@each_variant
+def test_a_cache_is_for_all_positions_in_the_dtype_of_the_computation_unless_told(variant):
+    model = variant.build()
+    assert model.make_cache(2).nbytes == model.make_cache(2, SMALL["n_positions"], torch.float32).nbytes
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.make_cache(2).nbytes == model.make_cache(2, SMALL["n_positions"], torch.bfloat16).nbytes
+        assert {tensor.dtype for tensor in tensors_of(model.make_cache(2, dtype=torch.float32))} == {torch.float32}
+
+
+@each_variant
+def test_more_tokens_than_positions_are_refused_with_both_numbers(variant):
+    model = variant.build()
+    with pytest.raises(ValueError, match=r"25.*24"):
+        model(tokens(1, 25))
+    cache = model.make_cache(1)
+    model(tokens(1, 20), cache=cache)
+    with pytest.raises(ValueError, match=r"25.*24"):
+        model(tokens(1, 5), cache=cache)
+
+
+@each_variant
+def test_a_cache_that_is_too_short_or_of_another_batch_size_is_refused_and_stays_usable(variant):
+    model, ids = variant.build(), tokens(2, 8)
+    cache = model.make_cache(2, max_length=6)
+    model(ids[:, :4], cache=cache)
+    for refused in (ids[:, 4:7], ids[:1, 4:5], tokens(3, 1)):
+        with pytest.raises(ValueError, match="do not fit a cache"):
+            model(refused, cache=cache)
+    close(model(ids[:, 4:6], cache=cache)[0], model(ids[:, :6])[0][:, 4:])
+
+
+# ---- generation
+
+
+def greedy(model, ids, count):
+    """The obvious loop: the likeliest next token of the last n_positions tokens."""
+    for _ in range(count):
+        logits = model(ids[:, -SMALL["n_positions"] :])[0]
+        ids = torch.cat([ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+    return ids
+
+
+@each_variant
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("prompt", [1, 5, 23, 24, 27])
+def test_greedy_generation_is_the_obvious_loop_past_n_positions_too(variant, prompt, rows, use_cache):
+    model, ids = variant.build(), tokens(rows, prompt)
+    result = model.generate(ids, 30 if prompt == 1 else 8, temperature=0, use_cache=use_cache)
+    assert result.dtype == torch.int64
+    assert torch.equal(result, greedy(model, ids, result.shape[1] - prompt))
+    assert result.shape == (rows, prompt + (30 if prompt == 1 else 8))
+
+
+@each_variant
+def test_with_the_cache_each_step_reads_one_token(variant):
+    model, lengths = variant.build(), []
+    model.h[0].register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
+    model.generate(tokens(2, 5), 6, temperature=0)
+    assert lengths == [5, 1, 1, 1, 1, 1]
+    lengths.clear()
+    model.generate(tokens(2, 5), 6, temperature=0, use_cache=False)
+    assert lengths == [5, 6, 7, 8, 9, 10]
+
+
+@each_variant
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_no_new_tokens_is_the_prompt(variant, use_cache):
+    ids = tokens(2, 5)
+    assert torch.equal(variant.build().generate(ids, 0, use_cache=use_cache), ids)
+
+
+@each_variant
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_sampling_is_a_function_of_the_seed_with_and_without_the_cache(variant, top_k):
+    model, ids = variant.build(), tokens(3, 6)
+
+    def sampled(seed, use_cache):
+        torch.manual_seed(seed)
+        return model.generate(ids, 25, temperature=0.9, top_k=top_k, use_cache=use_cache)
+
+    assert torch.equal(sampled(1, True), sampled(1, True))
+    assert torch.equal(sampled(1, True), sampled(1, False))
+    assert not torch.equal(sampled(1, True), sampled(2, True))
+
+
+@each_variant
+def test_top_k_of_one_is_greedy(variant):
+    model, ids = variant.build(), tokens(3, 6)
+    assert torch.equal(model.generate(ids, 25, top_k=1), model.generate(ids, 25, temperature=0))
+
+
+@each_variant
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.6, None), (1.5, 7), (1.0, 1000)])
+def test_sampled_tokens_have_the_frequencies_of_the_softmax(variant, temperature, top_k):
+    model, ids = variant.build(), tokens(1, 4).expand(20_000, -1)
+    torch.manual_seed(5)
+    frequencies = model.generate(ids, 1, temperature, top_k)[:, -1].bincount(minlength=61) / len(ids)
+    logits = model(ids[:1])[0][0, -1] / temperature
+    if top_k == 7:
+        logits[logits.argsort(descending=True)[7:]] = -math.inf
+    expected = logits.softmax(dim=-1)
+    assert ((frequencies > 0) <= (expected > 0)).all()
+    assert (frequencies - expected).abs().max() < 0.015
+
+
+@each_variant
+@pytest.mark.parametrize("training", [True, False])
+def test_generation_switches_dropout_and_gradients_off_and_leaves_the_mode_as_it_was(variant, training):
+    model, ids = variant.build(dropout=0.5), tokens(2, 5)
+    expected, grad = greedy(model, ids, 8), []
+    model.h[0].register_forward_hook(lambda *_: grad.append(torch.is_grad_enabled()))
+    model.train(training)
+    assert torch.equal(model.generate(ids, 8, temperature=0), expected)
+    assert {module.training for module in model.modules()} == {training}
+    assert not any(grad)
+
+
+@each_variant
+def test_an_empty_prompt_is_refused(variant):
+    with pytest.raises(ValueError, match="prompt is empty"):
+        variant.build().generate(torch.empty(1, 0, dtype=torch.int64), 3)
+
+
+# ---- size and initialisation
+
+
+def parameter_counts(variant, vocab, positions, d, layers, inner):
+    """Of the whole model and of its attention layers, added up by hand."""
+    attention = layers * sum((d + 1) * width for width in variant.widths(d, d).values())
+    mlp, norms = layers * (2 * d * inner + inner + d), layers * 4 * d + 2 * d
+    return vocab * d + positions * d + attention + mlp + norms, attention
+
+
+@each_variant
+@pytest.mark.parametrize(
+    ("size", "shape"), [("300M", (50304, 2048, 1024, 20, 4096)), ("1.2B", (50304, 2048, 2048, 22, 8192))]
+)
+def test_published_sizes_have_the_parameters_of_the_architecture(variant, size, shape):
+    model = variant.empty(size)
+    total = sum(tensor.numel() for tensor in model.parameters())
+    attention = sum(tensor.numel() for name, tensor in model.named_parameters() if ".attn." in name)
+    assert (total, attention) == parameter_counts(variant, *shape)
+    assert model.config.n_embd // model.config.n_head == 64
+
+
+@pytest.mark.parametrize(
+    ("alias", "total", "attention"), [("kqv", 305_534_976, 83_968_000), ("kv", 284_542_976, 62_976_000)]
+)
+def test_the_300m_counts_are_the_published_ones(alias, total, attention):
+    """QKV's are printed in the paper; Q–K=V has one projection of 1,024 x 1,025 less in each of 20 layers."""
+    assert parameter_counts(VARIANTS[alias], 50304, 2048, 1024, 20, 4096) == (total, attention)
+    assert sum(tensor.numel() for tensor in VARIANTS[alias].empty("300M").parameters()) == total
+
+
+@each_variant
+def test_state_dict_has_the_released_names_and_no_buffers(variant):
+    model = variant.build()
+    kv_width = (variant.groups or 4) * 8
+    layer = {f"{norm}.{kind}": (32,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
+    for name, width in variant.widths(32, kv_width).items():
+        layer |= {f"attn.{name}.weight": (width, 32), f"attn.{name}.bias": (width,)}
+    layer |= {"mlp.c_fc.weight": (40, 32), "mlp.c_fc.bias": (40,)}
+    layer |= {"mlp.c_proj.weight": (32, 40), "mlp.c_proj.bias": (32,)}
+    expected = {"wte.weight": (61, 32), "wpe.weight": (24, 32), "ln_f.weight": (32,), "ln_f.bias": (32,)}
+    expected |= {f"h.{i}.{name}": shape for i in range(3) for name, shape in layer.items()}
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == expected
+    assert list(model.buffers()) == []
+
+
+@each_variant
+@pytest.mark.parametrize("std", [None, 0.05])
+def test_weights_start_normal_with_0_02_and_biases_at_zero(variant, std):
+    changes = {} if std is None else {"initializer_range": std}
+    torch.manual_seed(0)
+    config = variant.script.ModelConfig(**(SMALL | changes | {"n_embd": 128, "n_inner": 128, "n_positions": 128}))
+    for name, tensor in getattr(variant.script, variant.model)(config).named_parameters():
+        if name.endswith("bias"):
+            assert not tensor.any(), name
+        elif ".ln_" in name or name.startswith("ln_f"):
+            assert (tensor == 1).all(), name
+        else:
+            assert tensor.std().item() == pytest.approx(std or 0.02, rel=0.05), name
+            assert abs(tensor.mean().item()) < (std or 0.02) / 20, name
+            assert tensor.abs().max() > 3 * (std or 0.02), name  # normal, not uniform
+
+
+# ---- checkpoints
+
+
+def released_config(**changes):
+    """As the release writes it: no n_kv_groups for the ungrouped variants, and a key that ours do not know."""
+    return SMALL | {"initializer_range": 0.02, "gradient_checkpointing": False} | changes
+
+
+def released_state(state, layers, positions):
+    mask = torch.ones(1, 1, positions, positions).tril()
+    masks = {f"h.{layer}.attn.bias": mask for layer in range(layers)}
+    return {f"module.{name}": tensor for name, tensor in (state | masks).items()}
+
+
+def save_released(path, state, config):
+    train_config = {"learning_rate": 2e-4, "micro_batch_size": 6}
+    numbers = {"step": 7, "epoch": 0, "tokens_seen": 7 * 2_359_296, "optimizer_state_dict": {}}
+    torch.save(numbers | {"model_state_dict": state, "model_config": config, "train_config": train_config}, path)
+    return path
+
+
+def fake_released(path, variant, **contents):
+    """A released checkpoint with the projections of any of the eight 300M scripts."""
+    state = {"wte.weight": torch.zeros(61, WIDTH), "wpe.weight": torch.zeros(24, WIDTH)}
+    for name, width in (RELEASED[variant] | {"c_proj": WIDTH}).items():
+        state |= {f"h.0.attn.{name}.weight": torch.zeros(width, WIDTH), f"h.0.attn.{name}.bias": torch.zeros(width)}
+    config = released_config(n_layer=1, n_embd=WIDTH, n_head=WIDTH // HEAD)
+    return save_released(path, released_state(state, 1, 24), config)
+
+
+@each_variant
+def test_a_released_checkpoint_gives_the_same_logits_in_eval_mode(variant, tmp_path):
+    model, ids = variant.build(), tokens(2, 24)
+    changes = {"n_kv_groups": variant.groups} if variant.groups else {}
+    state = released_state(model.state_dict(), SMALL["n_layer"], SMALL["n_positions"])
+    path = save_released(tmp_path / "checkpoint_step_7.pt", state, released_config(**changes))
+    for argument in (path, str(path)):
+        loaded = variant.script.load_model(argument)
+        assert isinstance(loaded, getattr(variant.script, variant.model))
+        assert not any(module.training for module in loaded.modules())
+        assert torch.equal(loaded(ids)[0], model(ids)[0])
+    assert loaded.wte.weight.requires_grad  # it can be trained on
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """The folder of a finished tiny run of each script."""
+    demo = [f"--{kind}_config={ROOT}/configs/{kind}_config_demo.yaml" for kind in ("model", "train")]
+    folders = {}
+    for alias, variant in VARIANTS.items():
+        folders[alias] = tmp_path_factory.mktemp(alias)
+        variant.script.main([*demo, f"--output_dir={folders[alias]}", *TINY_MODEL, *TINY_RUN, *data])
+    return folders
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_a_trained_model_loads_from_the_last_checkpoint_and_the_final_model_alike(alias, trained, data_dir):
+    script, folder = VARIANTS[alias].script, trained[alias]
+    final = script.load_model(folder / "final_model.pt")
+    last = script.load_model(folder / "checkpoint_step_8.pt")
+    assert not final.training
+    logged = [yaml.safe_load(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    loader = script.get_dataloader(data_dir / "validation", 2, 32, "packed")
+    for model in (final, last):
+        assert script.evaluate(model, loader)["loss"] == pytest.approx(logged["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_our_own_checkpoints_carry_released_names_and_neither_prefix_nor_masks(alias, trained):
+    for name in ("final_model.pt", "checkpoint_step_8.pt"):
+        contents = torch.load(trained[alias] / name, weights_only=True)
+        assert contents["step"] == 8
+        assert contents["tokens_seen"] == 2048
+        assert contents["epoch"] == 0
+        keys = {"model_state_dict", "model_config", "train_config"}
+        assert keys <= contents.keys()
+        assert "h.0.attn.c_proj.weight" in contents["model_state_dict"]
+        assert not [key for key in contents["model_state_dict"] if key.startswith("module.") or "attn.bias" in key]
+        assert type(contents["model_config"]) is dict
+        assert "n_kv_groups" not in contents["model_config"] or VARIANTS[alias].groups
+    assert "optimizer_state_dict" in contents  # of the checkpoint
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+@pytest.mark.parametrize("other", VARIANTS)
+def test_our_checkpoint_of_another_variant_is_refused_with_its_script(alias, other, trained):
+    if alias == other:
+        return
+    path = trained[other] / "final_model.pt"
+    check_refused(VARIANTS[alias], path, f"{VARIANTS[other].module}.py")
+
+
+@each_variant
+@pytest.mark.parametrize("other", RELEASED)
+def test_a_released_checkpoint_of_another_variant_is_refused_with_its_script(variant, other, tmp_path):
+    own = variant.module.startswith(f"transformer_{other}_300_M")
+    path = fake_released(tmp_path / "checkpoint_step_7.pt", other)
+    message = check_refused(variant, path, "" if own else f" transformer_{other}_300_M.py ")
+    assert own == ("transformer_" not in message)
+
+
+def check_refused(variant, path, *parts):
+    """load_model raises a ValueError of one line that holds the path and the parts; returns the line."""
+    with pytest.raises(ValueError) as caught:
+        variant.script.load_model(path)
+    message = str(caught.value)
+    assert message.count("\n") == 0
+    for part in (str(path), *parts):
+        assert part in message
+    return message
+
+
+class Evil:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def half(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def whole(variant):
+    model = variant.build()
+    return {"model_state_dict": model.state_dict(), "model_config": released_config(n_kv_groups=variant.groups)}
+
+
+BROKEN = {
+    "empty file": lambda path, _: path.write_bytes(b""),
+    "text file": lambda path, _: path.write_text("loss 3.2\nloss 3.1\n"),
+    "folder": lambda path, _: path.mkdir(),
+    "cut in half": lambda path, variant: (torch.save(whole(variant), path), half(path)),
+    "last byte missing": lambda path, variant: (
+        torch.save(whole(variant), path), path.write_bytes(path.read_bytes()[:-1])
+    ),
+    "a bare state dict": lambda path, variant: torch.save(variant.build().state_dict(), path),
+    "a list": lambda path, _: torch.save([1, 2, 3], path),
+    "a tensor": lambda path, _: torch.save(torch.zeros(3), path),
+    "a number": lambda path, _: torch.save(3, path),
+    "no weights": lambda path, variant: torch.save(whole(variant) | {"model_state_dict": {}}, path),
+    "weights are a list": lambda path, variant: torch.save(whole(variant) | {"model_state_dict": [1]}, path),
+    "weights are text": lambda path, variant: torch.save(whole(variant) | {"model_state_dict": "none"}, path),
+    "weights are numbers": lambda path, variant: torch.save(
+        whole(variant) | {"model_state_dict": dict.fromkeys(variant.build().state_dict(), 0.5)}, path
+    ),
+    "weights of another model": lambda path, variant: torch.save(
+        whole(variant) | {"model_state_dict": {"layers.0.weight": torch.zeros(3, 3)}}, path
+    ),
+    "a layer is missing": lambda path, variant: torch.save(whole(variant) | {"model_config": released_config(n_layer=4)}, path),
+    "other shapes": lambda path, variant: torch.save(whole(variant) | {"model_config": released_config(n_positions=25)}, path),
+    "width missing from the config": lambda path, variant: torch.save(
+        whole(variant) | {"model_config": {k: v for k, v in released_config().items() if k != "n_embd"}}, path
+    ),
+    "layers missing from the config": lambda path, variant: torch.save(
+        whole(variant) | {"model_config": {k: v for k, v in released_config().items() if k != "n_layer"}}, path
+    ),
+    "nonsense in the config": lambda path, variant: torch.save(
+        whole(variant) | {"model_config": released_config(n_head="four")}, path
+    ),
+    "no heads in the config": lambda path, variant: torch.save(
+        whole(variant) | {"model_config": released_config(n_head=0)}, path
+    ),
+    "config is a list": lambda path, variant: torch.save(whole(variant) | {"model_config": [32]}, path),
+}  # fmt: skip
+
+
+@each_variant
+@pytest.mark.parametrize("damage", BROKEN)
+def test_a_broken_checkpoint_is_refused_in_one_line_by_name(variant, damage, tmp_path):
+    path = tmp_path / "checkpoint_step_7.pt"
+    BROKEN[damage](path, variant)
+    check_refused(variant, path)
+
+
+@each_variant
+def test_a_missing_checkpoint_is_refused_in_one_line_by_name(variant, tmp_path):
+    check_refused(variant, tmp_path / "nowhere.pt")
+
+
+@each_variant
+@pytest.mark.parametrize("form", ["torch", "old torch", "pickle", "beside whole weights"])
+def test_code_in_a_checkpoint_never_runs(variant, form, tmp_path):
+    path, trace = tmp_path / "checkpoint_step_7.pt", tmp_path / "ran"
+    evil = {"model_state_dict": Evil(trace), "model_config": {}}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(evil))
+    else:
+        contents = whole(variant) | {"optimizer_state_dict": Evil(trace)} if "weights" in form else evil
+        torch.save(contents, path, _use_new_zipfile_serialization=form != "old torch")
+    check_refused(variant, path)
+    assert not trace.exists()
+    with warnings.catch_warnings(action="ignore"):
+        torch.load(path, weights_only=False)
+    assert trace.exists()  # it would have run

@@ -1,0 +1,353 @@
+"""Training through the command line: the order of data, resuming, stopping, and what ends a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_MODEL, TINY_RUN, prepare
+
+import transformer_KQV_300_M
+import transformer_KV_1_300_M
+
+SCRIPTS = [transformer_KQV_300_M, transformer_KV_1_300_M]
+KV = transformer_KV_1_300_M
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+
+
+def arguments(data, output_dir, *settings):
+    configs = ["--model_config", str(ROOT / "configs/model_config_demo.yaml")]
+    configs += ["--train_config", str(ROOT / "configs/train_config_demo.yaml"), "--output_dir", str(output_dir)]
+    return [*configs, *TINY_MODEL, *TINY_RUN, *data, *settings]
+
+
+def metrics(output_dir):
+    """The records of a run, without the one field that no two runs share."""
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model_state_dict"]
+
+
+def assert_same_run(left, right):
+    """Bit-identical weights, at the end and in every checkpoint that both have, and the same log."""
+    assert metrics(left) == metrics(right)
+    for name in ["final_model.pt", *(path.name for path in left.glob("checkpoint_step_*.pt"))]:
+        expected, found = weights(left / name), weights(right / name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), name
+
+
+def torchrun(processes, script, *args, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [*command, str(ROOT / script), *args], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory):
+    """The folder of an uninterrupted run with dropout."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    KV.main(arguments(data, output_dir, "dropout=0.1"))
+    return output_dir
+
+
+# Runs the script until the n-th call of a function, and is killed there: before it, or right after it.
+KILLED_RUN = """
+import importlib, os, signal, sys
+module, function, count, when = sys.argv[1].split(":")
+sys.path.insert(0, {root!r})
+import transformer_KV_1_300_M as script
+owner = importlib.import_module(module)
+*path, name = function.split(".")
+for part in path:
+    owner = getattr(owner, part)
+original, calls = getattr(owner, name), 0
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(count) and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = original(*args, **kwargs)
+    if calls == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(owner, name, counted)
+script.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "torch.optim:AdamW.step:4:after",  # between two checkpoints, beyond the last logged step
+        "os:fsync:2:before",  # in the middle of writing the second checkpoint
+        "pathlib:Path.replace:2:after",  # just when the second checkpoint has its name
+        "os:fsync:4:after",  # final_model.pt is written, but neither it nor the last checkpoint has its name
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_weights_and_log(moment, data, whole_run, tmp_path):
+    command = [sys.executable, "-c", KILLED_RUN.format(root=str(ROOT)), moment]
+    killed = subprocess.run([*command, *arguments(data, tmp_path, "dropout=0.1")], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "final_model.pt").exists()
+    KV.main(arguments(data, tmp_path, "dropout=0.1"))
+    assert_same_run(whole_run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("dropout=0.1",),
+        # Documents of unequal length: a mean over micro-batch means would give other losses on two processes.
+        ("dropout=0.0", "sequence=padded", "score_padding=false", "n_positions=128", "seq_length=128",
+         "target_tokens=8192"),
+    ],
+    ids=["packed, with dropout", "padded, filling masked"],
+)  # fmt: skip
+def test_two_processes_follow_the_losses_of_one(settings, data, tmp_path):
+    KV.main(arguments(data, tmp_path / "one", *settings))
+    process = torchrun(2, "transformer_KV_1_300_M.py", *arguments(data, tmp_path / "two", *settings))
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for left, right in zip(one, two, strict=True):
+        assert left.pop("kind") == right.pop("kind")
+        # The evaluation before the first step scores the same weights, half of the rows on each rank.
+        assert left == pytest.approx(right, rel=1e-12 if left["step"] == 0 else 1e-5)
+    assert output.count("step 8 of 8, final") == 1  # rank 0 alone speaks
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.VARIANT)
+def test_a_tiny_run_repeats_the_recorded_losses(script, data, tmp_path):
+    """A change that is meant to have no effect has none. To record anew: RECORD_GOLDEN=1 make test."""
+    script.main(arguments(data, tmp_path, "dropout=0.1", "target_tokens=4096"))
+    losses = [record["loss"] for record in metrics(tmp_path)]
+    recorded = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("RECORD_GOLDEN"):
+        recorded[script.VARIANT] = losses
+        GOLDEN.write_text(json.dumps(recorded, indent=1) + "\n")
+    assert losses == pytest.approx(recorded[script.VARIANT], rel=1e-4)
+
+
+def test_the_golden_losses_are_those_of_a_model_that_learns():
+    for losses in json.loads(GOLDEN.read_text()).values():
+        assert losses[0] == pytest.approx(5.55, abs=0.1)  # the logarithm of 257 equally likely tokens
+        assert losses[-1] < 0.75 * losses[0]
+
+
+def test_a_resumed_run_goes_on_with_rows_it_has_not_seen(data, tmp_path, monkeypatch):
+    read, original = [], KV.TokenDataset.__getitem__
+
+    def recorded(dataset, index):
+        if dataset.path.name == "train":
+            read.append(index)
+        return original(dataset, index)
+
+    monkeypatch.setattr(KV.TokenDataset, "__getitem__", recorded)
+    KV.main(arguments(data, tmp_path, "target_tokens=512"))
+    first = read.copy()
+    KV.main(arguments(data, tmp_path, "target_tokens=1024"))
+    assert len(first) == 16 and read[:16] == first
+    assert len(set(read)) == len(read) == 32
+
+
+def test_a_second_start_of_a_complete_run_changes_nothing(data, whole_run, capsys):
+    def state():
+        return {path.name: path.stat().st_mtime_ns for path in whole_run.glob("*.pt")}
+
+    before, log = state(), metrics(whole_run)
+    started = time.monotonic()
+    KV.main(arguments(data, whole_run, "dropout=0.1"))
+    assert time.monotonic() - started < 5
+    assert (state(), metrics(whole_run)) == (before, log)
+    assert "complete after 8 steps" in capsys.readouterr().out
+
+
+def test_the_summary_tells_the_figures_of_the_run(data, whole_run, capsys):
+    KV.main(arguments(data, whole_run, "dropout=0.1"))
+    summary, log = capsys.readouterr().out, metrics(whole_run)
+    evaluations = [record for record in log if record["kind"] != "train"]
+    assert f"{evaluations[0]['text_perplexity']:.2f} at step 0, {evaluations[-1]['text_perplexity']:.2f}" in summary
+    # 2 layers, 32 positions, 32 numbers, 2 bytes; QKV keeps a second tensor of that size
+    assert str(whole_run) in summary
+    assert "4,096 bytes for 32 tokens in bf16; QKV takes 8,192" in summary
+    for name in ("final_model.pt", "checkpoint_step_8.pt", "samples_step_8.txt", "metrics.jsonl"):
+        assert name in summary and (whole_run / name).exists()
+
+
+def test_the_log_has_the_documented_fields(whole_run):
+    records = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["kind"] for r in records] == ["val"] + 4 * ["train"] + ["val"] + 4 * ["train"] + ["final"]
+    common = {"kind", "step", "tokens", "loss", "perplexity"}
+    evaluation = {"text_loss", "text_perplexity", "bits_per_byte", "padding_fraction"}
+    for record in records:
+        train = {"learning_rate", "grad_norm", "tokens_per_second"}
+        assert record.keys() == common | (train if record["kind"] == "train" else evaluation)
+        assert record["tokens"] == record["step"] * 256
+
+
+def test_a_checkpoint_has_the_released_layout(whole_run):
+    contents = torch.load(whole_run / "checkpoint_step_4.pt", weights_only=True)
+    released = {"step", "epoch", "tokens_seen", "model_state_dict", "optimizer_state_dict", "model_config"}
+    assert released | {"train_config"} <= contents.keys()
+    assert (contents["step"], contents["tokens_seen"]) == (4, 1024)
+    assert contents["model_config"]["n_layer"] == 2 and "n_kv_groups" not in contents["model_config"]
+    assert sorted(path.name for path in whole_run.glob("checkpoint_step_*")) == [
+        f"checkpoint_step_{step}.pt" for step in (2, 4, 6, 8)
+    ]
+    model = KV.load_model(whole_run / "final_model.pt")
+    assert all(torch.equal(w, weights(whole_run / "checkpoint_step_8.pt")[n]) for n, w in model.state_dict().items())
+
+
+def test_samples_continue_validation_text(data, whole_run):
+    text = (whole_run / "samples_step_8.txt").read_text(encoding="utf-8")
+    assert text.count("[...]") == 3 and text.startswith("Document 0 says that 0 times 40 ")
+
+
+def wait_for_steps(process, output_dir):
+    while process.poll() is None and not ((output_dir / "metrics.jsonl").exists() and len(metrics(output_dir)) > 3):
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_in_hand_and_the_next_start_goes_on(number, data, whole_run, tmp_path):
+    args = arguments(data, tmp_path, "dropout=0.1", "save_interval=1000", "target_tokens=2000000")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "transformer_KV_1_300_M.py"), *args], stdout=subprocess.PIPE, text=True
+    )
+    wait_for_steps(process, tmp_path)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    (saved,) = tmp_path.glob("checkpoint_step_*.pt")
+    step = torch.load(saved, weights_only=True)["step"]
+    assert f"stopped and saved at step {step}" in output
+    assert max(record["step"] for record in metrics(tmp_path)) == step
+
+
+def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(data, tmp_path):
+    args = arguments(data, tmp_path, "save_interval=1000", "target_tokens=2000000")
+    process = torchrun(2, "transformer_KV_1_300_M.py", *args)
+    wait_for_steps(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    (saved,) = tmp_path.glob("checkpoint_step_*.pt")
+    assert KV.load_model(saved).config.n_layer == 2
+
+
+def failing_run(args, capsys, script=KV):
+    """The one line that a run ends with when it cannot go on."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(args)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def poisoned(whole_run, tmp_path, step):
+    """A folder with one checkpoint, whose final LayerNorm holds a NaN."""
+    contents = torch.load(whole_run / f"checkpoint_step_{step}.pt", weights_only=True)
+    contents["model_state_dict"]["ln_f.weight"][0] = torch.nan
+    torch.save(contents, tmp_path / f"checkpoint_step_{step}.pt")
+
+
+def test_a_loss_that_is_not_a_number_stops_before_a_checkpoint(data, whole_run, tmp_path, capsys):
+    poisoned(whole_run, tmp_path, 4)
+    error = failing_run(arguments(data, tmp_path, "dropout=0.1"), capsys)
+    assert "step 5: the loss is nan" in error
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["checkpoint_step_4.pt"]
+
+
+def test_an_update_beyond_the_norm_is_skipped_and_counted(data, tmp_path, capsys):
+    KV.main(arguments(data, tmp_path, "skip_grad_norm=1e-6"))
+    assert capsys.readouterr().out.count("update skipped") == 8
+    last = torch.load(tmp_path / "checkpoint_step_8.pt", weights_only=True)
+    first = weights(tmp_path / "checkpoint_step_2.pt")
+    assert last["step"] == 8 and not last["optimizer_state_dict"]["state"]
+    assert all(torch.equal(first[name], tensor) for name, tensor in last["model_state_dict"].items())
+
+
+def test_several_skipped_updates_in_a_row_stop_the_run(data, tmp_path, capsys):
+    error = failing_run(arguments(data, tmp_path, "skip_grad_norm=1e-6", "target_tokens=4096"), capsys)
+    assert "step 10: 10 updates skipped in a row" in error
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "of another variant"])
+def test_a_damaged_newest_checkpoint_is_passed_over_but_refused_by_name(damage, data, whole_run, tmp_path, capsys):
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint_step_{step}.pt").write_bytes((whole_run / f"checkpoint_step_{step}.pt").read_bytes())
+    newest = tmp_path / "checkpoint_step_6.pt"
+    if damage == "of another variant":
+        transformer_KQV_300_M.main(arguments(data, tmp_path / "kqv", "dropout=0.1"))
+        newest.write_bytes((tmp_path / "kqv/checkpoint_step_6.pt").read_bytes())
+    else:
+        content = {"truncated": newest.read_bytes()[:-1000], "empty": b"", "text": b"not a checkpoint\n"}
+        newest.write_bytes(content[damage])
+    error = failing_run(arguments(data, tmp_path, "dropout=0.1", "--resume", str(newest)), capsys)
+    assert str(newest) in error
+    assert "transformer_KQV_300_M.py" in error or damage != "of another variant"
+    KV.main(arguments(data, tmp_path, "dropout=0.1"))
+    output = capsys.readouterr().out
+    assert f"passed over {newest}" in output and f"resuming from {tmp_path}/checkpoint_step_4.pt at step 4" in output
+    expected, found = weights(whole_run / "final_model.pt"), weights(tmp_path / "final_model.pt")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_resume_never_starts_over_and_leaves_nothing_to_resume_by_mistake(data, whole_run, tmp_path):
+    stale = tmp_path / "checkpoint_step_900.pt"
+    stale.write_bytes((whole_run / "checkpoint_step_8.pt").read_bytes())
+    KV.main(arguments(data, tmp_path, "dropout=0.1", "--resume", "never"))
+    assert_same_run(whole_run, tmp_path)
+    assert not stale.exists() and stale.with_suffix(".pt.old").exists()
+
+
+def test_resuming_from_a_named_checkpoint_ends_like_the_whole_run(data, whole_run, tmp_path):
+    named = whole_run / "checkpoint_step_4.pt"
+    KV.main(arguments(data, tmp_path, "dropout=0.1", "--resume", str(named)))
+    expected, found = weights(whole_run / "final_model.pt"), weights(tmp_path / "final_model.pt")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_resuming_on_other_data_or_another_shape_is_refused(data, whole_run, tmp_path, capsys):
+    other = prepare(tmp_path / "other", [f"Quite another text, number {i}. " * 5 for i in range(40)])
+    checkpoint = ["--resume", str(whole_run / "checkpoint_step_4.pt")]
+    error = failing_run(arguments(other, tmp_path / "out", *checkpoint), capsys)
+    assert "other data" in error and str(tmp_path / "other/data/train") in error
+    error = failing_run(arguments(data, tmp_path / "out", *checkpoint, "n_inner=32"), capsys)
+    assert "another configuration" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["train_data=nowhere"], ["nowhere", "dataset_download.py"]),
+        (["seq_length=64", "target_tokens=4096"], ["seq_length", "64", "32"]),
+        (["vocab_size=100"], ["vocab_size", "257", "100"]),
+        (["--output_dir", "/dev/null/run"], ["/dev/null/run"]),
+    ],
+)
+def test_what_cannot_work_is_said_before_any_work(settings, words, data, tmp_path, capsys):
+    error = failing_run(arguments(data, tmp_path / "out", *settings), capsys)
+    assert all(word in error for word in words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_number_of_processes_that_cannot_share_the_batch_names_those_that_can(data):
+    config = KV.read_config(KV.TrainingConfig, ROOT / "configs/train_config_300M.yaml", {})
+    assert [KV.accumulation_for(config, n) for n in (1, 2, 6, 8, 64)] == [192, 96, 32, 24, 3]
+    with pytest.raises(ValueError, match="5 processes .* 192 .* use 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192"):
+        KV.accumulation_for(config, 5)
