@@ -17,7 +17,7 @@ help:  ## list the targets
 
 demo: .venv/installed  ## prepare a small corpus, train Q–K=V on it, evaluate and sample (5 minutes on 2 cores)
 	$(BIN)/python dataset_download.py --source stdlib --tokenizer bytes --target_tokens 4_000_000 --validation_tokens 200_000 --output_dir demo_data
-	$(BIN)/torchrun --standalone --nproc_per_node=2 transformer_KV_1_300_M.py $(DEMO)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 transformer_KV_1_300_M.py $(DEMO)
 
 test: .venv/installed  ## run the test suite (8 minutes on 2 cores at most, no network, no GPU)
 	$(BIN)/python -m pytest

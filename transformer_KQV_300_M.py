@@ -682,7 +682,8 @@ class Trainer:
             raise RunError(f"seq_length: {config.seq_length} is more than n_positions, {model_config.n_positions}")
         path = find_checkpoint(output_dir, resume)
         resumed = read_checkpoint(path) if path else {"step": 0, "rows_seen": 0, "evaluated": None}
-        self.step, self.rows_seen, self.evaluated = (resumed[key] for key in ("step", "rows_seen", "evaluated"))
+        self.step, self.rows_seen = resumed["step"], resumed["rows_seen"]
+        self.evaluated = resumed["evaluated"] if path and path.parent == output_dir else None
 
         layout = config.micro_batch_size, config.seq_length, config.sequence
         self.val_loader = get_dataloader(config.val_data, *layout)
@@ -769,7 +770,7 @@ class Trainer:
         self.step, self.rows_seen = self.step + 1, self.rows_seen + config.rows_per_step
         self.timed_steps += 1
         self.timed_seconds += time.perf_counter() - started
-        if self.step % config.log_interval == 0:
+        if self.step % config.log_interval == 0 or self.step == config.total_steps:
             results = {"loss": loss, "perplexity": float(np.exp(loss)), "learning_rate": rate, "grad_norm": grad_norm}
             self._log("train", results | self._speed())
         return told > 0
@@ -778,18 +779,18 @@ class Trainer:
         """Gradients of the mean loss over the scored tokens of the global batch; returns this rank's share of it."""
         config, loss = self.config, torch.zeros((), device=self.device)
         score_filling = config.sequence == "padded" and config.score_padding
-        labels = [ids if score_filling else ids.masked_fill(~is_text, -100) for ids, is_text in batches]
-        scored = [int((target[:, 1:] != -100).sum()) for target in labels]
+        scored = [int((is_text | score_filling)[:, 1:].sum()) for _, is_text in batches]
         total = sum_over_ranks(torch.tensor(float(sum(scored)), device=self.device)).clamp(min=1)
-        for i, (input_ids, _) in enumerate(batches):
+        for i, batch in enumerate(batches):
             # Dropout is a function of seed and position in the data, whatever the number of processes or resumes.
             row = self.rows_seen + (i * self.world_size + self.rank) * config.micro_batch_size
             torch.manual_seed(int(np.random.SeedSequence((config.seed, row)).generate_state(1)[0]))
+            input_ids, is_text = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+            labels = input_ids if score_filling else input_ids.masked_fill(~is_text, -100)
             more_to_come = self.world_size > 1 and i < len(batches) - 1
             with self.replica.no_sync() if more_to_come else contextlib.nullcontext():
                 with autocast(config, self.device):
-                    batch = (x.to(self.device, non_blocking=True) for x in (input_ids, labels[i]))
-                    _, mean = self.replica(*batch)
+                    _, mean = self.replica(input_ids, labels)
                 share = mean * (scored[i] / total)
                 (share * self.world_size).backward()  # DDP takes the mean over the ranks
             loss += share.detach()
@@ -842,11 +843,12 @@ class Trainer:
         save(self.output_dir / f"checkpoint_step_{self.step}.pt", model | place | optimizer)
 
     def _write_samples(self):
-        """Continue the beginnings of three validation rows, through the KV cache."""
+        """Continue the beginnings of three rows of the validation data, through the KV cache."""
         if not self.config.sample_tokens:
             return
         data = self.val_loader.dataset
-        prompts = torch.stack([data[row][0][:PROMPT_TOKENS] for row in range(min(3, len(data)))]).to(self.device)
+        rows = (0, len(data) // 3, 2 * len(data) // 3)
+        prompts = torch.stack([data[row][0][:PROMPT_TOKENS] for row in rows]).to(self.device)
         torch.manual_seed(self.config.seed)
         with autocast(self.config, self.device):
             tokens = self.model.generate(prompts, self.config.sample_tokens, temperature=0.8, top_k=50).tolist()

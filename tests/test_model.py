@@ -3,7 +3,6 @@ and against what the paper says of their size; the checkpoints they load and ref
 
 import math
 import pickle
-import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -61,9 +60,7 @@ class Variant:
 
 
 VARIANTS = {
-    "kqv": Variant(
-        "transformer_KQV_300_M", "GPT", 2, ("c_attn", 0), ("c_attn", 1), ("c_attn", 2), cached_bytes=81_920
-    ),
+    "kqv": Variant("transformer_KQV_300_M", "GPT", 2, ("c_attn", 0), ("c_attn", 1), ("c_attn", 2), cached_bytes=81_920),
     "kv": Variant(
         "transformer_KV_1_300_M", "GPT_QKV_KEqualsV", 1, ("c_q", 0), ("c_k", 0), ("c_k", 0), cached_bytes=40_960
     ),
@@ -184,9 +181,10 @@ class LargestLogits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.dim() > 1 and result.shape[-1] == SMALL["vocab_size"]:
-            if result.shape != (SMALL["n_embd"], SMALL["vocab_size"]):  # the transposed embedding
-                self.rows = max(self.rows, result.numel() // SMALL["vocab_size"])
+        shape = getattr(result, "shape", ())
+        transposed_embedding = shape == (SMALL["n_embd"], SMALL["vocab_size"])
+        if len(shape) > 1 and shape[-1] == SMALL["vocab_size"] and not transposed_embedding:
+            self.rows = max(self.rows, shape[:-1].numel())
         return result
 
 
@@ -329,10 +327,9 @@ def test_a_cache_holds_what_the_paper_says_and_nothing_else(variant, dtype):
 
 
 @each_variant
-@pytest.mark.parametrize("length", [1, 32_000, 128_000])
-def test_the_300m_model_caches_the_published_bytes(variant, length):
-    cache = variant.empty("300M").make_cache(1, length, torch.bfloat16)
-    assert cache.nbytes == length * variant.cached_bytes
+def test_the_300m_model_caches_the_published_bytes(variant):
+    cache = variant.empty("300M").make_cache(1, 128_000, torch.bfloat16)
+    assert cache.nbytes == 128_000 * variant.cached_bytes
 
 
 @each_variant
@@ -573,7 +570,9 @@ def trained(data, tmp_path_factory):
     folders = {}
     for alias, variant in VARIANTS.items():
         folders[alias] = tmp_path_factory.mktemp(alias)
-        variant.script.main([*demo, f"--output_dir={folders[alias]}", *TINY_MODEL, *TINY_RUN, *data])
+        variant.script.main(
+            [*demo, f"--output_dir={folders[alias]}", *TINY_MODEL, *TINY_RUN, *data, "eval_batches=null"]
+        )
     return folders
 
 
@@ -599,7 +598,7 @@ def test_our_own_checkpoints_carry_released_names_and_neither_prefix_nor_masks(a
         keys = {"model_state_dict", "model_config", "train_config"}
         assert keys <= contents.keys()
         assert "h.0.attn.c_proj.weight" in contents["model_state_dict"]
-        assert not [key for key in contents["model_state_dict"] if key.startswith("module.") or "attn.bias" in key]
+        assert not [key for key in contents["model_state_dict"] if key.startswith("module.") or ".attn.bias" in key]
         assert type(contents["model_config"]) is dict
         assert "n_kv_groups" not in contents["model_config"] or VARIANTS[alias].groups
     assert "optimizer_state_dict" in contents  # of the checkpoint
@@ -644,53 +643,55 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-def half(path):
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
 def whole(variant):
     model = variant.build()
     return {"model_state_dict": model.state_dict(), "model_config": released_config(n_kv_groups=variant.groups)}
 
 
+def cut_file(keep):
+    """Saves a whole checkpoint, and leaves this much of the file."""
+
+    def damage(path, variant):
+        torch.save(whole(variant), path)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(keep * len(content))])
+
+    return damage
+
+
+def saved(make):
+    return lambda path, variant: torch.save(make(whole(variant)), path)
+
+
+def with_config(**changes):
+    """Saves a whole checkpoint whose model_config says something else; None: does not have the key."""
+
+    def make(contents):
+        config = contents["model_config"] | changes
+        return contents | {"model_config": {key: config[key] for key in config if config[key] is not None}}
+
+    return saved(make)
+
+
 BROKEN = {
-    "empty file": lambda path, _: path.write_bytes(b""),
+    "empty file": cut_file(0),
+    "cut in half": cut_file(0.5),
+    "end missing": cut_file(0.999),
     "text file": lambda path, _: path.write_text("loss 3.2\nloss 3.1\n"),
     "folder": lambda path, _: path.mkdir(),
-    "cut in half": lambda path, variant: (torch.save(whole(variant), path), half(path)),
-    "last byte missing": lambda path, variant: (
-        torch.save(whole(variant), path), path.write_bytes(path.read_bytes()[:-1])
-    ),
-    "a bare state dict": lambda path, variant: torch.save(variant.build().state_dict(), path),
-    "a list": lambda path, _: torch.save([1, 2, 3], path),
-    "a tensor": lambda path, _: torch.save(torch.zeros(3), path),
-    "a number": lambda path, _: torch.save(3, path),
-    "no weights": lambda path, variant: torch.save(whole(variant) | {"model_state_dict": {}}, path),
-    "weights are a list": lambda path, variant: torch.save(whole(variant) | {"model_state_dict": [1]}, path),
-    "weights are text": lambda path, variant: torch.save(whole(variant) | {"model_state_dict": "none"}, path),
-    "weights are numbers": lambda path, variant: torch.save(
-        whole(variant) | {"model_state_dict": dict.fromkeys(variant.build().state_dict(), 0.5)}, path
-    ),
-    "weights of another model": lambda path, variant: torch.save(
-        whole(variant) | {"model_state_dict": {"layers.0.weight": torch.zeros(3, 3)}}, path
-    ),
-    "a layer is missing": lambda path, variant: torch.save(whole(variant) | {"model_config": released_config(n_layer=4)}, path),
-    "other shapes": lambda path, variant: torch.save(whole(variant) | {"model_config": released_config(n_positions=25)}, path),
-    "width missing from the config": lambda path, variant: torch.save(
-        whole(variant) | {"model_config": {k: v for k, v in released_config().items() if k != "n_embd"}}, path
-    ),
-    "layers missing from the config": lambda path, variant: torch.save(
-        whole(variant) | {"model_config": {k: v for k, v in released_config().items() if k != "n_layer"}}, path
-    ),
-    "nonsense in the config": lambda path, variant: torch.save(
-        whole(variant) | {"model_config": released_config(n_head="four")}, path
-    ),
-    "no heads in the config": lambda path, variant: torch.save(
-        whole(variant) | {"model_config": released_config(n_head=0)}, path
-    ),
-    "config is a list": lambda path, variant: torch.save(whole(variant) | {"model_config": [32]}, path),
-}  # fmt: skip
+    "bare state dict": saved(lambda contents: contents["model_state_dict"]),
+    "list": saved(lambda contents: list(contents.values())),
+    "tensor": saved(lambda contents: torch.zeros(3)),
+    "no weights": saved(lambda contents: contents | {"model_state_dict": {}}),
+    "other project": saved(lambda contents: contents | {"model_state_dict": {"layers.0.weight": torch.zeros(3, 3)}}),
+    "weight missing": saved(lambda contents: contents["model_state_dict"].pop("ln_f.bias") is None or contents),
+    "more layers in config": with_config(n_layer=4),
+    "more positions in config": with_config(n_positions=25),
+    "no width in config": with_config(n_embd=None),
+    "no layers in config": with_config(n_layer=None),
+    "no heads in config": with_config(n_head=0),
+    "text in config": with_config(n_head="four"),
+}
 
 
 @each_variant
@@ -718,6 +719,8 @@ def test_code_in_a_checkpoint_never_runs(variant, form, tmp_path):
         torch.save(contents, path, _use_new_zipfile_serialization=form != "old torch")
     check_refused(variant, path)
     assert not trace.exists()
-    with warnings.catch_warnings(action="ignore"):
+    if form == "pickle":
+        pickle.loads(path.read_bytes())
+    else:
         torch.load(path, weights_only=False)
     assert trace.exists()  # it would have run

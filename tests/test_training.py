@@ -321,6 +321,12 @@ def test_resuming_from_a_named_checkpoint_ends_like_the_whole_run(data, whole_ru
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_complete_checkpoint_named_for_another_folder_is_evaluated_there(data, whole_run, tmp_path, capsys):
+    KV.main(arguments(data, tmp_path, "dropout=0.1", "--resume", str(whole_run / "checkpoint_step_8.pt")))
+    assert metrics(tmp_path) == metrics(whole_run)[-1:]
+    assert "complete after 8 steps" in capsys.readouterr().out
+
+
 def test_resuming_on_other_data_or_another_shape_is_refused(data, whole_run, tmp_path, capsys):
     other = prepare(tmp_path / "other", [f"Quite another text, number {i}. " * 5 for i in range(40)])
     checkpoint = ["--resume", str(whole_run / "checkpoint_step_4.pt")]

@@ -1,0 +1,770 @@
+"""The configuration files hold the published values, a setting that is wrong ends in one line, and none is dead."""
+
+import contextlib
+import io
+import json
+import math
+import sys
+from dataclasses import dataclass, fields
+from functools import partial
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, prepare
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
+
+# Alias: module, class, tensors cached a layer, projections beside c_proj; as in test_model.py.
+VARIANTS = {
+    "kqv": ("transformer_KQV_300_M", "GPT", 2, ["c_attn"]),
+    "kv": ("transformer_KV_1_300_M", "GPT_QKV_KEqualsV", 1, ["c_q", "c_k"]),
+}
+SCRIPTS = {alias: import_module(row[0]) for alias, row in VARIANTS.items()}
+GROUPED = {"gqa", "mqa", "qgqa", "qmqa"}
+SCRIPT = SCRIPTS["kqv"]  # owns the text that the scripts share; another test holds the others to it
+CONFIGS = {"model": ROOT / "configs/model_config_demo.yaml", "train": ROOT / "configs/train_config_demo.yaml"}
+each_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+examples = settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def surroundings(tmp_path_factory):
+    """One thread, as models this small are slower on two; a folder where the paths in configs lead nowhere."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
+        yield
+    torch.set_num_threads(threads)
+
+
+def run(script, output_dir, *arguments, model=CONFIGS["model"], train=CONFIGS["train"]):
+    """The script as its command line starts it; returns its metrics but for the speed, or else SystemExit."""
+    script.main([f"--model_config={model}", f"--train_config={train}", f"--output_dir={output_dir}", *arguments])
+    return metrics(output_dir)
+
+
+def metrics(output_dir):
+    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in r.items() if name != "tokens_per_second"} for r in records]
+
+
+# ---- the published values
+
+MODEL = {
+    "vocab_size": 50304, "n_positions": 2048, "dropout": 0.1, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+    "use_flash_attention": True, "plain_attention": False,
+}  # fmt: skip
+TRAINING = {
+    "train_data": "slimpajama_data/train", "val_data": "slimpajama_data/validation", "sequence": "padded",
+    "score_padding": True, "seq_length": 2048, "num_gpus": 8, "target_tokens": 10_000_000_000,
+    "lr_scheduler": "cosine", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0,
+    "skip_grad_norm": 100.0, "seed": 42, "precision": "bf16", "compile": "auto", "log_interval": 10,
+    "eval_batches": None, "save_interval": 1000, "wandb": "disabled",
+}  # fmt: skip
+PUBLISHED = {
+    "300M": (
+        {"n_embd": 1024, "n_layer": 20, "n_head": 16, "n_inner": 4096},
+        {"micro_batch_size": 6, "gradient_accumulation": 24, "learning_rate": 2e-4, "min_lr": 2e-5},
+        {"warmup_steps": 500, "eval_interval": 200},
+        {"tokens_per_step": 2_359_296, "steps": 4_238},
+    ),
+    "1.2B": (
+        {"n_embd": 2048, "n_layer": 22, "n_head": 32, "n_inner": 8192},
+        {"micro_batch_size": 2, "gradient_accumulation": 36, "learning_rate": 6e-5, "min_lr": 6e-6},
+        {"warmup_steps": 1000, "eval_interval": 500},
+        {"tokens_per_step": 1_179_648, "steps": 8_477},
+    ),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_files_hold_the_published_values(size):
+    shape, batch, intervals, derived = PUBLISHED[size]
+    model = yaml.safe_load((ROOT / f"configs/model_config_{size}.yaml").read_text())
+    assert model == MODEL | shape
+    train = yaml.safe_load((ROOT / f"configs/train_config_{size}.yaml").read_text())
+    del train["sample_tokens"]  # ours
+    assert train == TRAINING | batch | intervals
+    rows = train["micro_batch_size"] * train["gradient_accumulation"] * train["num_gpus"]
+    assert rows * train["seq_length"] == derived["tokens_per_step"]
+    assert train["target_tokens"] // derived["tokens_per_step"] == derived["steps"]
+
+
+@each_script
+@pytest.mark.parametrize("size", [*PUBLISHED, "demo"])
+def test_every_field_of_both_configs_stands_in_the_files(script, size):
+    for kind, config in (("model", script.ModelConfig), ("train", script.TrainingConfig)):
+        values = yaml.safe_load((ROOT / f"configs/{kind}_config_{size}.yaml").read_text())
+        assert values.keys() == {field.name for field in fields(config)} - {"n_kv_groups"}
+
+
+@each_script
+def test_a_run_takes_the_steps_that_its_target_tokens_allow(script, data, tmp_path):
+    """Rounded down: 1,000 tokens at 256 a step are 3 steps."""
+    assert run(script, tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, "target_tokens=1000")[-1]["step"] == 3
+
+
+# ---- what is wrong with a setting is said in one line
+
+
+def refused(output_dir, *arguments, script=SCRIPT, **paths):
+    """The line on stderr with which the script, started so, exits with 2 before it has written anything."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as exit:
+        run(script, output_dir, *arguments, **paths)
+    assert exit.value.code == 2
+    assert not output_dir.exists()
+    lines = stderr.getvalue().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith(f"{script.__name__}.py: error: ")
+    return lines[0]
+
+
+def altered(folder, kind, **changes):
+    """A copy of the demo config with other values; a value of `...` removes the key."""
+    values = yaml.safe_load(CONFIGS[kind].read_text()) | changes
+    path = folder / f"altered_{kind}.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not ...}))
+    return path
+
+
+WRONG = [  # key, value in the file, value on the command line, what was expected
+    ("n_embd", "wide", "wide", "int"),
+    ("n_layer", True, "true", "int"),
+    ("n_head", 4.0, "4.0", "int"),
+    ("n_embd", None, "null", "int"),
+    ("vocab_size", 0, "0", "above 0"),
+    ("n_inner", -1, "-1", "above 0"),
+    ("n_inner", 0, "0", "above 0"),
+    ("dropout", 1.0, "1.0", "below 1"),
+    ("dropout", -0.1, "-0.1", "at least 0"),
+    ("layer_norm_epsilon", 0.0, "0", "above 0"),
+    ("initializer_range", [0.02], "[0.02]", "float"),
+    ("use_flash_attention", 1, "1", "bool"),
+    ("plain_attention", "no way", "no way", "bool"),
+    ("layer_norm_epsilon", 0.0, "1e999", "above 0"),
+    ("train_data", 7, "7", "str"),
+    ("sequence", "stacked", "stacked", "padded or packed"),
+    ("score_padding", 0, "0", "bool"),
+    ("learning_rate", math.nan, "nan", "above 0"),
+    ("learning_rate", math.nan, ".nan", "above 0"),
+    ("learning_rate", math.inf, ".inf", "above 0"),
+    ("learning_rate", True, "true", "float"),
+    ("learning_rate", None, "null", "float"),
+    ("learning_rate", "fast", "fast", "float"),
+    ("min_lr", -1e-4, "-1e-4", "at least 0"),
+    ("beta2", 1, "1", "below 1"),
+    ("grad_clip", 0, "0", "above 0"),
+    ("gradient_accumulation", 2.5, "2.5", "int"),
+    ("num_gpus", 0, "0", "above 0"),
+    ("target_tokens", "1e6 tokens", "1e6 tokens", "int"),
+    ("warmup_steps", -1, "-1", "at least 0"),
+    ("seed", -1, "-1", "at least 0"),
+    ("seed", {"a": 1}, "{a: 1}", "int"),
+    ("lr_scheduler", "cosinus", "cosinus", "cosine or linear or constant"),
+    ("precision", "fp16", "fp16", "bf16 or fp32"),
+    ("compile", "sometimes", "sometimes", "auto or True or False"),
+    ("compile", 1, "1", "auto or True or False"),
+    ("log_interval", 0, "0", "above 0"),
+    ("eval_batches", 0, "0", "above 0"),
+    ("eval_batches", 1.5, "1.5", "int or null"),
+    ("save_interval", None, "", "int"),
+    ("wandb", True, "on", "disabled or offline or online"),
+]
+wrong = pytest.mark.parametrize(("key", "in_file", "typed", "expected"), WRONG)
+
+
+def kind_of(key):
+    return "model" if key in {field.name for field in fields(SCRIPT.ModelConfig)} else "train"
+
+
+@wrong
+def test_a_wrong_value_in_a_file_is_refused_with_file_key_and_what_was_expected(
+    key, in_file, typed, expected, tmp_path
+):
+    kind = kind_of(key)
+    path = altered(tmp_path, kind, **{key: in_file})
+    line = refused(tmp_path / "out", **{kind: path})
+    for part in (str(path), f"{key}: expected ", expected):
+        assert part in line
+
+
+@wrong
+def test_a_wrong_value_on_the_command_line_is_refused_with_key_and_what_was_expected(
+    key, in_file, typed, expected, tmp_path
+):
+    line = refused(tmp_path / "out", f"{key}={typed}")
+    for part in ("command line", f"{key}: expected ", expected):
+        assert part in line
+
+
+@each_script
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_an_unknown_key_in_a_file_is_refused(script, kind, tmp_path):
+    path = altered(tmp_path, kind, learnign_rate=1e-3)
+    line = refused(tmp_path / "out", script=script, **{kind: path})
+    assert f"{path}: learnign_rate: " in line
+    assert "expected" in line
+
+
+@each_script
+@pytest.mark.parametrize("key", ["n_embd", "n_head", "micro_batch_size", "eval_batches", "wandb"])
+def test_a_missing_key_is_refused_unless_the_command_line_has_it(script, key, tmp_path):
+    kind = kind_of(key)
+    path = altered(tmp_path, kind, **{key: ...})
+    line = refused(tmp_path / "out", script=script, **{kind: path})
+    assert f"{path}: {key}: " in line
+    assert "expected" in line
+    value = yaml.safe_load(CONFIGS[kind].read_text())[key]
+    given_instead = refused(tmp_path / "out", f"{key}={value}", "seed=x", script=script, **{kind: path})
+    assert "seed" in given_instead
+
+
+TOGETHER = [
+    (["min_lr=2e-3", "learning_rate=1e-3"], "min_lr", "expected at most learning_rate"),
+    (["target_tokens=4095"], "target_tokens", "4096"),  # 8 x 1 x 2 rows of 256
+    (["n_embd=30"], "n_embd", "expected a multiple of n_head"),
+    (["seq_length=512"], "seq_length", "n_positions"),
+]
+
+
+@each_script
+@pytest.mark.parametrize(("arguments", "key", "expected"), TOGETHER)
+def test_values_that_do_not_go_together_are_refused(script, arguments, key, expected, data, tmp_path):
+    line = refused(tmp_path / "out", *data, *arguments, script=script)
+    assert key in line
+    assert expected in line
+
+
+@pytest.mark.parametrize("alias", SCRIPTS.keys() - GROUPED)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_groups_are_refused_for_a_variant_without_them(alias, groups, tmp_path):
+    for arguments, paths in (
+        ([f"n_kv_groups={groups}"], {}),
+        ([], {"model": altered(tmp_path, "model", n_kv_groups=groups)}),
+    ):
+        line = refused(tmp_path / "out", *arguments, script=SCRIPTS[alias], **paths)
+        assert "n_kv_groups: expected null" in line
+
+
+UNREADABLE = {
+    "is missing": lambda path: None,
+    "is a folder": lambda path: path.mkdir(),
+    "is empty": lambda path: path.write_text(""),
+    "is not YAML": lambda path: path.write_text("n_embd: [32\nn_layer: 2\n"),
+    "is not YAML, with a tab": lambda path: path.write_text("n_embd:\t- 32\n\tn_layer: 2\n"),
+    "is a list": lambda path: path.write_text("- n_embd\n- n_layer\n"),
+    "is a list of pairs": lambda path: path.write_text("- [n_embd, 32]\n- [n_layer, 2]\n"),
+    "is text": lambda path: path.write_text("a model"),
+    "is a number": lambda path: path.write_text("32"),
+    "is not UTF-8": lambda path: path.write_bytes(b"n_embd: 32 # \xff\xfe\n"),
+    "has a date that is none": lambda path: path.write_text("n_embd: 2024-13-45\n"),
+    "would run code": lambda path: path.write_text("n_embd: !!python/object/apply:os.getcwd []\n"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("content", UNREADABLE)
+def test_a_file_that_is_no_config_is_refused_by_name(kind, content, tmp_path):
+    path = tmp_path / "config.yaml"
+    UNREADABLE[content](path)
+    line = refused(tmp_path / "out", **{kind: path})
+    assert str(path) in line
+    assert "expected" in line
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["learnign_rate=1e-3", "seed", "=3", "Seed=3", "seed =3", "output_dir=x", "seed=[", "seed={", "seed=!!x 3",
+     "train_data=2024-13-45", "seed='", "train_data=a: b: c", "train_data=@x"],
+)  # fmt: skip
+def test_what_is_no_setting_is_refused_on_the_command_line(argument, tmp_path):
+    line = refused(tmp_path / "out", argument)
+    assert "command line" in line
+    assert argument.partition("=")[0] in line
+    assert "expected" in line
+
+
+def test_data_that_is_missing_is_refused_before_anything_is_written(tmp_path):
+    line = refused(tmp_path / "out", f"train_data={tmp_path}/a", f"val_data={tmp_path}/b")
+    assert "dataset_download.py" in line
+
+
+# ---- and whatever the value is
+
+CHOICES = {
+    "sequence": ["padded", "packed"],
+    "lr_scheduler": ["cosine", "linear", "constant"],
+    "precision": ["bf16", "fp32"],
+    "compile": ["auto", True, False],
+    "wandb": ["disabled", "offline", "online"],
+    "score_padding": [True, False],
+    "use_flash_attention": [True, False],
+    "plain_attention": [True, False],
+}
+TEXTS = {"train_data", "val_data"}
+FROM_ZERO_BELOW_ONE = {"dropout", "beta1", "beta2"}
+FROM_ZERO = FROM_ZERO_BELOW_ONE | {"min_lr", "warmup_steps", "weight_decay", "seed", "sample_tokens"}
+NUMBERS = FROM_ZERO_BELOW_ONE | {
+    "layer_norm_epsilon", "initializer_range", "learning_rate", "min_lr", "weight_decay", "grad_clip",
+    "skip_grad_norm",
+}  # fmt: skip
+OR_NULL = {"n_inner", "eval_batches"}
+KEYS = [field.name for kind in (SCRIPT.ModelConfig, SCRIPT.TrainingConfig) for field in fields(kind)]
+KEYS.remove("n_kv_groups")  # of this variant, always null; tested above
+
+
+def acceptable(key, value):
+    """The rules once more, in other words."""
+    if key in CHOICES:
+        return any(type(value) is type(choice) and value == choice for choice in CHOICES[key])
+    if key in TEXTS:
+        return isinstance(value, str)
+    if value is None:
+        return key in OR_NULL
+    if key in NUMBERS and isinstance(value, str | int) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except (ValueError, OverflowError):
+            return False
+    if type(value) is not (float if key in NUMBERS else int):
+        return False
+    in_range = value >= 0 if key in FROM_ZERO else value > 0
+    return in_range and value < (1 if key in FROM_ZERO_BELOW_ONE else math.inf)
+
+
+AWKWARD = [
+    None, True, False, 0, 1, -1, 10**400, -(10**400), 0.0, 1.0, 0.5, -0.5, math.nan, math.inf, -math.inf, "", "1",
+    "nan", "1e999", "true", "null", "auto\n", "Padded", "\u2028", [], {}, [1], {"a": None},
+]  # fmt: skip
+ANYTHING = st.recursive(
+    st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=4) | st.sampled_from(AWKWARD),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=3,
+)
+
+
+@pytest.mark.parametrize("key", KEYS)
+@examples
+@given(value=ANYTHING)
+def test_any_unacceptable_value_is_refused_in_one_line_that_names_its_key(tmp_path_factory, key, value):
+    assume(not acceptable(key, value))
+    check_unacceptable(tmp_path_factory.getbasetemp(), **{key: value})
+
+
+@pytest.mark.parametrize("value", AWKWARD, ids=lambda value: f"{value!r:.9}")
+def test_an_awkward_value_is_refused_for_one_key_of_each_kind(value, tmp_path):
+    for key in ("n_layer", "seed", "learning_rate", "dropout", "eval_batches", "compile", "sequence", "score_padding"):
+        if not acceptable(key, value):
+            check_unacceptable(tmp_path, **{key: value})
+
+
+def check_unacceptable(folder, **change):
+    ((key, _),) = change.items()
+    kind = kind_of(key)
+    path = altered(folder, kind, **change)
+    line = refused(folder / "never_written", **{kind: path})
+    assert f"{path}: {key}: expected " in line
+
+
+# ---- what is asked for is what runs
+
+
+def read(path):
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("alias", SCRIPTS)
+def test_the_resolved_configs_are_what_was_asked_for_and_give_the_same_run_again(alias, data, tmp_path):
+    first, second, script = tmp_path / "first", tmp_path / "second", SCRIPTS[alias]
+    asked = [*TINY_MODEL, *TINY_RUN, *data, "dropout=0.2", "learning_rate=2e-2", "eval_batches=null"]
+    records = run(script, first, *asked)
+    overrides = {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in asked)}
+    overrides |= {"learning_rate": 2e-2, "min_lr": 1e-3, "dropout": 0.2}
+    for kind, config in (("model", script.ModelConfig), ("train", script.TrainingConfig)):
+        names = {field.name for field in fields(config)}
+        expected = read(CONFIGS[kind]) | {key: value for key, value in overrides.items() if key in names}
+        resolved = read(first / f"{kind}_config.yaml")
+        if alias in GROUPED:
+            resolved.pop("n_kv_groups")
+        assert resolved == expected
+    files = {"model": first / "model_config.yaml", "train": first / "train_config.yaml"}
+    assert run(script, second, **files) == records
+    for kind in CONFIGS:
+        assert read(second / f"{kind}_config.yaml") == read(first / f"{kind}_config.yaml")
+
+
+def test_n_inner_is_four_times_the_width_unless_set(data, tmp_path):
+    model = altered(tmp_path, "model", n_inner=None)
+    settings = [setting for setting in TINY_MODEL if not setting.startswith("n_inner")]
+    run(SCRIPT, tmp_path / "out", *settings, *TINY_RUN, *data, "target_tokens=256", model=model)
+    assert read(tmp_path / "out/model_config.yaml")["n_inner"] == 4 * 32
+
+
+def test_numbers_in_scientific_notation_are_numbers_in_the_file_and_on_the_command_line(data, tmp_path):
+    """PyYAML takes 2e-4 for text."""
+    text = CONFIGS["train"].read_text().replace("1.0e-3", "2e-4").replace("1.0e-4", "0")
+    (tmp_path / "train.yaml").write_text(text)
+    settings = [s for s in TINY_RUN if not s.startswith(("learning_rate", "min_lr"))] + ["target_tokens=256"]
+    in_file = run(SCRIPT, tmp_path / "a", *TINY_MODEL, *settings, *data, train=tmp_path / "train.yaml")
+    typed = run(SCRIPT, tmp_path / "b", *TINY_MODEL, *settings, *data, "learning_rate=2e-4", "min_lr=0")
+    assert in_file == typed
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        resolved = read(folder / "train_config.yaml")
+        assert (resolved["learning_rate"], resolved["min_lr"]) == (0.0002, 0.0)
+
+
+def test_settings_go_before_between_and_after_the_options(data, tmp_path):
+    configs = ["--model_config", str(CONFIGS["model"]), "--train_config", str(CONFIGS["train"])]
+    output = ["--output_dir", str(tmp_path / "out")]
+    SCRIPT.main(["seed=3", *TINY_MODEL, *configs, *TINY_RUN, "dropout=0.3", *output, *data, "target_tokens=256"])
+    assert read(tmp_path / "out/model_config.yaml")["dropout"] == 0.3
+    train = read(tmp_path / "out/train_config.yaml")
+    assert (train["seed"], train["target_tokens"]) == (3, 256)
+
+
+def test_the_last_of_two_values_counts(data, tmp_path):
+    run(SCRIPT, tmp_path / "out", "seed=3", *TINY_MODEL, *TINY_RUN, *data, "target_tokens=256", "seed=4")
+    assert read(tmp_path / "out/train_config.yaml")["seed"] == 4
+
+
+@each_script
+def test_one_process_takes_the_global_batch_of_eight(script, data, tmp_path):
+    """However 24 rows are dealt out to processes and micro batches, the same data make the same step."""
+    settings = [*TINY_MODEL, *TINY_RUN, *data, f"target_tokens={3 * 24 * 32}", "eval_batches=null"]
+    eight = run(script, tmp_path / "8", *settings, "num_gpus=8", "gradient_accumulation=3", "micro_batch_size=1")
+    one = run(script, tmp_path / "1", *settings, "num_gpus=1", "gradient_accumulation=24", "micro_batch_size=1")
+    assert eight == one
+    assert eight[-1]["step"] == 3
+    assert eight[-1]["tokens"] == 3 * 24 * 32
+    larger = run(script, tmp_path / "4", *settings, "num_gpus=2", "gradient_accumulation=2", "micro_batch_size=6")
+    assert [record["step"] for record in larger] == [record["step"] for record in one]
+    for a, b in zip(larger, one, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+# ---- no key is dead
+
+
+@dataclass
+class Seen:
+    """What a user can observe of a run, its own configuration aside."""
+
+    records: list
+    files: dict  # name: size of the text or tensors, so that times and configs do not count
+    weights: dict
+    printed: str
+
+    @property
+    def losses(self):
+        return [r["loss"] for r in self.records if r["kind"] == "train"]
+
+    @property
+    def shapes(self):
+        return {name: tensor.shape for name, tensor in self.weights.items()}
+
+    @property
+    def rates(self):
+        return [r["learning_rate"] for r in self.records if r["kind"] == "train"]
+
+    def kinds(self, *kinds):
+        return [(r["kind"], r["step"]) for r in self.records if r["kind"] in kinds]
+
+    @property
+    def evaluations(self):
+        return [r for r in self.records if r["kind"] != "train"]
+
+    @property
+    def checkpoints(self):
+        return sorted(name for name in self.files if name.endswith(".pt"))
+
+    @property
+    def samples(self):
+        return {name: text for name, text in self.files.items() if name.startswith("samples")}
+
+
+def observe(folder, *settings):
+    """A run of four steps with these settings."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        records = run(SCRIPT, folder, *TINY_MODEL, *TINY_RUN, "target_tokens=1024", *settings)
+    files = {path.name: path.read_text() if path.suffix == ".txt" else "" for path in folder.iterdir()}
+    weights = torch.load(folder / "final_model.pt")["model_state_dict"]
+    return Seen(records, files, weights, printed.getvalue())
+
+
+@pytest.fixture(scope="module")
+def observed(data, tmp_path_factory):
+    """observe() in a new folder, or, where the same settings were observed before, what was seen then."""
+    seen = {}
+
+    def lookup(*settings):
+        if settings not in seen:
+            seen[settings] = observe(tmp_path_factory.mktemp("run") / "out", *data, *settings)
+        return seen[settings]
+
+    return lookup
+
+
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory):
+    """Settings that name a data set of other texts."""
+    return dict(s.split("=") for s in prepare(tmp_path_factory.mktemp("other"), [s.upper() for s in SENTENCES]))
+
+
+def changes(change, *aspects, given=()):
+    """A row: the setting `change`, beside those `given`, changes every one of these aspects of the run."""
+    return change, aspects, given
+
+
+LONG_ROWS = ("sequence=padded", "n_positions=128", "seq_length=128", "target_tokens=4096")  # longer than some texts
+ROWS = {
+    "vocab_size": changes("vocab_size=260", "shapes", "losses"),
+    "n_positions": changes("n_positions=40", "shapes", "printed"),
+    "n_embd": changes("n_embd=48", "shapes", "losses", "printed"),
+    "n_layer": changes("n_layer=3", "shapes", "losses"),
+    "n_head": changes("n_head=4", "losses"),
+    "n_inner": changes("n_inner=72", "shapes", "losses"),
+    "dropout": changes("dropout=0.3", "losses"),
+    "layer_norm_epsilon": changes("layer_norm_epsilon=1e-2", "losses"),
+    "initializer_range": changes("initializer_range=0.1", "losses"),
+    "sequence": changes("sequence=padded", "losses", "evaluations"),
+    "score_padding": changes("score_padding=false", "losses", "weights", given=LONG_ROWS),
+    "seq_length": changes("seq_length=16", "losses", "records"),
+    "micro_batch_size": changes("micro_batch_size=1", "losses", "records"),
+    "gradient_accumulation": changes("gradient_accumulation=1", "losses", "records"),
+    "num_gpus": changes("num_gpus=1", "losses", "records"),
+    "target_tokens": changes("target_tokens=512", "records", "checkpoints"),
+    "learning_rate": changes("learning_rate=2e-2", "rates", "losses"),
+    "min_lr": changes("min_lr=0", "rates"),
+    "lr_scheduler": changes("lr_scheduler=constant", "rates", "weights"),
+    "warmup_steps": changes("warmup_steps=3", "rates", "losses"),
+    "weight_decay": changes("weight_decay=0.9", "losses"),
+    "beta1": changes("beta1=0.5", "losses"),
+    "beta2": changes("beta2=0.5", "losses"),
+    "grad_clip": changes("grad_clip=0.001", "weights"),
+    "skip_grad_norm": changes("skip_grad_norm=0.001", "losses", "printed"),
+    "seed": changes("seed=7", "losses", "weights", "samples"),
+    "precision": changes("precision=bf16", "losses"),
+    "log_interval": changes("log_interval=2", "losses"),
+    "eval_interval": changes("eval_interval=1", "evaluations"),
+    "eval_batches": changes("eval_batches=1", "evaluations"),
+    "save_interval": changes("save_interval=1", "checkpoints", "samples"),
+    "sample_tokens": changes("sample_tokens=0", "samples"),
+}
+
+
+def same(a, b):
+    if isinstance(a, dict) and a.keys() == b.keys():
+        return all(same(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return a == b
+
+
+@pytest.mark.parametrize("key", ROWS)
+def test_a_key_changes_what_it_says(key, observed):
+    change, aspects, given = ROWS[key]
+    before, after = observed(*given), observed(*given, change)
+    assert change.startswith(f"{key}=")
+    for aspect in aspects:
+        assert not same(getattr(before, aspect), getattr(after, aspect)), aspect
+
+
+def test_two_runs_of_the_same_settings_are_the_same(observed, data, tmp_path):
+    """Or else every key above would seem alive."""
+    before, after = observed(), observe(tmp_path / "out", *data)
+    for aspect in {aspect for _, aspects, _ in ROWS.values() for aspect in aspects} - {"printed"}:
+        assert same(getattr(before, aspect), getattr(after, aspect)), aspect
+
+
+def test_counts_in_the_metrics_and_files_follow_the_intervals(observed):
+    seen = observed()
+    assert seen.kinds("train") == [("train", step) for step in (1, 2, 3, 4)]
+    assert seen.kinds("val", "final") == [("val", 0), ("final", 4)]
+    assert seen.checkpoints == ["checkpoint_step_2.pt", "checkpoint_step_4.pt", "final_model.pt"]
+    assert sorted(seen.samples) == ["samples_step_2.txt", "samples_step_4.txt"]
+    assert observed("log_interval=2").kinds("train") == [("train", 2), ("train", 4)]
+    assert observed("eval_interval=1").kinds("val", "final") == [*(("val", s) for s in range(4)), ("final", 4)]
+    every = [f"checkpoint_step_{step}.pt" for step in (1, 2, 3, 4)]
+    assert observed("save_interval=1").checkpoints == [*every, "final_model.pt"]
+    assert observed("sample_tokens=0").samples == {}
+    assert "skipped" in observed("skip_grad_norm=0.001").printed
+    assert "skipped" not in seen.printed
+
+
+def test_the_schedules_warm_up_and_end_at_min_lr(observed):
+    """Four steps, two of warm-up, from 1e-2 down to 1e-3."""
+    rates = {name: observed(f"lr_scheduler={name}").rates for name in ("cosine", "linear", "constant")}
+    assert rates["cosine"] == pytest.approx([5e-3, 1e-2, 1e-2, 5.5e-3])
+    assert rates["linear"] == pytest.approx([5e-3, 1e-2, 1e-2, 5.5e-3])
+    assert rates["constant"] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2])
+    longer = ("target_tokens=1536",)  # six steps
+    rates = {name: observed(*longer, f"lr_scheduler={name}").rates for name in ("cosine", "linear")}
+    cosine = [1e-3 + 9e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert rates["cosine"] == pytest.approx([5e-3, 1e-2, *cosine])
+    assert rates["linear"] == pytest.approx([5e-3, 1e-2, 1e-2, 7.75e-3, 5.5e-3, 3.25e-3])
+
+
+def test_skipped_updates_leave_the_weights_as_they_were(observed):
+    seen = observed("skip_grad_norm=0.001", "log_interval=1", "eval_batches=null")
+    assert len({record["loss"] for record in seen.evaluations}) == 1
+
+
+@pytest.mark.parametrize("key", ["train_data", "val_data"])
+def test_data_come_from_the_folder_named(key, observed, other_data):
+    before, after = observed(), observed(f"{key}={other_data[key]}")
+    assert same(before.losses, after.losses) == (key == "val_data")
+    assert not same(before.evaluations, after.evaluations)
+    assert same(before.samples, after.samples) is False
+
+
+def one_step(data, tmp_path, *settings):
+    return run(SCRIPT, tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, "target_tokens=256", *settings)
+
+
+@pytest.mark.parametrize(("value", "compiled"), [("true", True), ("false", False), ("auto", False)])
+def test_compile_compiles_the_model_and_auto_does_not_on_the_cpu(value, compiled, data, tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("auto compiles where there is a GPU")
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *_, **__: calls.append(type(module).__name__))
+    monkeypatch.setattr(torch, "compile", lambda module, *_, **__: calls.append(type(module).__name__) or module)
+    one_step(data, tmp_path, f"compile={value}")
+    assert bool(calls) == compiled
+
+
+@each_script
+@pytest.mark.parametrize("plain", [True, False])
+def test_plain_attention_does_without_the_fused_one(script, plain, data, tmp_path, monkeypatch):
+    calls, fused = [], F.scaled_dot_product_attention
+
+    def counted(*arguments, **options):
+        calls.append(1)
+        return fused(*arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    settings = [*TINY_MODEL, *TINY_RUN, *data, "target_tokens=256", f"plain_attention={str(plain).lower()}"]
+    run(script, tmp_path / "out", *settings)
+    assert bool(calls) != plain
+
+
+@pytest.mark.parametrize("alias", SCRIPTS)
+def test_flash_attention_is_used_where_it_is_asked_for_installed_and_fits(alias, monkeypatch):
+    """A stand-in for the package, and tensors that say they are on a GPU."""
+    script, calls = SCRIPTS[alias], []
+
+    def flash_attn_func(q, k, v, causal):
+        assert causal
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16
+        calls.append(q.shape)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    flash_attn = ModuleType("flash_attn")
+    flash_attn.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    monkeypatch.setattr(script, "FLASH_ATTENTION", True)
+    ids = torch.arange(8).view(1, 8)
+
+    def logits(precision, **changes):
+        torch.manual_seed(0)
+        values = {"vocab_size": 61, "n_positions": 8, "n_embd": 32, "n_layer": 2, "n_head": 4}
+        groups = {"n_kv_groups": 2 if alias in {"gqa", "qgqa"} else 1} if alias in GROUPED else {}
+        config = script.ModelConfig(**values, **groups, **changes)
+        model = getattr(script, VARIANTS[alias][1])(config).eval()
+        calls.clear()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32), monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", True)
+            return model(ids)[0].float()
+
+    with_flash = logits(torch.bfloat16)
+    assert calls == [(1, 8, 4, 8)] * 2  # each layer, [B, T, heads, head_dim]
+    without = logits(torch.bfloat16, use_flash_attention=False)
+    assert calls == []
+    torch.testing.assert_close(with_flash, without, atol=1e-2, rtol=1e-2)
+    logits(torch.float32)
+    assert calls == []
+    logits(torch.bfloat16, plain_attention=True)
+    assert calls == []
+    monkeypatch.setattr(script, "FLASH_ATTENTION", False)
+    logits(torch.bfloat16)
+    assert calls == []
+
+
+class FakeWandb(ModuleType):
+    """Keeps what a run tells it, or fails at a step of it."""
+
+    def __init__(self, fails_in=None):
+        super().__init__("wandb")
+        self.fails_in, self.options, self.logged = fails_in, [], []
+
+    def step(self, name):
+        if name == self.fails_in:
+            raise RuntimeError(f"{name} of wandb fails")
+
+    def Settings(self, **options):
+        self.step("Settings")
+        return options
+
+    def init(self, **options):
+        self.step("init")
+        self.options.append(options)
+        run = SimpleNamespace(log=self.log, finish=lambda *_, **__: self.step("finish"), config={}, summary={})
+        return run
+
+    def log(self, values, step=None, **_):
+        self.step("log")
+        self.logged.append((step, values))
+
+    def finish(self, *_, **__):
+        self.step("finish")
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_wandb_gets_the_metrics_when_it_is_asked_for(mode, data, tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    records = one_step(data, tmp_path, f"wandb={mode}")
+    assert [options["mode"] for options in wandb.options] == [mode]
+    assert [step for step, _ in wandb.logged] == [record["step"] for record in records]
+    for (_, values), record in zip(wandb.logged, records, strict=True):
+        assert record["loss"] in values.values()
+
+
+def test_wandb_is_not_even_imported_unless_it_is_asked_for(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
+    one_step(data, tmp_path, "wandb=disabled")
+    output = capsys.readouterr()
+    assert "warning" not in output.out + output.err
+
+
+@pytest.mark.parametrize("failure", ["import", "Settings", "init", "log", "finish"])
+def test_a_run_completes_without_wandb_and_says_so(failure, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None if failure == "import" else FakeWandb(failure))
+    records = one_step(data, tmp_path, "wandb=offline")
+    assert records[-1]["kind"] == "final"
+    output = capsys.readouterr()
+    if failure != "finish":  # which need not be called
+        assert "warning: wandb" in output.out + output.err
+
+
+OWN_TEST = {
+    "n_kv_groups": test_groups_are_refused_for_a_variant_without_them,
+    "use_flash_attention": test_flash_attention_is_used_where_it_is_asked_for_installed_and_fits,
+    "plain_attention": test_plain_attention_does_without_the_fused_one,
+    "train_data": partial(test_data_come_from_the_folder_named, "train_data"),
+    "val_data": partial(test_data_come_from_the_folder_named, "val_data"),
+    "compile": test_compile_compiles_the_model_and_auto_does_not_on_the_cpu,
+    "wandb": test_wandb_gets_the_metrics_when_it_is_asked_for,
+}
+
+
+@each_script
+def test_no_key_is_left_out_of_the_tests_above(script):
+    keys = [field.name for kind in (script.ModelConfig, script.TrainingConfig) for field in fields(kind)]
+    assert sorted([*ROWS, *OWN_TEST]) == sorted(keys)
