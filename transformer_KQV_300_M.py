@@ -55,10 +55,16 @@ MAX_SKIPPED_UPDATES = 10  # this many in a row mean that the run has diverged
 PROMPT_TOKENS = 32  # of each written sample, taken from the validation data
 DENSE_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # a second, by name of the GPU; for the mfu
 FLASH_ATTENTION = find_spec("flash_attn") is not None
+NOT_A_CHECKPOINT = (  # what torch.load and a look at the contents raise on any other file
+    OSError, EOFError, RuntimeError, pickle.UnpicklingError, AttributeError, LookupError, TypeError, ZeroDivisionError
+)  # fmt: skip
 
 
 class RunError(ValueError):
     """Ends a run with one line instead of a traceback: what is wrong, where, and what to do about it."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))  # libraries explain themselves in paragraphs
 
 
 @dataclass(kw_only=True)
@@ -137,9 +143,9 @@ def checked(setting, value, place):
     """The value of a config's dataclass field, or a RunError that says where it stands and what was expected."""
     kinds = get_args(setting.type) or (setting.type,)  # of int | None, of Literal["a", "b"], or the one type
     if float in kinds and type(value) in (int, str):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # PyYAML reads 2e-4 as text
-    fits = type(value) in kinds or value in kinds
+    fits = type(value) in kinds or (type(value), value) in [(type(kind), kind) for kind in kinds]  # 1 is not True
     expected = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds).replace("NoneType", "null")
     if int in kinds or float in kinds:
         lowest, limit = setting.name in MAY_BE_ZERO, 1 if setting.name in BELOW_ONE else math.inf
@@ -173,11 +179,16 @@ def read_config(kind, path, overrides):
 def read_overrides(arguments):
     """KEY=VALUE arguments as a dict, the values read as YAML."""
     known = [setting.name for kind in (ModelConfig, TrainingConfig) for setting in fields(kind)]
+    overrides = {}
     for argument in arguments:
-        if "=" not in argument or argument.partition("=")[0] not in known:
+        key, equals, value = argument.partition("=")
+        if not equals or key not in known:
             raise RunError(f"command line: {argument}: expected KEY=VALUE with a KEY out of {', '.join(known)}")
-    pairs = (argument.partition("=") for argument in arguments)
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError) as error:
+            raise RunError(f"command line: {key}: expected a YAML value, got {value!r}") from error
+    return overrides
 
 
 class KVCache:
@@ -335,10 +346,11 @@ class GPT(nn.Module):
 
     def make_cache(self, batch_size, max_length=None, dtype=None):
         """An empty KVCache; by default for n_positions tokens, in the dtype that the forward computes in."""
-        weight = self.wte.weight
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = dtype or (torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype)
-        return KVCache(self.config, batch_size, max_length or self.config.n_positions, dtype, weight.device)
+        weight, device = self.wte.weight, self.wte.weight.device
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        return KVCache(self.config, batch_size, max_length or self.config.n_positions, dtype, device)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
@@ -389,11 +401,11 @@ class TokenDataset(Dataset):
             self.chunks = metadata["chunks"]  # with their hashes: what a resumed run must find again
             self.tokens = [self._map(f"{chunk['name']}.tokens", chunk["tokens"]) for chunk in self.chunks]
             self.offsets = [self._map(f"{chunk['name']}.offsets", chunk["documents"] + 1) for chunk in self.chunks]
-        except (OSError, ValueError) as error:
+            self.vocab_size, self.eos_id = metadata["vocab_size"], metadata["eos_id"]
+        except (OSError, ValueError, KeyError, EOFError) as error:
             raise RunError(f"{self.path}: no complete token files ({error}); run dataset_download.py first") from error
         if not (metadata["finished"] and metadata["documents"]):
             raise RunError(f"{self.path}: its preparation is not finished; run dataset_download.py again")
-        self.vocab_size, self.eos_id = metadata["vocab_size"], metadata["eos_id"]
         # Where each chunk starts: in documents, and in tokens of the packed stream.
         self.document_starts = np.cumsum([0, *(chunk["documents"] for chunk in self.chunks)])
         self.stream_starts = np.cumsum([0, *(chunk["documents"] + chunk["tokens"] for chunk in self.chunks)])
@@ -560,13 +572,15 @@ def read_checkpoint(path):
     """
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        config, weights = contents["model_config"], contents["model_state_dict"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise RunError(f"{path}: not a whole checkpoint: {str(error).splitlines()[0]}") from error
-    # Released checkpoints carry DDP's prefix, and the causal mask of each layer.
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    weights = {name: tensor for name, tensor in weights.items() if not name.endswith(".attn.bias")}
-    variant = contents.get("variant") or variant_of(weights, config["n_embd"] // config["n_head"])
+        if not isinstance(contents, dict):
+            raise TypeError(f"holds a {type(contents).__name__}")
+        # Released checkpoints carry DDP's prefix, and the causal mask of each layer.
+        weights = {name.removeprefix("module."): w for name, w in contents["model_state_dict"].items()}
+        weights = {name: w for name, w in weights.items() if not name.endswith(".attn.bias")}
+        config = contents["model_config"]
+        variant = contents.get("variant") or variant_of(weights, config["n_embd"] // config["n_head"])
+    except NOT_A_CHECKPOINT as error:
+        raise RunError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
     if variant != VARIANT:
         raise RunError(f"{path}: not of {PAPER_NAME}, but of transformer_{variant}_300_M.py or its sibling at 1.2B")
     return contents | {"model_state_dict": weights}
@@ -594,7 +608,11 @@ def load_weights(model, contents, path):
 def load_model(path, device="cpu"):
     """The model in a checkpoint or final_model.pt, ours or a released one, in eval mode."""
     contents, names = read_checkpoint(path), {setting.name for setting in fields(ModelConfig)}
-    config = ModelConfig(**{name: value for name, value in contents["model_config"].items() if name in names})
+    known = {name: value for name, value in contents["model_config"].items() if name in names}
+    try:
+        config = ModelConfig(**known)
+    except TypeError as error:
+        raise RunError(f"{path}: its model_config is not complete: {error}") from error
     with torch.device("meta"):  # allocates nothing: the weights come out of the file
         model = GPT(config)
     load_weights(model.to_empty(device=device), contents, path)
@@ -656,7 +674,7 @@ def start_wandb(output_dir, config):
 
         options = {"name": output_dir.name, "dir": output_dir, "settings": wandb.Settings(init_timeout=30)}
         return wandb.init(project="qkv-variants", mode=config.wandb, config=asdict(config), **options)
-    except Exception as error:
+    except Exception as error:  # whatever a logger fails in, it is not worth the run
         say(f"warning: wandb is not used: {error}")
         return None
 
@@ -816,7 +834,11 @@ class Trainer:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(f"{json.dumps(record)}\n")
         if self.wandb:
-            self.wandb.log({f"{kind}/{name}": value for name, value in results.items()}, step=self.step)
+            try:
+                self.wandb.log({f"{kind}/{name}": value for name, value in results.items()}, step=self.step)
+            except Exception as error:  # as in start_wandb
+                say(f"warning: wandb is not used any more: {error}")
+                self.wandb = None
         self.bar.update(self.step - self.bar.n)
         if kind == "train":
             text = f"loss {results['loss']:.4f}, {results['tokens_per_second']:,.0f} tokens/s"
@@ -889,7 +911,7 @@ def main(arguments=None):
         trainer = Trainer(model_config, config, options.output_dir, options.resume)
         with stop_signals() as received:
             complete = trainer.train(received)
-    except (RunError, OSError, yaml.YAMLError) as error:
+    except (RunError, OSError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -20,7 +20,7 @@ TINY_MODEL = ["vocab_size=257", "n_positions=32", "n_embd=32", "n_layer=2", "n_h
 TINY_RUN = [
     "sequence=packed", "seq_length=32", "micro_batch_size=2", "gradient_accumulation=2", "num_gpus=2",
     "target_tokens=2048", "learning_rate=1e-2", "min_lr=1e-3", "warmup_steps=2", "precision=fp32", "compile=false",
-    "log_interval=1", "eval_interval=4", "save_interval=2", "sample_tokens=8",
+    "log_interval=1", "eval_interval=4", "eval_batches=null", "save_interval=2", "sample_tokens=8",
 ]  # fmt: skip
 SENTENCES = [
     f"Document {i} says that {i} times {j} is {i * j}, and that is all there is to say about it." * (1 + i % 3)

@@ -226,16 +226,16 @@ def test_a_missing_key_is_refused_unless_the_command_line_has_it(script, key, tm
 
 TOGETHER = [
     (["min_lr=2e-3", "learning_rate=1e-3"], "min_lr", "expected at most learning_rate"),
-    (["target_tokens=4095"], "target_tokens", "4096"),  # 8 x 1 x 2 rows of 256
-    (["n_embd=30"], "n_embd", "expected a multiple of n_head"),
-    (["seq_length=512"], "seq_length", "n_positions"),
+    (["target_tokens=255"], "target_tokens", "256"),  # 2 x 2 x 2 rows of 32
+    (["n_embd=30", "n_head=4"], "n_embd", "expected a multiple of n_head"),
+    (["seq_length=33"], "seq_length", "n_positions"),
 ]
 
 
 @each_script
 @pytest.mark.parametrize(("arguments", "key", "expected"), TOGETHER)
 def test_values_that_do_not_go_together_are_refused(script, arguments, key, expected, data, tmp_path):
-    line = refused(tmp_path / "out", *data, *arguments, script=script)
+    line = refused(tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, *arguments, script=script)
     assert key in line
     assert expected in line
 
@@ -407,10 +407,10 @@ def test_n_inner_is_four_times_the_width_unless_set(data, tmp_path):
 
 def test_numbers_in_scientific_notation_are_numbers_in_the_file_and_on_the_command_line(data, tmp_path):
     """PyYAML takes 2e-4 for text."""
-    text = CONFIGS["train"].read_text().replace("1.0e-3", "2e-4").replace("1.0e-4", "0")
-    (tmp_path / "train.yaml").write_text(text)
+    path = altered(tmp_path, "train", learning_rate=..., min_lr=...)
+    path.write_text(path.read_text() + "learning_rate: 2e-4\nmin_lr: 0\n")
     settings = [s for s in TINY_RUN if not s.startswith(("learning_rate", "min_lr"))] + ["target_tokens=256"]
-    in_file = run(SCRIPT, tmp_path / "a", *TINY_MODEL, *settings, *data, train=tmp_path / "train.yaml")
+    in_file = run(SCRIPT, tmp_path / "a", *TINY_MODEL, *settings, *data, train=path)
     typed = run(SCRIPT, tmp_path / "b", *TINY_MODEL, *settings, *data, "learning_rate=2e-4", "min_lr=0")
     assert in_file == typed
     for folder in (tmp_path / "a", tmp_path / "b"):

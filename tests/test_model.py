@@ -395,6 +395,9 @@ def test_with_the_cache_each_step_reads_one_token(variant):
     lengths.clear()
     model.generate(tokens(2, 5), 6, temperature=0, use_cache=False)
     assert lengths == [5, 6, 7, 8, 9, 10]
+    lengths.clear()
+    model.generate(tokens(2, 21), 6, temperature=0)
+    assert lengths == [21, 1, 1, 1, 24, 24]  # the window moves on, and with it every position
 
 
 @each_variant
