@@ -479,6 +479,10 @@ class Seen:
         return [r for r in self.records if r["kind"] != "train"]
 
     @property
+    def start(self):
+        return self.evaluations[0]  # of the initial weights
+
+    @property
     def checkpoints(self):
         return sorted(name for name in self.files if name.endswith(".pt"))
 
@@ -548,7 +552,7 @@ ROWS = {
     "beta2": changes("beta2=0.5", "losses"),
     "grad_clip": changes("grad_clip=0.001", "weights"),
     "skip_grad_norm": changes("skip_grad_norm=0.001", "losses", "printed"),
-    "seed": changes("seed=7", "losses", "weights", "samples"),
+    "seed": changes("seed=7", "start", "losses", "weights", "samples"),
     "precision": changes("precision=bf16", "losses"),
     "log_interval": changes("log_interval=2", "losses"),
     "eval_interval": changes("eval_interval=1", "evaluations"),
@@ -603,6 +607,8 @@ def test_the_schedules_warm_up_and_end_at_min_lr(observed):
     assert rates["cosine"] == pytest.approx([5e-3, 1e-2, 1e-2, 5.5e-3])
     assert rates["linear"] == pytest.approx([5e-3, 1e-2, 1e-2, 5.5e-3])
     assert rates["constant"] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2])
+    assert observed("warmup_steps=3").rates == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])
+    assert observed("warmup_steps=0").rates[0] == pytest.approx(1e-2)
     longer = ("target_tokens=1536",)  # six steps
     rates = {name: observed(*longer, f"lr_scheduler={name}").rates for name in ("cosine", "linear")}
     cosine = [1e-3 + 9e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
