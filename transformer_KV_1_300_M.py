@@ -1,6 +1,6 @@
 """Q–K=V at 300M: the key is the value, the headline variant of the paper.
 
-"Do Transformers Need Three Projections? A Systematic Study of QKV Variants" (ICML 2026, arXiv 2606.04032), Table 4.
+Tables 4 and 10 of "Do Transformers Need Three Projections? A Systematic Study of QKV Variants", ICML 2026.
 Each training script is one whole experiment, and any two differ only in what the paper varies: this text, the
 constants below the imports, the attention class and the name of the model class.
 
@@ -9,8 +9,8 @@ KV cache     K of every head, which is V too: 20 layers x 1,024 numbers a token,
 
     torchrun --nproc_per_node=8 transformer_KV_1_300_M.py     # the paper's run; started again, it resumes
     python transformer_KV_1_300_M.py                          # one process: one GPU, or the CPU
-    python transformer_KV_1_300_M.py --output_dir outputs_kv_text score_padding=false seed=43
-    python -c "from transformer_KV_1_300_M import load_model; model = load_model('final_model.pt')"
+    python transformer_KV_1_300_M.py --output_dir outputs_qkv_k_equals_v_text score_padding=false seed=43
+    python -c "import transformer_KV_1_300_M as m; print(m.load_model('outputs_qkv_k_equals_v/final_model.pt'))"
 """
 
 import argparse
@@ -88,8 +88,10 @@ class ModelConfig:
         self.n_inner = self.n_inner or 4 * self.n_embd
         if self.n_embd % self.n_head:
             raise RunError(f"n_embd: expected a multiple of n_head ({self.n_head}), got {self.n_embd}")
-        if (self.n_kv_groups is None) != (N_KV_GROUPS is None) or self.n_head % (self.n_kv_groups or 1):
-            expected = "null" if N_KV_GROUPS is None else f"a divisor of n_head ({self.n_head})"
+        fits, expected = self.n_kv_groups == N_KV_GROUPS, N_KV_GROUPS or "null"
+        if N_KV_GROUPS not in (None, 1):
+            fits, expected = self.n_head % (self.n_kv_groups or math.inf) == 0, f"a divisor of n_head ({self.n_head})"
+        if not fits:
             raise RunError(f"n_kv_groups: expected {expected} for {PAPER_NAME}, got {self.n_kv_groups}")
 
 
@@ -608,14 +610,18 @@ def load_weights(model, contents, path):
 
 def load_model(path, device="cpu"):
     """The model in a checkpoint or final_model.pt, ours or a released one, in eval mode."""
-    contents, names = read_checkpoint(path), {setting.name for setting in fields(ModelConfig)}
-    known = {name: value for name, value in contents["model_config"].items() if name in names}
+    contents = read_checkpoint(path)
+    config, weights = contents["model_config"], contents["model_state_dict"]
+    names = {setting.name for setting in fields(ModelConfig)}
+    known = {name: value for name, value in config.items() if name in names}
+    if N_KV_GROUPS and "n_kv_groups" not in known:  # a released checkpoint does not always say
+        width = next(len(w) for name, w in weights.items() if name.startswith("h.0.attn.c_k")) // len(CACHED)
+        known["n_kv_groups"] = width * config["n_head"] // config["n_embd"]
     try:
-        config = ModelConfig(**known)
+        with torch.device("meta"):  # allocates nothing: the weights come out of the file
+            model = GPT_QKV_KEqualsV(ModelConfig(**known))
     except TypeError as error:
         raise RunError(f"{path}: its model_config is not complete: {error}") from error
-    with torch.device("meta"):  # allocates nothing: the weights come out of the file
-        model = GPT_QKV_KEqualsV(config)
     load_weights(model.to_empty(device=device), contents, path)
     return model.eval()
 
