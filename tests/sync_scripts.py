@@ -1,7 +1,7 @@
-"""Hold the training scripts to the text that they share.
+"""Hold the training scripts to the text that they share, and the README's table to configs/variants.yaml.
 
-    python tests/sync_scripts.py            # show where a script differs from the reference; exit status 1 if one does
-    python tests/sync_scripts.py --write    # carry the reference's shared text to every other script
+    python tests/sync_scripts.py            # show what is out of step; exit status 1 if anything is
+    python tests/sync_scripts.py --write    # carry the reference's shared text to every other script, renew the table
 
 transformer_KQV_300_M.py owns the shared text. A script's own are its docstring, its two marked regions (constants and
 attention class) and the name of its model class. shared_text.sha256 records the text that was last carried over: a
@@ -15,15 +15,26 @@ import re
 import sys
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "transformer_KQV_300_M.py"
 RECORD = "tests/shared_text.sha256"
 OWN = re.compile(r'\A""".*?"""\n|^# \[variant: \w+\]\n.*?^# \[end of variant\]\n', re.DOTALL | re.MULTILINE)
-CLASS = re.compile(r"^class (GPT\w*)\(nn\.Module\):$", re.MULTILINE)
+TABLE = re.compile(r"(<!-- generated from configs/variants.yaml by `make sync` -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
-def class_name(text):
-    return CLASS.search(text).group(1)
+def variants(root):
+    return yaml.safe_load((root / "configs/variants.yaml").read_text(encoding="utf-8"))
+
+
+def model_classes(root):
+    """The name of the model class of every training script, by file name."""
+    return {script: row["class"] for row in variants(root).values() for script in row["script"].values()}
+
+
+def read(root):
+    return {name: (root / name).read_text(encoding="utf-8") for name in model_classes(root)}
 
 
 def renamed(text, old, new):
@@ -31,61 +42,86 @@ def renamed(text, old, new):
     return re.sub(rf"\b{old}\b(?!-)", new, text)
 
 
-def shared_text(text):
+def shared_text(text, model_class):
     """What a script shares with the others, with a gap for each of its own parts and the reference's class name."""
-    return renamed(OWN.sub("\0", text), class_name(text), "GPT")
+    return renamed(OWN.sub("\0", text), model_class, "GPT")
 
 
-def in_step(text, reference):
+def in_step(text, model_class, reference):
     """The script as it should be: its own parts set into the reference's shared text."""
     own = OWN.findall(text)
-    gaps = renamed(shared_text(reference), "GPT", class_name(text)).split("\0")
+    gaps = renamed(shared_text(reference, "GPT"), "GPT", model_class).split("\0")
     if len(own) != len(gaps) - 1:
         raise ValueError("expected a docstring and two regions between '# [variant: ...]' and '# [end of variant]'")
     return "".join(gap + part for gap, part in zip(gaps, [*own, ""], strict=True))
 
 
-def digest(text):
-    return hashlib.sha256(shared_text(text).encode()).hexdigest()
+def digest(text, model_class="GPT"):
+    return hashlib.sha256(shared_text(text, model_class).encode()).hexdigest()
 
 
-def difference(name, text, wanted):
-    lines = (text.splitlines(keepends=True), wanted.splitlines(keepends=True))
-    return "".join(difflib.unified_diff(*lines, name, f"{name}, with the shared text of {REFERENCE}"))
+def wanted(root):
+    """Every training script as it should be, by file name."""
+    classes, scripts = model_classes(root), read(root)
+    return {name: in_step(text, classes[name], scripts[REFERENCE]) for name, text in scripts.items()}
+
+
+def readme_table(root):
+    """The README's table of variants, in Markdown."""
+    lines = ["| paper | alias | class | a layer caches | 300M | 1.2B |", "|---|---|---|---|---|---|"]
+    for alias, row in variants(root).items():
+        cached = " and ".join(name.upper() for name in row["cached"])
+        scripts = [script_cell(row, size) for size in ("300M", "1.2B")]
+        cells = [row["paper"], f"`{alias}`", f"`{row['class']}`", cached, *scripts]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def script_cell(row, size):
+    if size not in row["script"]:
+        return "–"
+    heads = row["groups"] and row["groups"][size]
+    return f"`{row['script'][size]}`" + (f", {heads} head{'s' * (heads > 1)}" if heads else "")
+
+
+def readme(root):
+    text = (root / "README.md").read_text(encoding="utf-8")
+    return text, TABLE.sub(lambda match: match[1] + readme_table(root) + match[2], text)
 
 
 def check(root):
-    """Unified diffs of the scripts that are not in step, by name."""
-    reference = (root / REFERENCE).read_text(encoding="utf-8")
-    scripts = {path.name: path.read_text(encoding="utf-8") for path in sorted(root.glob("transformer_*.py"))}
-    wanted = {name: in_step(text, reference) for name, text in scripts.items()}
-    return {name: difference(name, text, wanted[name]) for name, text in scripts.items() if text != wanted[name]}
+    """Unified diffs of what is not in step, by file name."""
+    goals, diffs = wanted(root), {}
+    pairs = {name: (text, goals[name]) for name, text in read(root).items()} | {"README.md": readme(root)}
+    for name, (text, goal) in pairs.items():
+        lines = text.splitlines(keepends=True), goal.splitlines(keepends=True)
+        diffs[name] = "".join(difflib.unified_diff(*lines, name, f"{name}, in step"))
+    return {name: diff for name, diff in diffs.items() if diff}
 
 
 def write(root):
-    """Bring all scripts in step, or, where one was edited by hand, change none and return the names of those."""
-    reference = (root / REFERENCE).read_text(encoding="utf-8")
-    known = {(root / RECORD).read_text(encoding="utf-8").strip(), digest(reference)}
-    behind = {root / name: (root / name).read_text(encoding="utf-8") for name in check(root)}
-    edited = [path.name for path, text in behind.items() if digest(text) not in known]
+    """Bring everything in step; or, where scripts were edited by hand, change nothing and return their names."""
+    classes, scripts, goals = model_classes(root), read(root), wanted(root)
+    known = {(root / RECORD).read_text(encoding="utf-8").strip(), digest(scripts[REFERENCE])}
+    edited = [n for n in scripts if scripts[n] != goals[n] and digest(scripts[n], classes[n]) not in known]
     if not edited:
-        for path, text in behind.items():
-            path.write_text(in_step(text, reference), encoding="utf-8")
-        (root / RECORD).write_text(f"{digest(reference)}\n", encoding="utf-8")
+        record = f"{digest(scripts[REFERENCE])}\n"
+        for name, text in (goals | {RECORD: record, "README.md": readme(root)[1]}).items():
+            (root / name).write_text(text, encoding="utf-8")
     return edited
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="carry the reference's shared text to the other scripts")
+    parser.add_argument("--write", action="store_true", help="carry the shared text to the other scripts")
     differences = check(ROOT)
-    edited = write(ROOT) if parser.parse_args().write else list(differences)
-    for name in edited:
+    out_of_step = write(ROOT) if parser.parse_args().write else list(differences)
+    for name in out_of_step:
         print(differences[name])
-    if edited:
-        print(f"out of step: {', '.join(edited)}. Edit shared text in {REFERENCE}, and carry it over with --write;")
-        sys.exit("--write changes nothing as long as a copy holds an edit of its own.")
-    print(f"all scripts are in step with {REFERENCE}")
+    if out_of_step:
+        print(f"out of step: {', '.join(out_of_step)}. Shared text is edited in {REFERENCE} and carried over by --write,")
+        sys.exit("which changes nothing as long as a copy holds an edit of its own.")
+    print(f"all scripts are in step with {REFERENCE}, and the README with configs/variants.yaml")
 
 
 if __name__ == "__main__":
