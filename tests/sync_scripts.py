@@ -119,8 +119,8 @@ def main():
     for name in out_of_step:
         print(differences[name])
     if out_of_step:
-        print(f"out of step: {', '.join(out_of_step)}. Shared text is edited in {REFERENCE} and carried over by --write,")
-        sys.exit("which changes nothing as long as a copy holds an edit of its own.")
+        print(f"Out of step: {', '.join(out_of_step)}.")
+        sys.exit(f"Edit shared text in {REFERENCE} alone, undo edits of it in other scripts, and run this with --write.")
     print(f"all scripts are in step with {REFERENCE}, and the README with configs/variants.yaml")
 
 
