@@ -120,7 +120,7 @@ def main():
         print(differences[name])
     if out_of_step:
         print(f"Out of step: {', '.join(out_of_step)}.")
-        sys.exit(f"Edit shared text in {REFERENCE} alone, undo edits of it in other scripts, and run this with --write.")
+        sys.exit(f"Edit shared text in {REFERENCE} alone, undo it elsewhere, and run this with --write.")
     print(f"all scripts are in step with {REFERENCE}, and the README with configs/variants.yaml")
 
 
