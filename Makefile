@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := --model_config configs/model_config_demo.yaml --train_config configs/train_config_demo.yaml --output_dir outputs_demo
 
-.PHONY: help demo test test-slow lint sync clean
+.PHONY: help demo test test-slow bench lint sync clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: .venv/installed  ## run the test suite (8 minutes on 2 cores at most, no n
 
 test-slow: .venv/installed  ## run the long tests alone
 	$(BIN)/python -m pytest -m slow
+
+bench: .venv/installed  ## run the benchmarks; they print ratios and never fail for being slow
+	@for benchmark in tests/benchmarks/*.py; do echo "$$benchmark"; $(BIN)/python $$benchmark; done
 
 lint: .venv/installed  ## run ruff, and check that the training scripts are in step
 	$(BIN)/ruff check .

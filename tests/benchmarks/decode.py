@@ -1,6 +1,6 @@
 """How fast the training scripts decode, beside transformers' GPT-2 with its own KV cache.
 
-    python tests/benchmarks/decode.py                                # kqv, kv, gqa and qmqa; about a minute on 2 cores
+    python tests/benchmarks/decode.py                                # kqv, kv, gqa, qmqa; some minutes on 2 cores
     python tests/benchmarks/decode.py --variants kv qgqa --rounds 10
 
 Held equal: 4 layers, d 512, 8 heads, n_positions 1024, the vocabulary, a prompt of 384 tokens, 128 new tokens, batch
@@ -32,6 +32,7 @@ import yaml  # noqa: E402
 
 SHAPE = {"n_layer": 4, "n_embd": 512, "n_head": 8, "n_positions": 1024}
 PROMPT, NEW = 384, 128
+DEFAULT = ["kqv", "kv", "gqa", "qmqa"]
 VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
 
 
@@ -89,7 +90,7 @@ def row(name, times, reference=None):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["kqv", "kv", "gqa", "qmqa"], metavar="ALIAS")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT, metavar="ALIAS")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--vocab_size", type=int, default=50304)
     options = parser.parse_args(arguments)
@@ -110,8 +111,8 @@ def main(arguments=None):
                 times[alias].append(ours)
                 references[alias].append(theirs)
 
-    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, fp32, vocabulary {options.vocab_size:,}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}")
     print(f"\n{'':14}{'prefill, ms':>16}{'decode, tokens/s':>18}{'ratio of decode':>20}{'of the whole call':>23}")
     print(f"{'':14}{'best':>8}{'median':>8}{'best':>10}{'median':>8}")
     print(row("transformers", [pair for pairs in references.values() for pair in pairs]))
