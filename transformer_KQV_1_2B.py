@@ -579,7 +579,7 @@ def read_checkpoint(path):
     except Exception as error:  # a file of another kind can fail in any way
         raise RunError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
     if variant != VARIANT:
-        raise RunError(f"{path}: not of {PAPER_NAME}, but of transformer_{variant}_300_M.py or its sibling at 1.2B")
+        raise RunError(f"{path}: not a checkpoint of {PAPER_NAME}; load it with transformer_{variant}_300_M.py")
     return contents | {"model_state_dict": weights}
 
 
@@ -605,17 +605,17 @@ def load_weights(model, contents, path):
 def load_model(path, device="cpu"):
     """The model in a checkpoint or final_model.pt, ours or a released one, in eval mode."""
     contents = read_checkpoint(path)
-    config, weights = contents["model_config"], contents["model_state_dict"]
-    names = {setting.name for setting in fields(ModelConfig)}
+    config, names = contents["model_config"], {setting.name for setting in fields(ModelConfig)}
     known = {name: value for name, value in config.items() if name in names}
-    if N_KV_GROUPS and "n_kv_groups" not in known:  # a released checkpoint does not always say
-        width = next(len(w) for name, w in weights.items() if name.startswith("h.0.attn.c_k")) // len(CACHED)
-        known["n_kv_groups"] = width * config["n_head"] // config["n_embd"]
     try:
+        if N_KV_GROUPS and "n_kv_groups" not in known:  # a released checkpoint does not always say
+            weights = contents["model_state_dict"].items()
+            width = next(len(weight) for name, weight in weights if name.startswith("h.0.attn.c_k")) // len(CACHED)
+            known["n_kv_groups"] = width * config["n_head"] // config["n_embd"]
         with torch.device("meta"):  # allocates nothing: the weights come out of the file
             model = GPT(ModelConfig(**known))
-    except TypeError as error:
-        raise RunError(f"{path}: its model_config is not complete: {error}") from error
+    except (TypeError, ArithmeticError, RunError) as error:
+        raise RunError(f"{path}: its model_config is of no use: {error}") from error
     load_weights(model.to_empty(device=device), contents, path)
     return model.eval()
 

@@ -2,18 +2,28 @@
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true",
-    TOKENIZERS_PARALLELISM="false",
+    TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1",  # threads that wait for each other make tiny models slow
 )
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
+import yaml  # noqa: E402
 
 import dataset_download  # noqa: E402
+
+VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
+
+
+def script_of(alias, size="300M"):
+    """The training script of a variant, imported."""
+    return import_module(VARIANTS[alias]["script"][size].removesuffix(".py"))
+
 
 # A model of a few thousand parameters and a run of eight steps on it, as KEY=VALUE settings.
 TINY_MODEL = ["vocab_size=257", "n_positions=32", "n_embd=32", "n_layer=2", "n_head=2", "n_inner=64"]

@@ -7,27 +7,20 @@ import math
 import sys
 from dataclasses import dataclass, fields
 from functools import partial
-from importlib import import_module
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, prepare
+from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, prepare, script_of
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
-# Alias: module, class, tensors cached a layer, projections beside c_proj; as in test_model.py.
-VARIANTS = {
-    "kqv": ("transformer_KQV_300_M", "GPT", 2, ["c_attn"]),
-    "kv": ("transformer_KV_1_300_M", "GPT_QKV_KEqualsV", 1, ["c_q", "c_k"]),
-}
-SCRIPTS = {alias: import_module(row[0]) for alias, row in VARIANTS.items()}
-GROUPED = {"gqa", "mqa", "qgqa", "qmqa"}
+SCRIPTS = {alias: script_of(alias) for alias in VARIANTS}
+GROUPED = {alias for alias, row in VARIANTS.items() if row["groups"]}
 SCRIPT = SCRIPTS["kqv"]  # owns the text that the scripts share; another test holds the others to it
 CONFIGS = {"model": ROOT / "configs/model_config_demo.yaml", "train": ROOT / "configs/train_config_demo.yaml"}
-each_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 examples = settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
@@ -94,18 +87,16 @@ def test_the_files_hold_the_published_values(size):
     assert train["target_tokens"] // derived["tokens_per_step"] == derived["steps"]
 
 
-@each_script
 @pytest.mark.parametrize("size", [*PUBLISHED, "demo"])
-def test_every_field_of_both_configs_stands_in_the_files(script, size):
-    for kind, config in (("model", script.ModelConfig), ("train", script.TrainingConfig)):
+def test_every_field_of_both_configs_stands_in_the_files(size):
+    for kind, config in (("model", SCRIPT.ModelConfig), ("train", SCRIPT.TrainingConfig)):
         values = yaml.safe_load((ROOT / f"configs/{kind}_config_{size}.yaml").read_text())
         assert values.keys() == {field.name for field in fields(config)} - {"n_kv_groups"}
 
 
-@each_script
-def test_a_run_takes_the_steps_that_its_target_tokens_allow(script, data, tmp_path):
+def test_a_run_takes_the_steps_that_its_target_tokens_allow(data, tmp_path):
     """Rounded down: 1,000 tokens at 256 a step are 3 steps."""
-    assert run(script, tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, "target_tokens=1000")[-1]["step"] == 3
+    assert run(SCRIPT, tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, "target_tokens=1000")[-1]["step"] == 3
 
 
 # ---- what is wrong with a setting is said in one line
@@ -144,6 +135,8 @@ WRONG = [  # key, value in the file, value on the command line, what was expecte
     ("dropout", -0.1, "-0.1", "at least 0"),
     ("layer_norm_epsilon", 0.0, "0", "above 0"),
     ("initializer_range", [0.02], "[0.02]", "float"),
+    ("n_kv_groups", 0, "0", "above 0"),
+    ("n_kv_groups", "four", "four", "int or null"),
     ("use_flash_attention", 1, "1", "bool"),
     ("plain_attention", "no way", "no way", "bool"),
     ("layer_norm_epsilon", 0.0, "1e999", "above 0"),
@@ -202,25 +195,23 @@ def test_a_wrong_value_on_the_command_line_is_refused_with_key_and_what_was_expe
         assert part in line
 
 
-@each_script
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_an_unknown_key_in_a_file_is_refused(script, kind, tmp_path):
+def test_an_unknown_key_in_a_file_is_refused(kind, tmp_path):
     path = altered(tmp_path, kind, learnign_rate=1e-3)
-    line = refused(tmp_path / "out", script=script, **{kind: path})
+    line = refused(tmp_path / "out", **{kind: path})
     assert f"{path}: learnign_rate: " in line
     assert "expected" in line
 
 
-@each_script
 @pytest.mark.parametrize("key", ["n_embd", "n_head", "micro_batch_size", "eval_batches", "wandb"])
-def test_a_missing_key_is_refused_unless_the_command_line_has_it(script, key, tmp_path):
+def test_a_missing_key_is_refused_unless_the_command_line_has_it(key, tmp_path):
     kind = kind_of(key)
     path = altered(tmp_path, kind, **{key: ...})
-    line = refused(tmp_path / "out", script=script, **{kind: path})
+    line = refused(tmp_path / "out", **{kind: path})
     assert f"{path}: {key}: " in line
     assert "expected" in line
     value = yaml.safe_load(CONFIGS[kind].read_text())[key]
-    given_instead = refused(tmp_path / "out", f"{key}={value}", "seed=x", script=script, **{kind: path})
+    given_instead = refused(tmp_path / "out", f"{key}={value}", "seed=x", **{kind: path})
     assert "seed" in given_instead
 
 
@@ -232,23 +223,38 @@ TOGETHER = [
 ]
 
 
-@each_script
 @pytest.mark.parametrize(("arguments", "key", "expected"), TOGETHER)
-def test_values_that_do_not_go_together_are_refused(script, arguments, key, expected, data, tmp_path):
-    line = refused(tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, *arguments, script=script)
+def test_values_that_do_not_go_together_are_refused(arguments, key, expected, data, tmp_path):
+    line = refused(tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, *arguments)
     assert key in line
     assert expected in line
 
 
-@pytest.mark.parametrize("alias", SCRIPTS.keys() - GROUPED)
+WRONG_GROUPS = [  # variants, groups that are not theirs, what was expected
+    (["kqv", "qk", "kv", "k"], [1, 2, 8], "null"),
+    (["mqa", "qmqa"], [2, 8, None], "1 "),
+    (["gqa", "qgqa"], [3, 16, None], "a divisor of n_head (8)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("alias", "wrong", "expected"), [(alias, *row) for aliases, *row in WRONG_GROUPS for alias in aliases]
+)
+def test_groups_that_are_not_of_the_variant_are_refused(alias, wrong, expected, tmp_path):
+    for groups in wrong:
+        typed = [f"n_kv_groups={'null' if groups is None else groups}"]
+        for arguments, paths in ((typed, {}), ([], {"model": altered(tmp_path, "model", n_kv_groups=groups)})):
+            line = refused(tmp_path / "out", *arguments, script=SCRIPTS[alias], **paths)
+            assert f"n_kv_groups: expected {expected}" in line
+
+
+@pytest.mark.parametrize("alias", ["gqa", "qgqa"])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_groups_are_refused_for_a_variant_without_them(alias, groups, tmp_path):
-    for arguments, paths in (
-        ([f"n_kv_groups={groups}"], {}),
-        ([], {"model": altered(tmp_path, "model", n_kv_groups=groups)}),
-    ):
-        line = refused(tmp_path / "out", *arguments, script=SCRIPTS[alias], **paths)
-        assert "n_kv_groups: expected null" in line
+def test_groups_change_the_width_of_the_shared_projection(alias, groups):
+    config = SCRIPTS[alias].ModelConfig(n_embd=32, n_layer=1, n_head=4, n_kv_groups=groups)
+    model = getattr(SCRIPTS[alias], VARIANTS[alias]["class"])(config)
+    shared = model.h[0].attn.c_kv if alias == "gqa" else model.h[0].attn.c_k
+    assert shared.out_features == groups * 8 * len(VARIANTS[alias]["cached"])
 
 
 UNREADABLE = {
@@ -378,20 +384,18 @@ def read(path):
     return yaml.safe_load(path.read_text())
 
 
-@pytest.mark.parametrize("alias", SCRIPTS)
+@pytest.mark.parametrize("alias", ["kqv", "gqa"])
 def test_the_resolved_configs_are_what_was_asked_for_and_give_the_same_run_again(alias, data, tmp_path):
     first, second, script = tmp_path / "first", tmp_path / "second", SCRIPTS[alias]
     asked = [*TINY_MODEL, *TINY_RUN, *data, "dropout=0.2", "learning_rate=2e-2", "eval_batches=null"]
+    asked += ["n_head=4", "n_kv_groups=2"] if alias in GROUPED else []
     records = run(script, first, *asked)
     overrides = {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in asked)}
     overrides |= {"learning_rate": 2e-2, "min_lr": 1e-3, "dropout": 0.2}
     for kind, config in (("model", script.ModelConfig), ("train", script.TrainingConfig)):
         names = {field.name for field in fields(config)}
         expected = read(CONFIGS[kind]) | {key: value for key, value in overrides.items() if key in names}
-        resolved = read(first / f"{kind}_config.yaml")
-        if alias in GROUPED:
-            resolved.pop("n_kv_groups")
-        assert resolved == expected
+        assert read(first / f"{kind}_config.yaml") == expected
     files = {"model": first / "model_config.yaml", "train": first / "train_config.yaml"}
     assert run(script, second, **files) == records
     for kind in CONFIGS:
@@ -432,16 +436,15 @@ def test_the_last_of_two_values_counts(data, tmp_path):
     assert read(tmp_path / "out/train_config.yaml")["seed"] == 4
 
 
-@each_script
-def test_one_process_takes_the_global_batch_of_eight(script, data, tmp_path):
+def test_one_process_takes_the_global_batch_of_eight(data, tmp_path):
     """However 24 rows are dealt out to processes and micro batches, the same data make the same step."""
     settings = [*TINY_MODEL, *TINY_RUN, *data, f"target_tokens={3 * 24 * 32}", "eval_batches=null"]
-    eight = run(script, tmp_path / "8", *settings, "num_gpus=8", "gradient_accumulation=3", "micro_batch_size=1")
-    one = run(script, tmp_path / "1", *settings, "num_gpus=1", "gradient_accumulation=24", "micro_batch_size=1")
+    eight = run(SCRIPT, tmp_path / "8", *settings, "num_gpus=8", "gradient_accumulation=3", "micro_batch_size=1")
+    one = run(SCRIPT, tmp_path / "1", *settings, "num_gpus=1", "gradient_accumulation=24", "micro_batch_size=1")
     assert eight == one
     assert eight[-1]["step"] == 3
     assert eight[-1]["tokens"] == 3 * 24 * 32
-    larger = run(script, tmp_path / "4", *settings, "num_gpus=2", "gradient_accumulation=2", "micro_batch_size=6")
+    larger = run(SCRIPT, tmp_path / "4", *settings, "num_gpus=2", "gradient_accumulation=2", "micro_batch_size=6")
     assert [record["step"] for record in larger] == [record["step"] for record in one]
     for a, b in zip(larger, one, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -644,9 +647,8 @@ def test_compile_compiles_the_model_and_auto_does_not_on_the_cpu(value, compiled
     assert bool(calls) == compiled
 
 
-@each_script
 @pytest.mark.parametrize("plain", [True, False])
-def test_plain_attention_does_without_the_fused_one(script, plain, data, tmp_path, monkeypatch):
+def test_plain_attention_does_without_the_fused_one(plain, data, tmp_path, monkeypatch):
     calls, fused = [], F.scaled_dot_product_attention
 
     def counted(*arguments, **options):
@@ -655,7 +657,7 @@ def test_plain_attention_does_without_the_fused_one(script, plain, data, tmp_pat
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
     settings = [*TINY_MODEL, *TINY_RUN, *data, "target_tokens=256", f"plain_attention={str(plain).lower()}"]
-    run(script, tmp_path / "out", *settings)
+    run(SCRIPT, tmp_path / "out", *settings)
     assert bool(calls) != plain
 
 
@@ -682,7 +684,7 @@ def test_flash_attention_is_used_where_it_is_asked_for_installed_and_fits(alias,
         values = {"vocab_size": 61, "n_positions": 8, "n_embd": 32, "n_layer": 2, "n_head": 4}
         groups = {"n_kv_groups": 2 if alias in {"gqa", "qgqa"} else 1} if alias in GROUPED else {}
         config = script.ModelConfig(**values, **groups, **changes)
-        model = getattr(script, VARIANTS[alias][1])(config).eval()
+        model = getattr(script, VARIANTS[alias]["class"])(config).eval()
         calls.clear()
         with torch.autocast("cpu", precision, enabled=precision != torch.float32), monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", True)
@@ -760,7 +762,7 @@ def test_a_run_completes_without_wandb_and_says_so(failure, data, tmp_path, monk
 
 
 OWN_TEST = {
-    "n_kv_groups": test_groups_are_refused_for_a_variant_without_them,
+    "n_kv_groups": test_groups_change_the_width_of_the_shared_projection,
     "use_flash_attention": test_flash_attention_is_used_where_it_is_asked_for_installed_and_fits,
     "plain_attention": test_plain_attention_does_without_the_fused_one,
     "train_data": partial(test_data_come_from_the_folder_named, "train_data"),
@@ -770,7 +772,6 @@ OWN_TEST = {
 }
 
 
-@each_script
-def test_no_key_is_left_out_of_the_tests_above(script):
-    keys = [field.name for kind in (script.ModelConfig, script.TrainingConfig) for field in fields(kind)]
+def test_no_key_is_left_out_of_the_tests_above():
+    keys = [field.name for kind in (SCRIPT.ModelConfig, SCRIPT.TrainingConfig) for field in fields(kind)]
     assert sorted([*ROWS, *OWN_TEST]) == sorted(keys)

@@ -3,28 +3,20 @@
 import json
 import math
 import tempfile
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import script_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-# Alias: module, class, tensors cached a layer, projections beside c_proj; as in test_model.py.
-VARIANTS = {
-    "kqv": ("transformer_KQV_300_M", "GPT", 2, ["c_attn"]),
-    "kv": ("transformer_KV_1_300_M", "GPT_QKV_KEqualsV", 1, ["c_q", "c_k"]),
-}
-SCRIPTS = {alias: import_module(row[0]) for alias, row in VARIANTS.items()}
-GROUPS = {"gqa": 2, "qgqa": 2, "mqa": 1, "qmqa": 1}
-SCRIPT = SCRIPTS["kqv"]  # owns the text that the scripts share; another test holds the others to it
+SCRIPT = script_of("kqv")  # owns the text that the scripts share; another test holds the others to it
 EOS = 60
 TOKEN_BYTES = np.array([1 + i % 5 for i in range(EOS)] + [0], dtype=np.uint16)
 each_sequence = pytest.mark.parametrize("sequence", ["padded", "packed"])
-each_alias = pytest.mark.parametrize("alias", SCRIPTS)
 examples = settings(max_examples=60, deadline=None, derandomize=True)
 
 
@@ -142,14 +134,13 @@ def test_packed_rows_joined_are_the_documents_each_followed_by_an_end_of_text(le
 
 
 @each_sequence
-@each_alias
-def test_what_dataset_download_prepared_is_read_back(alias, sequence, data_dir):
+def test_what_dataset_download_prepared_is_read_back(sequence, data_dir):
     documents = []
     for path in sorted((data_dir / "train").glob("*.offsets.npy")):
         tokens = np.load(path.with_name(path.name.replace("offsets", "tokens")))
         documents += np.split(tokens, np.load(path)[1:-1])
     assert len(documents) == 110
-    rows, is_text = read(SCRIPTS[alias].get_dataloader(data_dir / "train", 7, 96, sequence))
+    rows, is_text = read(SCRIPT.get_dataloader(data_dir / "train", 7, 96, sequence))
     expected_rows, expected_text = rows_of(documents, 96, sequence, eos=256)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_array_equal(is_text, expected_text)
@@ -251,14 +242,6 @@ def test_the_order_is_the_seeds(numbered):
     assert sorted(order(numbered, ROWS, seed=0)) == list(range(ROWS))
 
 
-def test_every_script_reads_the_same_order(numbered):
-    orders = []
-    for script in SCRIPTS.values():
-        loader = script.get_dataloader(numbered, 3, 4, "padded", seed=5)
-        orders.append([ids[:, 0].tolist() for ids, _ in islice(loader, 20)])
-    assert all(order == orders[0] for order in orders)
-
-
 def test_without_a_seed_every_row_comes_once_in_order_and_the_last_batch_is_short(numbered):
     batches = [ids[:, 0].tolist() for ids, _ in SCRIPT.get_dataloader(numbered, 5, 4, "padded")]
     assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
@@ -331,12 +314,12 @@ T = 12
 DOCUMENTS = documents_of([5, 30, 0, 1, 12, 2, 7, 19, 11, 3])
 
 
-def model_of(alias, dropout=0.0):
+def model_of(dropout=0.0):
     """A small model whose losses differ a lot between tokens."""
     torch.manual_seed(0)
     shape = {"vocab_size": EOS + 1, "n_positions": T, "n_embd": 32, "n_layer": 2, "n_head": 4}
-    config = SCRIPTS[alias].ModelConfig(**shape, n_kv_groups=GROUPS.get(alias), dropout=dropout, initializer_range=0.2)
-    return getattr(SCRIPTS[alias], VARIANTS[alias][1])(config).eval()
+    config = SCRIPT.ModelConfig(**shape, dropout=dropout, initializer_range=0.2)
+    return SCRIPT.GPT(config).eval()
 
 
 def expected_of(model, rows, is_text):
@@ -362,11 +345,10 @@ def split(tmp_path_factory):
     return write(tmp_path_factory.mktemp("evaluated"), DOCUMENTS, [4, 6])
 
 
-@each_alias
 @each_sequence
-def test_an_evaluation_is_the_obvious_arithmetic_over_the_rows(alias, sequence, split):
-    model = model_of(alias)
-    results = SCRIPTS[alias].evaluate(model, SCRIPTS[alias].get_dataloader(split, 3, T, sequence))
+def test_an_evaluation_is_the_obvious_arithmetic_over_the_rows(sequence, split):
+    model = model_of()
+    results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, 3, T, sequence))
     expected = expected_of(model, *rows_of(DOCUMENTS, T, sequence))
     assert {name: results[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert all(type(value) is float for value in results.values())  # for metrics.jsonl
@@ -375,7 +357,7 @@ def test_an_evaluation_is_the_obvious_arithmetic_over_the_rows(alias, sequence, 
 @each_sequence
 @pytest.mark.parametrize("max_batches", [1, 2, 100, None])
 def test_max_batches_takes_the_first_ones(sequence, max_batches, split):
-    model, (rows, is_text) = model_of("kqv"), rows_of(DOCUMENTS, T, sequence)
+    model, (rows, is_text) = model_of(), rows_of(DOCUMENTS, T, sequence)
     results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, 2, T, sequence), max_batches)
     taken = None if max_batches is None else 2 * max_batches
     expected = expected_of(model, rows[:taken], is_text[:taken])
@@ -385,14 +367,14 @@ def test_max_batches_takes_the_first_ones(sequence, max_batches, split):
 @each_sequence
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_the_batch_size_does_not_change_an_evaluation(batch_size, sequence, split):
-    model = model_of("kqv")
+    model = model_of()
     results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, batch_size, T, sequence))
     reference = SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, 4, T, sequence))
     assert results == pytest.approx(reference, rel=1e-6)
 
 
 def test_packed_rows_are_text_but_for_the_end_of_the_last(tmp_path):
-    model = model_of("kqv")
+    model = model_of()
     full = write(tmp_path / "full", documents_of([11, 23, 11]), [2, 1])  # 4 rows of 12, with the ends of text
     results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(full, 2, T, "packed"))
     assert results["padding_fraction"] == 0
@@ -403,21 +385,20 @@ def test_packed_rows_are_text_but_for_the_end_of_the_last(tmp_path):
     assert results["text_loss"] != results["loss"]
 
 
-@each_alias
 @pytest.mark.parametrize("training", [True, False])
-def test_an_evaluation_switches_dropout_and_gradients_off_and_leaves_the_mode_as_it_was(alias, training, split):
-    model, loader, grad = model_of(alias, dropout=0.5), SCRIPTS[alias].get_dataloader(split, 3, T), []
-    expected = SCRIPTS[alias].evaluate(model, loader)
+def test_an_evaluation_switches_dropout_and_gradients_off_and_leaves_the_mode_as_it_was(training, split):
+    model, loader, grad = model_of(dropout=0.5), SCRIPT.get_dataloader(split, 3, T), []
+    expected = SCRIPT.evaluate(model, loader)
     model.h[0].register_forward_hook(lambda *_: grad.append(torch.is_grad_enabled()))
     model.train(training)
-    assert SCRIPTS[alias].evaluate(model, loader) == expected
+    assert SCRIPT.evaluate(model, loader) == expected
     assert {module.training for module in model.modules()} == {training}
     assert grad
     assert not any(grad)
 
 
 def test_an_evaluation_follows_the_precision_of_its_caller(split):
-    model, loader = model_of("kqv"), SCRIPT.get_dataloader(split, 3, T)
+    model, loader = model_of(), SCRIPT.get_dataloader(split, 3, T)
     exact = SCRIPT.evaluate(model, loader)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = SCRIPT.evaluate(model, loader)
@@ -427,10 +408,10 @@ def test_an_evaluation_follows_the_precision_of_its_caller(split):
 
 def test_text_without_bytes_has_no_bits_per_byte(tmp_path):
     path = write(tmp_path, documents_of([5, 6]), vocabulary=np.zeros_like(TOKEN_BYTES))
-    assert math.isnan(SCRIPT.evaluate(model_of("kqv"), SCRIPT.get_dataloader(path, 2, T))["bits_per_byte"])
+    assert math.isnan(SCRIPT.evaluate(model_of(), SCRIPT.get_dataloader(path, 2, T))["bits_per_byte"])
 
 
 def test_an_evaluation_without_a_token_to_predict_is_refused_by_name(tmp_path):
     path = write(tmp_path, documents_of([1, 0, 1]))
     with pytest.raises(ValueError, match=str(path)):
-        SCRIPT.evaluate(model_of("kqv"), SCRIPT.get_dataloader(path, 2, T))
+        SCRIPT.evaluate(model_of(), SCRIPT.get_dataloader(path, 2, T))

@@ -1,0 +1,210 @@
+"""The fourteen scripts are the paper's: what the table says of them, what they share, that each trains as a user would
+start it, and that a shared key and value are one tensor."""
+
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY_MODEL, TINY_RUN, VARIANTS, script_of
+from torch.profiler import ProfilerActivity, profile
+
+SCRIPTS = [(alias, size) for alias, row in VARIANTS.items() for size in row["script"]]
+BOTH_SIZES = [alias for alias, row in VARIANTS.items() if len(row["script"]) == 2]
+SHARED = [alias for alias, row in VARIANTS.items() if row["cached"] == ["k"]]
+each_script = pytest.mark.parametrize(("alias", "size"), SCRIPTS)
+ATTENTION = re.compile(r"^# \[variant: attention\]\n(.*?)^# \[end of variant\]\n", re.DOTALL | re.MULTILINE)
+IN_FILE_NAMES = {"300M": "300_M", "1.2B": "1_2B"}
+# PAPER.md
+PAPER = {
+    "kqv": "QKV", "qk": "Q=K–V", "kv": "Q–K=V", "k": "Q=K=V", "gqa": "GQA", "mqa": "MQA", "qgqa": "Q-GQA",
+    "qmqa": "Q-MQA",
+}  # fmt: skip
+OUTPUT_DIRS = {
+    "300M": {
+        "kqv": "outputs_kqv", "qk": "outputs_kv", "kv": "outputs_qkv_k_equals_v", "k": "outputs_k",
+        "gqa": "outputs_gqa", "mqa": "outputs_mqa", "qgqa": "outputs_q_gqa", "qmqa": "outputs_qmqa",
+    },
+    "1.2B": {
+        "kqv": "outputs_1.2B_kqv", "kv": "outputs_1.2B_qkv_k_equals_v", "gqa": "outputs_1.2B_gqa",
+        "mqa": "outputs_1.2B_mqa", "qgqa": "outputs_1.2B_q_gqa", "qmqa": "outputs_1.2B_qmqa",
+    },
+}  # fmt: skip
+BYTES_A_TOKEN = {  # in bf16
+    "300M": {
+        "kqv": 81_920, "qk": 81_920, "kv": 40_960, "k": 40_960, "gqa": 20_480, "mqa": 5_120, "qgqa": 10_240,
+        "qmqa": 2_560,
+    },
+    "1.2B": {"kqv": 180_224, "kv": 90_112, "gqa": 45_056, "mqa": 5_632, "qgqa": 22_528, "qmqa": 2_816},
+}  # fmt: skip
+
+
+def text_of(alias, size="300M"):
+    return (ROOT / VARIANTS[alias]["script"][size]).read_text(encoding="utf-8")
+
+
+def changed_lines(left, right):
+    """As `diff` counts them; with autojunk, difflib does not match the blank ones."""
+    changes = difflib.SequenceMatcher(None, left.splitlines(), right.splitlines(), autojunk=False).get_opcodes()
+    return sum(i2 - i1 + j2 - j1 for tag, i1, i2, j1, j2 in changes if tag != "equal")
+
+
+# ---- the table
+
+
+def test_the_table_names_every_script_and_no_other():
+    named = [name for row in VARIANTS.values() for name in row["script"].values()]
+    assert sorted(named) == sorted(path.name for path in ROOT.glob("transformer_*.py"))
+    assert len(named) == 14
+
+
+def test_the_table_is_the_paper_s():
+    assert {alias: row["paper"] for alias, row in VARIANTS.items()} == PAPER
+    for size, folders in OUTPUT_DIRS.items():
+        assert {alias: row["output_dir"][size] for alias, row in VARIANTS.items() if size in row["script"]} == folders
+    groups = {alias: row["groups"] for alias, row in VARIANTS.items() if row["groups"]}
+    several, one = {"300M": 4, "1.2B": 8}, {"300M": 1, "1.2B": 1}
+    assert groups == {"gqa": several, "mqa": one, "qgqa": several, "qmqa": one}
+
+
+@each_script
+def test_a_script_s_constants_and_class_are_those_of_the_table(alias, size):
+    script, row = script_of(alias, size), VARIANTS[alias]
+    groups = row["groups"] and row["groups"][size]
+    paper = f"{row['paper']}-{groups}" if alias in ("gqa", "qgqa") else row["paper"]
+    assert script.__name__ == f"transformer_{script.VARIANT}_{IN_FILE_NAMES[size]}"
+    constants = script.PAPER_NAME, script.SIZE, list(script.CACHED), script.N_KV_GROUPS, script.OUTPUT_DIR
+    assert constants == (paper, size, row["cached"], groups, row["output_dir"][size])
+    assert [name for name in vars(script) if name.startswith("GPT")] == [row["class"]]
+
+
+@each_script
+def test_a_script_s_docstring_tells_its_own_name_folder_and_cache(alias, size):
+    script, name = script_of(alias, size), VARIANTS[alias]["script"][size]
+    assert script.__doc__.startswith(f"{script.PAPER_NAME} at {size}: ")
+    assert set(re.findall(r"transformer_\w+", script.__doc__)) == {script.__name__}
+    assert script.__doc__.count(name) == 3
+    assert set(re.findall(r"(outputs_[\w.]+?)(?:_text\b|/)", script.__doc__)) == {script.OUTPUT_DIR}
+    assert f" {BYTES_A_TOKEN[size][alias]:,} bytes in bf16" in script.__doc__
+
+
+# ---- the text
+
+
+@pytest.mark.parametrize("alias", BOTH_SIZES)
+def test_the_attention_is_the_same_text_at_both_sizes(alias):
+    (small,), (large,) = (ATTENTION.findall(text_of(alias, size)) for size in ("300M", "1.2B"))
+    assert small == large
+    assert small.startswith("class ")
+
+
+@each_script
+def test_a_script_differs_from_the_reference_by_a_page(alias, size):
+    assert changed_lines(text_of("kqv"), text_of(alias, size)) <= 60
+
+
+@pytest.mark.parametrize("alias", BOTH_SIZES)
+def test_two_sizes_of_a_variant_differ_in_a_few_lines(alias):
+    assert changed_lines(text_of(alias, "300M"), text_of(alias, "1.2B")) <= 20
+
+
+# ---- every script, as a user starts it
+
+
+@pytest.fixture(scope="module")
+def started(data, tmp_path_factory):
+    """A function that waits for the end of a script's run of two steps, and gives its folder. Two run at a time."""
+    configs = [f"--{kind}_config={ROOT}/configs/{kind}_config_demo.yaml" for kind in ("model", "train")]
+    shape = ["n_head=8", "n_embd=64"]  # as many heads as the most groups
+    settings = [*configs, *TINY_MODEL, *TINY_RUN, *shape, *data, "target_tokens=512"]
+
+    def start(alias, size):
+        folder = tmp_path_factory.mktemp(f"{alias}_{size}")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+        script = ROOT / VARIANTS[alias]["script"][size]
+        ended = subprocess.run(
+            [*command, script, *settings], cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        return folder / VARIANTS[alias]["output_dir"][size]
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = {place: pool.submit(start, *place) for place in SCRIPTS}
+        yield lambda *place: runs[place].result()
+        pool.shutdown(cancel_futures=True)
+
+
+@each_script
+def test_a_start_through_torchrun_ends_in_a_model_that_either_size_loads(alias, size, started):
+    """In the folder of the paper, below where it was started."""
+    folder, row = started(alias, size), VARIANTS[alias]
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["kind"] for record in records] == ["val", "train", "train", "final"]
+    for reader in row["script"]:
+        model = script_of(alias, reader).load_model(folder / "final_model.pt")
+        assert type(model).__name__ == row["class"]
+        assert model.config.n_kv_groups == (row["groups"] and row["groups"][size])
+        heads = model.config.n_kv_groups or 8
+        assert model.make_cache(1, dtype=torch.bfloat16).nbytes == len(row["cached"]) * 2 * 32 * heads * 8 * 2
+
+
+# ---- K=V: one tensor
+
+
+def decode_step(alias, trace, dtype=torch.float32):
+    """The bytes of one layer's cached K, and of each tensor allocated while one token joins a cache that it fills."""
+    script, past = script_of(alias), 1999
+    groups = {"qgqa": 4, "qmqa": 1}.get(alias)
+    shape = {"vocab_size": 61, "n_positions": 2000, "n_embd": 256, "n_layer": 2, "n_head": 8, "n_inner": 64}
+    model = getattr(script, VARIANTS[alias]["class"])(script.ModelConfig(**shape, n_kv_groups=groups)).eval().to(dtype)
+    with torch.no_grad():
+        cache = model.make_cache(3)
+        model(torch.zeros(3, past, dtype=torch.int64), cache=cache)
+        token = torch.zeros(3, 1, dtype=torch.int64)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            model(token, cache=cache)
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    sizes = [event["args"]["Bytes"] for event in events if event["name"] == "[memory]"]
+    return cache.nbytes // 2, [size for size in sizes if size > 0]
+
+
+@pytest.mark.parametrize("alias", SHARED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decode_step_allocates_no_second_tensor_of_the_size_of_the_cached_keys(alias, dtype, tmp_path):
+    """Not even in sum, all layers together, the buffers of the fused attention included; but for bf16, whose products
+    take several of 70 kB."""
+    keys, allocated = decode_step(alias, tmp_path / "trace.json", dtype)
+    assert keys == 3 * 2000 * {"qgqa": 4, "qmqa": 1}.get(alias, 8) * 32 * dtype.itemsize
+    assert len(allocated) > 20
+    assert (sum(allocated) if dtype == torch.float32 else max(allocated)) < keys
+
+
+COPIES = {
+    "a copy of the key": lambda k, v, shared: (k.clone(), v),
+    "a copy of the value": lambda k, v, shared: (k, v.clone()),
+    "repeated heads": lambda k, v, shared: (k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("alias", "copy"),
+    [("kv", "a copy of the value"), ("k", "a copy of the key"), ("qgqa", "repeated heads"), ("qmqa", "repeated heads")],
+)
+def test_an_attention_that_copies_would_be_found(alias, copy, tmp_path, monkeypatch):
+    fused = F.scaled_dot_product_attention
+
+    def copying(q, k, v, *arguments, **options):
+        k, v = COPIES[copy](k, v, q.shape[1] // k.shape[1])
+        return fused(q, k, v, *arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", copying)
+    keys, allocated = decode_step(alias, tmp_path / "trace.json")
+    assert max(allocated) >= keys
