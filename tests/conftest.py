@@ -6,8 +6,13 @@ from importlib import import_module
 from pathlib import Path
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true",
-    TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1",  # threads that wait for each other make tiny models slow
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",  # threads that wait for each other make tiny models slow
 )
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

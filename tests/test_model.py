@@ -647,9 +647,7 @@ def trained(data, tmp_path_factory):
     for alias, variant in VARIANTS.items():
         folders[alias] = tmp_path_factory.mktemp(alias)
         shape = [*TINY_MODEL, "n_head=4", f"n_kv_groups={variant.groups or 'null'}"]
-        variant.script.main(
-            [*demo, f"--output_dir={folders[alias]}", *shape, *TINY_RUN, *data, "target_tokens=512"]
-        )
+        variant.script.main([*demo, f"--output_dir={folders[alias]}", *shape, *TINY_RUN, *data, "target_tokens=512"])
     return folders
 
 
