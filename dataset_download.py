@@ -10,13 +10,17 @@ Under <output_dir>/train and <output_dir>/validation:
     chunk_NNN.offsets.npy   int64 [documents + 1], document i is tokens[offsets[i]:offsets[i + 1]]
     token_bytes.npy         uint16 [vocab_size], the bytes behind each token id, 0 for the end-of-text id
     tokenizer.tiktoken      the tokenizer's ranks, one a line: base64 of the bytes, a space, the rank
-    metadata.json           where the text came from, totals, SHA-256 of each chunk's files, finished or not
+    metadata.json           where the text came from, totals, SHA-256 of each file, finished or not
 
-The same command continues an interrupted run: complete chunks stay, and their documents are skipped.
+The same command continues an interrupted run behind its last complete chunk, and ends with the same files as if
+it had never stopped. --verify reads finished files again and says what is wrong with them.
 """
 
 import argparse
 import base64
+import contextlib
+import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -26,9 +30,11 @@ import re
 import shutil
 import sys
 import sysconfig
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -42,13 +48,20 @@ ALTERNATIVES = """data to use in its place:
     python dataset_download.py --source HuggingFaceFW/fineweb-edu --config sample-10BT"""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
-TEXT_COLUMN = "text"
 # pydoc_data is a single generated string, long enough to be most of a small validation split
 STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 MAX_VOCABULARY = 65_535
+TOTALS = ("documents", "tokens", "bytes", "skipped_documents")
+REMEDY = "delete it and run the command that prepared it again, which makes it and the chunks behind it anew"
 BATCH_DOCUMENTS = 1_024
 BATCH_CHARACTERS = 4_000_000
+LONG_TEXT = 500_000
+# where no token of GPT-2 reaches across: before white space, and before the last character of a run of it
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+CUT = re.compile(f"(?<=[^{SPACE}])[{SPACE}]|(?<=[{SPACE}])[{SPACE}](?=[^{SPACE}])")
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 64)
+MAX_SKIPPED = 0.01  # of the rows of a split, or of 1,000 where it has fewer so far
 ROW_TOKENS = 2_048  # the paper's protocol: a document a row, cut or filled to this length
 
 
@@ -62,7 +75,7 @@ class Tokenizer:
 
     name: str
     ranks: dict[bytes, int]
-    encode: Callable[[list[str]], list]
+    encode: Callable[[list[str]], list[np.ndarray]]
 
     @property
     def eos_id(self) -> int:
@@ -97,8 +110,7 @@ def load_tokenizer(argument: str) -> Tokenizer:
     else:
         ranks = read_ranks(Path(argument))
         encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    threads = os.cpu_count() or 1
-    return Tokenizer(name, ranks, lambda texts: encoding.encode_ordinary_batch(texts, num_threads=threads))
+    return Tokenizer(name, ranks, gpt2_encoder(encoding))
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -119,8 +131,32 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
+def gpt2_encoder(encoding) -> Callable[[list[str]], list[np.ndarray]]:
+    """Encode a batch on all cores, 16 documents at a time: threads that meet more often wait for each other."""
+    pool = ThreadPoolExecutor(os.cpu_count())
+
+    def encode_group(texts: list[str]) -> list[np.ndarray]:
+        parts = ([encoding.encode_ordinary(part) for part in split_long_text(text)] for text in texts)
+        return [np.concatenate([np.asarray(ids, np.uint16) for ids in encoded]) for encoded in parts]
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        groups = (texts[start : start + 16] for start in range(0, len(texts), 16))
+        return [*chain.from_iterable(pool.map(encode_group, groups))]
+
+    return encode
+
+
+def split_long_text(text: str) -> list[str]:
+    """Parts whose tokens are those of the text: tiktoken's stack overflows on a million characters of white space."""
+    parts, start = [], 0
+    while len(text) - start > LONG_TEXT and (match := CUT.search(text, start + LONG_TEXT)):
+        parts.append(text[start : match.start()])
+        start = match.start()
+    return [*parts, text[start:]]
+
+
 def encode_bytes(texts: list[str]) -> list[np.ndarray]:
-    return [np.frombuffer(utf8(text), np.uint8) for text in texts]
+    return [np.frombuffer(utf8(text), np.uint8).astype(np.uint16) for text in texts]
 
 
 def utf8(text: str) -> bytes:
@@ -131,84 +167,178 @@ def utf8(text: str) -> bytes:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Yield the tokens of each document, uint16 [tokens], encoding a bounded batch at a time."""
-    batch, characters = [], 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield from (np.asarray(ids, np.uint16) for ids in tokenizer.encode(batch))
-            batch, characters = [], 0
-    yield from (np.asarray(ids, np.uint16) for ids in tokenizer.encode(batch))
-
-
 @dataclass(frozen=True)
 class Source:
-    """Documents in an order that never changes: read(split, skip) yields those after the first `skip`.
+    """Rows in an order that never changes: read(split, place) yields them from a place in the stream on.
 
     Without a validation split of its own, validation is carved off the front of train.
     """
 
     name: str
     revision: str | None
-    read: Callable[[str, int], Iterable[str]]
+    read: Callable[[str, dict | None], "FileRows | HubRows"]
     has_validation: bool = False
+    files: tuple[Path, ...] = ()
+    fallback_for: str | None = None
 
 
-def source_names(argument: str | None, config: str | None) -> list[str]:
+def encode_rows(rows: "FileRows | HubRows", tokenizer: Tokenizer, skip: int) -> Iterator[tuple]:
+    """Yield, for each row behind the first `skip`, its tokens (uint16, None without text) and where to resume."""
+    texts = iter(rows)
+    if sum(1 for _ in islice(texts, skip)) < skip:
+        raise InputError("the source has changed: it no longer holds the rows that were read before")
+    while True:
+        place = rows.place()
+        if not (batch := next_batch(texts)):
+            return
+        tokens = iter(tokenizer.encode([text for text in batch if text is not None]))
+        for number, text in enumerate(batch, 1):
+            yield None if text is None else next(tokens), {"place": place, "skip": number}
+
+
+def next_batch(texts: Iterator[str | None]) -> list[str | None]:
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text or "")
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            break
+    return batch
+
+
+def source_names(args: argparse.Namespace) -> list[str]:
     """What metadata calls the source: the names to try, best first. A hub configuration follows a colon."""
-    like_hub_name = argument and HUB_NAME.fullmatch(argument) and not argument.endswith(SUFFIXES)
-    if like_hub_name and not Path(argument).exists():
-        return [f"{argument}:{config}" if config else argument]
-    if config:
-        raise InputError(f"--config {config}: only a hub source, --source owner/name, has configurations")
-    if argument is None:
-        return PAPER_SOURCES
-    return ["stdlib"] if argument == "stdlib" else [str(Path(argument).resolve())]
+    source, suffix = args.source, f":{args.config}" if args.config else ""
+    if source is None:
+        return [name + suffix for name in PAPER_SOURCES]
+    if HUB_NAME.fullmatch(source) and not source.endswith(SUFFIXES) and not Path(source).exists():
+        return [source + suffix]
+    for option in ("config", "split", "revision"):
+        if value := getattr(args, option):
+            raise InputError(f"--{option} {value}: only a hub source, --source owner/name, has such a thing")
+    return ["stdlib"] if source == "stdlib" else [str(Path(source).resolve())]
 
 
-def open_source(names: list[str], revision: str | None) -> Source:
+def open_source(names: list[str], revision: str | None, column: str, train_split: str) -> Source:
     """Open the first name that resolves. `revision` pins a hub dataset; None takes the newest."""
     path = Path(names[0])
     if names != ["stdlib"] and not path.is_absolute():
-        return open_hub_source(names, revision)
+        return open_hub_source(names, revision, column, train_split)
     files = stdlib_files() if names == ["stdlib"] else corpus_files(path)
-    return Source(names[0], revision, lambda split, skip: read_files(files, skip))
+    read = lambda split, place: FileRows(files, column, place)  # noqa: E731
+    return Source(names[0], revision, read, files=tuple(files))
 
 
-def open_hub_source(names: list[str], revision: str | None) -> Source:
+def open_hub_source(names: list[str], revision: str | None, column: str, train_split: str) -> Source:
     """The first name that resolves, or an InputError with every reason and what to do."""
     reasons = []
     for name in names:
         try:
-            source = open_hub_dataset(name, revision)
-        # ValueError: no such configuration. RuntimeError: a dataset that needs its own loading script.
-        except (OSError, ValueError, RuntimeError) as error:
+            source = open_hub_dataset(name, revision, column, train_split)
+        except (*network_errors(), *data_errors()) as error:
             reasons.append(f"{name} does not resolve ({first_line(error)})")
             continue
-        if reasons:
-            print(f"WARNING: {reasons[0]}: using {name}, the same data, in its place", file=sys.stderr)
-        return source
+        if not reasons:
+            return source
+        warn(f"{reasons[0]}: using {name}, the same data, in its place")
+        return replace(source, fallback_for=names[0])
     hint = ALTERNATIVES if names == PAPER_SOURCES else "nor is it a file or folder here"
     raise InputError(f"{'; '.join(reasons)}; {hint}")
 
 
-def open_hub_dataset(name: str, revision: str | None) -> Source:
+def open_hub_dataset(name: str, revision: str | None, column: str, train_split: str) -> Source:
     import datasets
 
     repository, _, config = name.partition(":")
-    builder = datasets.load_dataset_builder(repository, config or None, revision=revision)
-    streams = builder.as_streaming_dataset()
-    if "train" not in streams:
-        raise InputError(f"its splits are {', '.join(streams)}, and train is not among them")
-
-    def read(split: str, skip: int) -> Iterator[str]:
-        for number, row in enumerate(streams[split].skip(skip), skip + 1):
-            yield text_of(row, f"{name}, split {split}, row {number}")
-
+    waits, streams = iter(RETRY_SECONDS[:2]), None  # the library itself tries for half a minute each time
+    while streams is None:
+        try:
+            builder = datasets.load_dataset_builder(repository, config or None, revision=revision)
+            streams = builder.as_streaming_dataset()
+        except network_errors() as error:
+            if not try_again(name, error, waits):
+                raise
+    if train_split not in streams:
+        raise InputError(f"its splits are {', '.join(streams)}, and {train_split} is not among them")
     # the commit is recorded, so that a restart reads the same rows after the dataset was changed
-    return Source(name, builder.hash, read, has_validation="validation" in streams)
+    # where each begins has to be asked before the first row is read
+    starts = {split: stream.state_dict() for split, stream in streams.items()}
+
+    def read(split: str, place: dict | None) -> HubRows:
+        return HubRows(f"{name}, split {split}", streams[split], column, place or starts[split])
+
+    return Source(name, builder.hash, read, has_validation="validation" in set(streams) - {train_split})
+
+
+class HubRows:
+    """The texts of a hub split, None for a row without. A lost connection is taken up again where it broke."""
+
+    def __init__(self, name: str, stream, column: str, start: dict):
+        self.name, self.stream, self.column = name, stream, column
+        self.start, self.behind_start = start, 0
+
+    def place(self) -> dict:
+        """Where the stream stands: the file and the row in it, so that earlier files are not fetched again."""
+        if self.behind_start:
+            self.start, self.behind_start = self.stream.state_dict(), 0
+        return self.start
+
+    def __iter__(self) -> Iterator[str | None]:
+        waits = iter(RETRY_SECONDS)
+        while True:
+            self.stream.load_state_dict(self.start)
+            try:
+                for row in islice(self.stream, self.behind_start, None):
+                    self.behind_start += 1
+                    waits = iter(RETRY_SECONDS)
+                    yield text_of(row, self.column)
+                return
+            except network_errors() as error:
+                if not try_again(self.name, error, waits):
+                    raise InputError(
+                        f"{self.name} is out of reach ({first_line(error)}): check the connection, and that the data "
+                        "is there and open to you (`hf auth login`); complete chunks stay: run the same command again"
+                    ) from error
+            except data_errors() as error:
+                raise InputError(f"{self.name}: a file of it cannot be read ({first_line(error)})") from error
+
+
+def try_again(name: str, error: Exception, waits: Iterator[int]) -> bool:
+    """Wait after an error that may pass. False: there is no use in it, or has been none so far."""
+    seconds = next(waits, None) if is_transient(error) else None
+    if seconds is not None:
+        warn(f"{name}: the connection is lost ({first_line(error)}): trying again in {seconds} s")
+        time.sleep(seconds)
+    return seconds is not None
+
+
+def network_errors() -> tuple[type[Exception], ...]:
+    import aiohttp
+
+    # under whichever of its names the HTTP library is installed
+    from huggingface_hub.errors import HTTPError
+
+    return OSError, HTTPError, aiohttp.ClientError
+
+
+def data_errors() -> tuple[type[Exception], ...]:
+    """ValueError: no such configuration, or not JSON. RuntimeError: a dataset that needs its own loading script."""
+    import pyarrow
+    from datasets.exceptions import DatasetsError
+
+    return ValueError, RuntimeError, DatasetsError, pyarrow.ArrowException
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether to try again: not where the server's answer, or that of the library, would stay the same."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    # the status is with the error, with its response, or with what it was raised from
+    for link in (error, error.__cause__):
+        status = getattr(getattr(link, "response", None), "status_code", None) or getattr(link, "status", None)
+        if isinstance(status, int):
+            return status >= 500 or status in (408, 429)
+    return not (HF_HUB_OFFLINE or isinstance(error, (FileNotFoundError, PermissionError)))
 
 
 def stdlib_files() -> list[Path]:
@@ -236,27 +366,38 @@ def corpus_files(path: Path) -> list[Path]:
     return [path]
 
 
-def read_files(files: list[Path], skip: int) -> Iterator[str]:
-    documents = chain.from_iterable(map(read_file, files))
-    if sum(1 for _ in islice(documents, skip)) < skip:
-        raise InputError(f"the source has changed: it no longer holds the {skip:,} documents read before")
-    return documents
+class FileRows:
+    """The texts of local files, None for a row without."""
+
+    def __init__(self, files: list[Path], column: str, place: dict | None):
+        self.files, self.column = files, column
+        self.file, self.row = (place["file"], place["row"]) if place else (0, 0)
+
+    def place(self) -> dict:
+        return {"file": self.file, "row": self.row}
+
+    def __iter__(self) -> Iterator[str | None]:
+        for path in self.files[self.file :]:
+            for text in islice(read_file(path, self.column), self.row, None):
+                self.row += 1
+                yield text
+            self.file, self.row = self.file + 1, 0
 
 
-def read_file(path: Path) -> Iterator[str]:
+def read_file(path: Path, column: str) -> Iterator[str | None]:
     """Yield the documents of a file: its whole text, or the text column of each row."""
     try:
         if path.name.endswith(".parquet"):
-            yield from read_parquet(path)
+            yield from read_parquet(path, column)
         elif path.name.endswith(".jsonl.zst"):
             # pyarrow, because zstandard's reader takes a file that was cut off for a complete one
             import pyarrow
 
             with pyarrow.input_stream(str(path), compression="zstd") as stream:
-                yield from read_json_lines(path, io.BufferedReader(stream))
+                yield from read_json_lines(path, io.BufferedReader(stream), column)
         elif path.name.endswith(".jsonl"):
             with path.open("rb") as lines:
-                yield from read_json_lines(path, lines)
+                yield from read_json_lines(path, lines, column)
         else:
             yield path.read_bytes().decode()
     except UnicodeDecodeError as error:
@@ -265,66 +406,96 @@ def read_file(path: Path) -> Iterator[str]:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
-def read_json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[str]:
+def read_json_lines(path: Path, lines: Iterable[bytes], column: str) -> Iterator[str | None]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
-            yield text_of(row, f"{path}, line {number}")
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: not valid JSON ({first_line(error)})") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: not a JSON object")
+            yield text_of(row, column)
 
 
-def read_parquet(path: Path) -> Iterator[str]:
+def read_parquet(path: Path, column: str) -> Iterator[str | None]:
     import pyarrow
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(path) as file:
-            if TEXT_COLUMN not in file.schema_arrow.names:
-                raise InputError(f"{path}: no '{TEXT_COLUMN}' among {', '.join(file.schema_arrow.names)}")
-            batches = file.iter_batches(batch_size=256, columns=[TEXT_COLUMN])
-            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-            for number, row in enumerate(rows, 1):
-                yield text_of(row, f"{path}, row {number}")
-    except pyarrow.ArrowException as error:
+            if column not in file.schema_arrow.names:
+                raise InputError(f"{path}: no '{column}' among {', '.join(file.schema_arrow.names)}")
+            for batch in file.iter_batches(batch_size=256, columns=[column]):
+                yield from (text_of(row, column) for row in batch.to_pylist())
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 
-def text_of(row: object, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(TEXT_COLUMN), str):
-        raise InputError(f"{where}: no string under '{TEXT_COLUMN}'")
-    return row[TEXT_COLUMN]
+def text_of(row: dict, column: str) -> str | None:
+    text = row.get(column)
+    return text if isinstance(text, str) else None
+
+
+def warn(text: str) -> None:
+    tqdm.write(f"WARNING: {text}", file=sys.stderr)
 
 
 def first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
+@dataclass
+class Chunk:
+    """Tokens at 2 bytes each, offsets at 8, the rows skipped among them, and where to resume behind them."""
+
+    tokens: array = field(default_factory=lambda: array("H"))
+    offsets: array = field(default_factory=lambda: array("q", [0]))
+    skipped: int = 0
+    resume: dict | None = None
+
+
 def split_chunks(
-    encoded: Iterator[np.ndarray], metadata: dict, leave_one: bool, progress: Callable[[int], object]
-) -> Iterator[tuple[array, array]]:
+    encoded: Iterator[tuple], metadata: dict, leave_one: bool, progress: Callable[[int], object]
+) -> Iterator[Chunk]:
     """Yield chunks from where metadata stands, up to the document that reaches the target or to the end.
 
-    A chunk is its tokens, 2 bytes each, and its offsets, 8 bytes each. InputError, before the last chunk is
-    yielded, for a split without any token, and with `leave_one` when no document comes after the split.
+    The last one holds no document where only rows without text are left. InputError, before it is yielded, for
+    a split without any token, and with `leave_one` when no document comes after the split.
     """
-    total, target = metadata["tokens"], metadata["target_tokens"]
-    tokens, offsets = array("H"), array("q", [0])
-    while total < target and (ids := next(encoded, None)) is not None:
-        tokens.frombytes(ids.tobytes())
-        offsets.append(len(tokens))
+    total, target, skipped = metadata["tokens"], metadata["target_tokens"], metadata["skipped_documents"]
+    rows, chunk = metadata["documents"] + skipped, Chunk()
+    while total < target and (row := next(encoded, None)):
+        ids, chunk.resume = row
+        rows += 1
+        if ids is None:
+            skipped += 1
+            chunk.skipped += 1
+            refuse_many_skipped(metadata, skipped, rows)
+            continue
+        chunk.tokens.frombytes(ids.tobytes())
+        chunk.offsets.append(len(chunk.tokens))
         total += len(ids)
         progress(len(ids))
-        if len(tokens) >= metadata["chunk_tokens"] and total < target:
-            yield tokens, offsets
-            tokens, offsets = array("H"), array("q", [0])
+        if len(chunk.tokens) >= metadata["chunk_tokens"] and total < target:
+            yield chunk
+            chunk = Chunk()
     if total == 0:
-        raise InputError(f"{metadata['source']} has no text for the {metadata['split']} split")
-    if leave_one and next(encoded, None) is None:
+        raise InputError(
+            f"{metadata['source']} has no text for the {metadata['split']} split: {skipped:,} of {rows:,} rows have "
+            f"no string under '{metadata['text_column']}'"
+        )
+    if leave_one and all(ids is None for ids, _ in encoded):
         raise nothing_left(metadata["source"], total)
-    if len(offsets) > 1:
-        yield tokens, offsets
+    yield chunk
+
+
+def refuse_many_skipped(metadata: dict, skipped: int, rows: int) -> None:
+    if skipped > MAX_SKIPPED * max(rows, 1_000):
+        raise InputError(
+            f"{metadata['source']}: {skipped:,} of the first {rows:,} rows have no string under "
+            f"'{metadata['text_column']}'; over {MAX_SKIPPED:.0%} is too many: name the right --text_column"
+        )
 
 
 def nothing_left(source: str, tokens: int) -> InputError:
@@ -334,13 +505,16 @@ def nothing_left(source: str, tokens: int) -> InputError:
 def write_atomically(path: Path, write: Callable) -> str:
     """Let `write` fill a temporary file, then give it its name. Returns the SHA-256 of the content."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w+b") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return digest
 
 
@@ -348,29 +522,35 @@ def write_array(path: Path, values: np.ndarray) -> str:
     return write_atomically(path, lambda file: np.save(file, values))
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> np.ndarray:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, metadata: dict) -> np.ndarray:
     """Write what bits per byte and decoding need. Returns the bytes behind each id, uint16 [vocab_size]."""
     by_rank = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
     lines = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(by_rank))
     token_bytes = np.array([*map(len, by_rank), 0], np.uint16)
-    write_atomically(folder / "tokenizer.tiktoken", lambda file: file.write(lines))
-    write_array(folder / "token_bytes.npy", token_bytes)
+    metadata["tokenizer_sha256"] = {
+        "tokenizer.tiktoken": write_atomically(folder / "tokenizer.tiktoken", lambda file: file.write(lines)),
+        "token_bytes.npy": write_array(folder / "token_bytes.npy", token_bytes),
+    }
     return token_bytes
 
 
-def write_chunk(folder: Path, name: str, chunk: tuple[array, array], token_bytes: np.ndarray) -> dict:
+def write_chunk(folder: Path, name: str, chunk: Chunk, token_bytes: np.ndarray) -> dict:
     """Write the two files of a chunk. Returns its entry in metadata."""
-    tokens, offsets = np.asarray(chunk[0], np.uint16), np.asarray(chunk[1], np.int64)
-    # in slices, because indexing with the whole chunk would take its memory a second time
-    slices = (tokens[start : start + 2**20] for start in range(0, len(tokens), 2**20))
+    tokens, offsets = np.asarray(chunk.tokens, np.uint16), np.asarray(chunk.offsets, np.int64)
     return {
         "name": name,
         "documents": len(offsets) - 1,
         "tokens": len(tokens),
-        "bytes": sum(int(token_bytes[ids].sum()) for ids in slices),
+        "bytes": sum(int(token_bytes[ids].sum()) for ids in slices(tokens)),
+        "skipped_documents": chunk.skipped,
         "tokens_sha256": write_array(folder / f"{name}.tokens.npy", tokens),
         "offsets_sha256": write_array(folder / f"{name}.offsets.npy", offsets),
     }
+
+
+def slices(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """A chunk in pieces: what is computed from the whole of it would take its memory a second time."""
+    return (tokens[start : start + 2**20] for start in range(0, len(tokens), 2**20))
 
 
 def write_metadata(folder: Path, metadata: dict) -> None:
@@ -380,60 +560,108 @@ def write_metadata(folder: Path, metadata: dict) -> None:
 
 def read_metadata(folder: Path) -> dict | None:
     path = folder / "metadata.json"
-    return json.loads(path.read_bytes()) if path.exists() else None
+    try:
+        return json.loads(path.read_bytes()) if path.exists() else None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}): delete {folder.parent} and start over") from error
+
+
+def chunk_files(folder: Path, entry: dict) -> dict[str, tuple[Path, int]]:
+    """The files of a chunk by kind, with their lengths."""
+    lengths = {"tokens": entry["tokens"], "offsets": entry["documents"] + 1}
+    return {kind: (folder / f"{entry['name']}.{kind}.npy", length) for kind, length in lengths.items()}
+
+
+def cut_back(folder: Path, metadata: dict | None) -> dict | None:
+    """Metadata up to the first missing file, which is made anew with all behind it. InputError for a damaged one."""
+    if metadata is None:
+        return None
+    for number, entry in enumerate(metadata["chunks"]):
+        for path, length in chunk_files(folder, entry).values():
+            if not path.exists():
+                warn(f"{path} is missing: {len(metadata['chunks']) - number} chunks are made anew")
+                chunks = metadata["chunks"][:number]
+                totals = {key: sum(chunk[key] for chunk in chunks) for key in TOTALS}
+                kept = {key: value for key, value in metadata.items() if key != "resume"}
+                return {**kept, **totals, "finished": False, "chunks": chunks}
+            try:
+                found = len(np.load(path, mmap_mode="r"))
+            except (ValueError, EOFError) as error:
+                found = first_line(error)
+            if found != length:
+                raise InputError(f"{path} is damaged ({found}, not {length} numbers): {REMEDY}")
+    whole = all((folder / name).exists() for name in metadata.get("tokenizer_sha256", ()))
+    return {**metadata, "finished": metadata["finished"] and whole}
 
 
 def prepare(args: argparse.Namespace) -> None:
     """Write the splits asked for, or what an interrupted run left to do of them, and report."""
     output = Path(args.output_dir)
-    targets = {"validation": args.validation_tokens, "train": args.target_tokens}
+    targets = {
+        "validation": args.validation_from_train or args.validation_tokens,
+        "train": args.target_tokens,
+    }
     recorded = {split: read_metadata(output / split) for split in targets}
     names, asked = asked_for(args, recorded["validation"] or recorded["train"])
     refuse_other_arguments(output, recorded, asked, targets)
-    splits = {split: recorded[split] for split in targets if targets[split]}
+    splits = {split: cut_back(output / split, recorded[split]) for split in targets if targets[split]}
     if all(metadata and metadata["finished"] for metadata in splits.values()):
         print("already prepared")
     else:
         tokenizer = load_tokenizer(args.tokenizer)
-        check_disk(output, sum(targets.values()) - sum(known["tokens"] for known in splits.values() if known))
-        source = open_source(names, asked["revision"])
+        earlier = recorded["validation"] or recorded["train"] or {}
+        revision = earlier.get("revision", asked.get("revision", args.revision))
+        source = open_source(names, revision, args.text_column, asked["train_split"])
         for split, known in splits.items():
-            splits[split] = known or new_metadata(asked, source, tokenizer, split, targets[split])
-        prepare_splits(output, source, tokenizer, splits)
+            splits[split] = known or new_metadata(args, asked, source, tokenizer, split, targets[split])
+        check_disk(output, source, splits)
+        with locked(output):
+            if recorded != {split: read_metadata(output / split) for split in targets}:
+                raise InputError(f"{output}: another process has just written here: run the same command again")
+            check_source_files(output, source, fresh=not earlier)
+            prepare_splits(output, source, tokenizer, splits)
     for split, metadata in splits.items():
         report(output / split, metadata)
 
 
 def asked_for(args: argparse.Namespace, earlier: dict | None) -> tuple[list[str], dict]:
     """The names of sources to try, and what the metadata of an earlier run has to agree with."""
-    names = source_names(args.source, args.config)
+    names = source_names(args)
     if earlier and earlier["source"] in names:
         # a restart never changes over from the source that resolved before
         names = [earlier["source"]]
     asked = {
         "source": names[0],
-        "revision": earlier["revision"] if earlier else None,
-        "text_column": TEXT_COLUMN,
+        "requested_revision": args.revision,
+        "train_split": args.split or "train",
+        "text_column": args.text_column,
         "tokenizer": tokenizer_name(args.tokenizer),
         "chunk_tokens": args.chunk_tokens,
     }
     if names == ["stdlib"]:
         asked["revision"] = platform.python_version()
+    if args.validation_from_train:
+        asked["validation_from_train"] = True
     return names, asked
 
 
-def new_metadata(asked: dict, source: Source, tokenizer: Tokenizer, split: str, target: int) -> dict:
+def new_metadata(
+    args: argparse.Namespace, asked: dict, source: Source, tokenizer: Tokenizer, split: str, target: int
+) -> dict:
+    carved = not source.has_validation or bool(args.validation_from_train)
+    if split == "validation" and carved and not source.files and not args.validation_from_train:
+        warn(f"{source.name} has no validation split: the first {target:,} tokens of {asked['train_split']} become one")
     return {
         **asked,
         "source": source.name,
+        "fallback_for": source.fallback_for,
         "revision": source.revision,
+        "validation_from_train": carved,
         "split": split,
         "target_tokens": target,
         "vocab_size": tokenizer.eos_id + 1,
         "eos_id": tokenizer.eos_id,
-        "documents": 0,
-        "tokens": 0,
-        "bytes": 0,
+        **dict.fromkeys(TOTALS, 0),
         "finished": False,
         "chunks": [],
     }
@@ -447,73 +675,185 @@ def refuse_other_arguments(output: Path, recorded: dict, asked: dict, targets: d
         before["validation"] = {**recorded["train"], "target_tokens": 0}
     for split, metadata in before.items():
         for key, value in {**asked, "target_tokens": targets[split]}.items():
-            if metadata and metadata[key] != value:
+            if metadata and metadata.get(key, value) != value:
                 raise InputError(
                     f"{output / split} was prepared with {key} {metadata[key]}, and this run asks for "
                     f"{value}: choose another --output_dir, or delete {output}"
                 )
 
 
-def check_disk(output: Path, tokens: int) -> None:
-    # 2 bytes a token and 8 a document: ample from 100 tokens a document on, and SlimPajama has 1,000
-    needed = 2 * tokens + 8 * tokens // 100
+def bytes_needed(source: Source, splits: dict[str, dict]) -> int:
+    """Disk for what is left to do: 2 bytes a token and 8 a document, at 100 tokens a document and more."""
+    tokens = sum(metadata["target_tokens"] for metadata in splits.values())
+    if source.files and all(path.name.endswith((".txt", ".jsonl", ".py")) for path in source.files):
+        # a token is at least a byte of text
+        tokens = min(tokens, sum(path.stat().st_size for path in source.files))
+    tokens -= sum(metadata["tokens"] for metadata in splits.values())
+    return max(0, 2 * tokens + 8 * tokens // 100)
+
+
+def check_disk(output: Path, source: Source, splits: dict[str, dict]) -> None:
+    needed = bytes_needed(source, splits)
     existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(f"{output}: {needed / 1e9:,.1f} GB are needed, {free / 1e9:,.1f} GB are free")
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into the folder. The system lets go of the lock however this one ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{folder}: another dataset_download.py is at work in this folder") from error
+        except OSError as error:
+            warn(f"{folder}: this file system has no locks ({first_line(error)}): start one process at a time")
+        yield
+
+
+def check_source_files(output: Path, source: Source, fresh: bool) -> None:
+    """Note size and time of every source file at a fresh start; afterwards, InputError for one that changed."""
+    path = output / "source_files.json"
+    stats = {str(file): file.stat() for file in source.files}
+    found = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    if fresh or not path.exists():
+        write_atomically(path, lambda file: file.write(json.dumps(found, indent=0).encode()))
+        return
+    noted = json.loads(path.read_bytes())
+    if changed := sorted(name for name in noted.keys() | found.keys() if noted.get(name) != found.get(name)):
+        raise InputError(
+            f"{changed[0]} was changed, added or removed since {output} was begun: put it back as it was, or choose "
+            "another --output_dir"
+        )
+
+
 def prepare_splits(output: Path, source: Source, tokenizer: Tokenizer, splits: dict[str, dict]) -> None:
-    """Prepare validation, then train, which begins after the documents carved off for validation."""
-    carved = "validation" in splits and not source.has_validation
-    halves = cut_single_document(source, tokenizer, splits["validation"]["target_tokens"]) if carved else None
+    """Prepare validation, then train, which begins behind the rows carved off for validation."""
+    validation, train = splits.get("validation"), splits["train"]
+    carved = validation is not None and validation["validation_from_train"]
+    halves = cut_single_document(source, train["train_split"], tokenizer, validation) if carved else None
     for split, metadata in splits.items():
         if metadata["finished"]:
             continue
-        done = metadata["documents"]
         if halves:
-            encoded = iter(halves[split][done:])
-        elif carved:
-            skip = done if split == "validation" else done + splits["validation"]["documents"]
-            encoded = encode_documents(source.read("train", skip), tokenizer)
+            encoded = ((ids, None) for ids in halves[split][metadata["documents"] :])
         else:
-            encoded = encode_documents(source.read(split, done), tokenizer)
+            behind = [metadata, validation] if carved and split == "train" else [metadata]
+            rows_read = sum(part["documents"] + part["skipped_documents"] for part in behind)
+            resume = metadata.get("resume") or {"place": None, "skip": rows_read}
+            name = "validation" if split == "validation" and not carved else metadata["train_split"]
+            encoded = encode_rows(source.read(name, resume["place"]), tokenizer, resume["skip"])
         leave_one = carved and not halves and split == "validation"
-        prepare_split(output / split, metadata, encoded, tokenizer, leave_one)
+        try:
+            prepare_split(output / split, metadata, encoded, tokenizer, leave_one)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            needed = f"{bytes_needed(source, splits) / 1e9:,.3f} GB more are needed"
+            raise InputError(
+                f"{output}: no space left, {needed}: make room, then run the same command again"
+            ) from error
 
 
-def cut_single_document(source: Source, tokenizer: Tokenizer, tokens: int) -> dict | None:
-    """For a source of one document: its first `tokens` tokens for validation, the rest for train."""
-    documents = list(islice(source.read("train", 0), 2))
+def cut_single_document(source: Source, split: str, tokenizer: Tokenizer, validation: dict) -> dict | None:
+    """For a source of one document: its first tokens for validation, the rest for train."""
+    texts = (text for text in source.read(split, None) if text is not None)
+    documents = list(islice(texts, 2))
     if len(documents) != 1:
         return None
-    (ids,) = encode_documents(documents, tokenizer)
+    (ids,) = tokenizer.encode(documents)
+    tokens = validation["target_tokens"]
     if len(ids) <= tokens:
         raise nothing_left(source.name, len(ids))
     return {"validation": [ids[:tokens]], "train": [ids[tokens:]]}
 
 
 def prepare_split(
-    folder: Path, metadata: dict, encoded: Iterator[np.ndarray], tokenizer: Tokenizer, leave_one: bool
+    folder: Path, metadata: dict, encoded: Iterator[tuple], tokenizer: Tokenizer, leave_one: bool
 ) -> None:
     """Write a split. Metadata is rewritten behind each chunk, so that it never names a file not there."""
     split, target = metadata["split"], metadata["target_tokens"]
     folder.mkdir(parents=True, exist_ok=True)
-    token_bytes = write_tokenizer(folder, tokenizer)
+    token_bytes = write_tokenizer(folder, tokenizer, metadata)
+    before, started = metadata["tokens"], time.monotonic()
     # disable=None: no bar where stderr is not a terminal
-    with tqdm(
-        desc=split, total=target, initial=metadata["tokens"], unit="token", unit_scale=True, disable=None
-    ) as bar:
+    with tqdm(desc=split, total=target, initial=before, unit="token", unit_scale=True, disable=None) as bar:
         for chunk in split_chunks(encoded, metadata, leave_one, bar.update):
+            if len(chunk.offsets) == 1:
+                metadata["skipped_documents"] += chunk.skipped
+                break
             entry = write_chunk(folder, f"chunk_{len(metadata['chunks']):03d}", chunk, token_bytes)
             metadata["chunks"].append(entry)
-            for total in ("documents", "tokens", "bytes"):
+            metadata["resume"] = chunk.resume
+            for total in TOTALS:
                 metadata[total] += entry[total]
             write_metadata(folder, metadata)
             if bar.disable:
-                print(f"{split}: {metadata['tokens']:,} of {target:,} tokens", file=sys.stderr, flush=True)
+                done, seconds = metadata["tokens"], time.monotonic() - started
+                left = tqdm.format_interval(max(0, target - done) * seconds / (done - before))
+                rate = f"{(done - before) / seconds:,.0f} tokens a second, {left} left"
+                print(f"{split}: {done:,} of {target:,} tokens, {rate}", file=sys.stderr, flush=True)
+    metadata.pop("resume", None)
     metadata["finished"] = True
     write_metadata(folder, metadata)
+
+
+def verify(output: Path) -> int:
+    """Read the files of every split again and print what is wrong. Returns the exit status."""
+    folders = [output / split for split in ("validation", "train") if (output / split / "metadata.json").exists()]
+    if not folders:
+        raise InputError(f"{output}: nothing is prepared here")
+    problems = 0
+    for folder in folders:
+        metadata, before = read_metadata(folder), problems
+        for problem in verify_split(folder, metadata):
+            print(problem)
+            problems += 1
+        if problems == before:
+            print(
+                f"{folder}: {metadata['tokens']:,} tokens in {len(metadata['chunks'])} chunks are as they were written"
+            )
+    return 1 if problems else 0
+
+
+def verify_split(folder: Path, metadata: dict) -> Iterator[str]:
+    for name, digest in metadata.get("tokenizer_sha256", {}).items():
+        yield from verify_file(folder / name, digest)
+    for entry in metadata["chunks"]:
+        files = chunk_files(folder, entry)
+        damaged = [line for kind, (path, _) in files.items() for line in verify_file(path, entry[f"{kind}_sha256"])]
+        yield from damaged or verify_chunk(folder, entry, metadata["vocab_size"])
+    for key in TOTALS:
+        total = sum(entry.get(key, 0) for entry in metadata["chunks"])
+        # rows without text behind the last document belong to no chunk
+        if key in metadata and metadata[key] != total and (key != "skipped_documents" or metadata[key] < total):
+            wrong = f"{key} {metadata[key]:,}, and its chunks hold {total:,}"
+            yield f"{folder / 'metadata.json'}: {wrong}: delete {folder.parent} and start over"
+    if not metadata["finished"]:
+        yield f"{folder}: not finished: run the command that began it again"
+
+
+def verify_file(path: Path, digest: str) -> Iterator[str]:
+    if not path.exists():
+        yield f"{path} is missing: run the command that prepared it again"
+        return
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+            yield f"{path} is damaged (another SHA-256 than in metadata.json): {REMEDY}"
+
+
+def verify_chunk(folder: Path, entry: dict, vocab_size: int) -> Iterator[str]:
+    """What a SHA-256 cannot tell: whether the content was sound when it was written."""
+    (tokens_path, _), (offsets_path, documents) = chunk_files(folder, entry).values()
+    tokens, offsets = np.load(tokens_path, mmap_mode="r"), np.load(offsets_path)
+    if len(tokens) != entry["tokens"] or any(int(ids.max()) >= vocab_size for ids in slices(tokens)):
+        yield f"{tokens_path}: not {entry['tokens']:,} ids below {vocab_size:,}: {REMEDY}"
+    complete = len(offsets) == documents and offsets[0] == 0 and offsets[-1] == entry["tokens"]
+    if not complete or (np.diff(offsets) < 0).any():
+        yield f"{offsets_path}: not {documents:,} rising offsets from 0 to {entry['tokens']:,}: {REMEDY}"
 
 
 def report(folder: Path, metadata: dict) -> None:
@@ -523,11 +863,14 @@ def report(folder: Path, metadata: dict) -> None:
     for chunk in metadata["chunks"]:
         lengths = np.diff(np.load(folder / f"{chunk['name']}.offsets.npy"))
         kept += int(np.minimum(lengths, ROW_TOKENS).sum())
+    if skipped := metadata.get("skipped_documents"):
+        print(f"{folder}: {skipped:,} rows without a string under '{metadata['text_column']}' were skipped")
     if tokens < metadata["target_tokens"]:
         print(f"{folder}: the source ended before {metadata['target_tokens']:,} tokens")
     print(
         f"{folder}: {documents:,} documents, {tokens:,} tokens, {size:,} bytes, {size / tokens:.2f} bytes a "
-        f"token; {1 - kept / (documents * ROW_TOKENS):.1%} padding in rows of {ROW_TOKENS:,}, one a document"
+        f"token; {1 - kept / (documents * ROW_TOKENS):.1%} padding in rows of {ROW_TOKENS:,}, one a document, which "
+        f"hold {kept / tokens:.1%} of the tokens"
     )
 
 
@@ -553,13 +896,45 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--source", help="hub name, stdlib, a .txt, .jsonl, .jsonl.zst or .parquet file, a folder of them")
     add("--config", help="configuration of a hub source")
+    add("--split", help="split of a hub source to train on (default: train)")
+    add(
+        "--revision",
+        help="commit, tag or branch of a hub source (default: the newest commit, which is recorded)",
+    )
+    add(
+        "--text_column",
+        default="text",
+        help="where the rows of .jsonl, .parquet and hub sources keep their text",
+    )
     add("--tokenizer", default="gpt2", help="gpt2, bytes or PATH.tiktoken")
     add("--target_tokens", type=positive_token_count, default=10_000_000_000, help="for training")
-    add("--validation_tokens", type=token_count, default=10_000_000, help="0: no validation split")
+    validation = parser.add_mutually_exclusive_group().add_argument
+    validation("--validation_tokens", type=token_count, default=10_000_000, help="0: no validation split")
+    validation(
+        "--validation_from_train",
+        type=positive_token_count,
+        metavar="N",
+        help="take the first N tokens' "
+        "documents of train for validation, also where the source has a validation split of its own",
+    )
     add("--chunk_tokens", type=positive_token_count, default=100_000_000, help="per pair of files")
     add("--output_dir", default="slimpajama_data")
+    add(
+        "--verify",
+        action="store_true",
+        help="check the finished files in --output_dir; exit status 1 if any is bad",
+    )
+    args = parser.parse_args(argv)
     try:
-        prepare(parser.parse_args(argv))
+        if args.verify:
+            sys.exit(verify(Path(args.output_dir)))
+        prepare(args)
+    except KeyboardInterrupt:
+        print(
+            "dataset_download.py: stopped: the same command goes on behind the last complete chunk",
+            file=sys.stderr,
+        )
+        sys.exit(130)
     except (InputError, OSError) as error:
         # OSError: a full disk, a lost connection. What is complete stays, for the same command to continue.
         print(f"dataset_download.py: error: {error}", file=sys.stderr)

@@ -412,7 +412,10 @@ class TokenDataset(Dataset):
         self.stream_starts = np.cumsum([0, *(chunk["documents"] + chunk["tokens"] for chunk in self.chunks)])
 
     def _map(self, name, length):
-        array = np.load(self.path / f"{name}.npy", mmap_mode="r")
+        try:
+            array = np.load(self.path / f"{name}.npy", mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{name}.npy is damaged: {error}") from error
         if len(array) != length:
             raise ValueError(f"{name}.npy has {len(array)} entries, metadata.json says {length}")
         return array

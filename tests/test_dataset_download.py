@@ -20,6 +20,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dataset_download
 from dataset_download import main
 
 SCRIPT = Path(__file__).parents[1] / "dataset_download.py"
@@ -40,6 +41,12 @@ KEYS = {
     "bytes",
     "chunks",
     "finished",
+    "requested_revision",
+    "train_split",
+    "fallback_for",
+    "validation_from_train",
+    "skipped_documents",
+    "tokenizer_sha256",
 }
 TEXTS = ["Hello world.", "", "zwei\n\nZeilen", "<|endoftext|>", "nul\0 \U0001f600", "x" * 300, "last"]
 
@@ -355,12 +362,36 @@ def test_validation_cannot_be_carved_off_afterwards(corpus, tmp_path, capsys):
     assert "target_tokens 0" in message and "1000" in message
 
 
-def test_a_source_that_shrank_is_refused(corpus, tmp_path, capsys):
-    run(corpus, tmp_path / "out", validation=1_000)
+@pytest.mark.parametrize("change", ["edited", "touched", "removed", "added"])
+def test_a_source_that_changed_is_refused(change, tmp_path, capsys):
+    source = write_source("txt", tmp_path / "source", random_texts(9))
+    run(source, tmp_path / "out", validation=100)
     path = tmp_path / "out/train/metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
-    write_jsonl(corpus, random_texts(20))
-    assert "the source has changed" in refused(capsys, corpus, tmp_path / "out", validation=1_000)
+    file = source / "part_1/004.txt"
+    if change == "edited":
+        stat = file.stat()
+        file.write_text(file.read_text() + "!")
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    elif change == "touched":
+        os.utime(file, (1, 1))
+    elif change == "removed":
+        file.unlink()
+    else:
+        file = source / "part_1/0045.txt"
+        file.write_text("new")
+    message = refused(capsys, source, tmp_path / "out", validation=100)
+    assert str(file) in message and "was changed, added or removed" in message
+
+
+def test_a_hub_source_that_shrank_is_refused(hub, tmp_path, capsys):
+    hub.contents["owner/name"] = {"train": random_texts(200)}
+    run("owner/name", tmp_path / "out", validation=1_000)
+    path = tmp_path / "out/train/metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
+    hub.contents["owner/name"] = {"train": random_texts(20)}
+    message = refused(capsys, "owner/name", tmp_path / "out", validation=1_000)
+    assert "no longer holds the rows" in message
 
 
 def test_vocabulary_that_does_not_fit_is_refused(corpus, tmp_path, capsys):
@@ -390,11 +421,22 @@ def test_gpt2_without_network_says_what_to_do(corpus, tmp_path, capsys, monkeypa
 
 
 def test_small_disk_is_refused(corpus, tmp_path, capsys, monkeypatch):
+    import zstandard
+
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3_000_000_000))
-    message = refused(capsys, corpus, tmp_path / "out")
+    packed = tmp_path / "corpus.jsonl.zst"
+    packed.write_bytes(zstandard.ZstdCompressor().compress(corpus.read_bytes()))
+    message = refused(capsys, packed, tmp_path / "out")
     assert "20.8 GB are needed" in message and "3.0 GB are free" in message
     assert not (tmp_path / "out").exists()
-    run(corpus, tmp_path / "out", "--target_tokens", "1e9")
+    run(packed, tmp_path / "out", "--target_tokens", "1e9")
+    run(corpus, tmp_path / "small")  # the size of the source bounds what it can take
+
+
+def test_stdlib_asks_for_little_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=200_000_000))
+    run("stdlib", tmp_path / "out")
+    assert read_split(tmp_path / "out/train")[0]["tokens"] > 5_000_000
 
 
 def test_bad_files(tmp_path, capsys):
@@ -403,7 +445,9 @@ def test_bad_files(tmp_path, capsys):
     from pyarrow import parquet
 
     (tmp_path / "line.jsonl").write_text('{"text": "fine"}\n\n{"text": broken}\n')
-    (tmp_path / "field.jsonl").write_text('{"text": "fine"}\n{"txt": "x"}\n')
+    (tmp_path / "number.jsonl").write_text('{"text": "fine"}\n7\n')
+    (tmp_path / "field.jsonl").write_text('{"txt": "x"}\n')
+    (tmp_path / "deep.jsonl").write_text('{"text": ' + "[" * 100_000)
     (tmp_path / "null.jsonl").write_text('{"text": null}\n')
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "corpus.csv").write_text("text\nfine\n")
@@ -415,8 +459,10 @@ def test_bad_files(tmp_path, capsys):
     (tmp_path / "torn.jsonl.zst").write_bytes(compressed[: len(compressed) // 2])
     expected = {
         "line.jsonl": "line 3: not valid JSON",
-        "field.jsonl": "line 2: no string under 'text'",
-        "null.jsonl": "line 1: no string under 'text'",
+        "number.jsonl": "line 2: not a JSON object",
+        "field.jsonl": "1 of 1 rows have no string under 'text'",
+        "null.jsonl": "1 of 1 rows have no string under 'text'",
+        "deep.jsonl": "line 1: not valid JSON",
         "latin1.txt": "not valid UTF-8 at byte 3",
         "corpus.csv": "unknown kind of file",
         "empty": "no .txt, .jsonl, .jsonl.zst, .parquet file",
@@ -494,12 +540,11 @@ def test_hub_with_its_own_validation_split(hub, tmp_path):
     assert metadata["source"] == "owner/name:small" and metadata["revision"] == "c0ffee"
 
 
-def test_hub_without_validation_split_and_restart(hub, tmp_path):
-    texts = random_texts(1_500)
+def test_hub_without_validation_split_and_restart(hub, tmp_path, capsys):
+    texts = random_texts(5_000)
     arguments = ("owner/name", tmp_path / "out", "--chunk_tokens", 30_000)
-    hub.contents["owner/name"] = {"train": [*texts[:1_400], None, *texts[1_401:]]}
-    with pytest.raises(SystemExit):
-        run(*arguments, validation=50)
+    hub.contents["owner/name"] = {"train": [*texts[:4_000], *[None] * 50, *texts[4_050:]]}
+    assert "41 of the first 4,040 rows" in refused(capsys, *arguments, validation=50)
     assert json.loads((tmp_path / "out/train/metadata.json").read_text())["chunks"]
     hub.contents["owner/name"] = {"train": texts}
     run(*arguments, validation=50)
@@ -529,3 +574,109 @@ def test_fallback_of_the_default_source_is_said_and_kept(hub, tmp_path, capsys):
 
 def test_config_without_hub_is_refused(corpus, tmp_path, capsys):
     assert "--config small" in refused(capsys, corpus, tmp_path / "out", "--config", "small")
+
+
+def test_validation_from_train_beside_a_validation_split(hub, tmp_path, capsys):
+    texts = random_texts(40)
+    hub.contents["owner/name"] = {"train": texts, "validation": ["not this"]}
+    options = ("--tokenizer", "bytes", "--output_dir", str(tmp_path / "out"), "--source", "owner/name")
+    main([*options, "--validation_from_train", "50"])
+    metadata, _ = read_split(tmp_path / "out/validation")
+    assert metadata["validation_from_train"] is True and metadata["target_tokens"] == 50
+    assert texts_of(tmp_path / "out/validation") + texts_of(tmp_path / "out/train") == texts
+    main([*options, "--validation_tokens", "50", "--output_dir", str(tmp_path / "own")])
+    assert texts_of(tmp_path / "own/validation") == ["not this"]
+    with pytest.raises(SystemExit):
+        main([*options, "--validation_from_train", "50", "--output_dir", str(tmp_path / "own")])
+    assert "with validation_from_train False, and this run asks for True" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*options, "--validation_from_train", "50", "--validation_tokens", "50"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_split_revision_and_text_column(hub, tmp_path, capsys):
+    hub.contents["owner/name"] = {"english": random_texts(40), "validation": random_texts(9, seed=1)}
+    options = ("--split", "english", "--revision", "v1")
+    run("owner/name", tmp_path / "out", *options, validation=50)
+    assert texts_of(tmp_path / "out/train") == random_texts(40)
+    metadata, _ = read_split(tmp_path / "out/train")
+    assert metadata["train_split"] == "english" and metadata["requested_revision"] == "v1"
+    assert hub.revisions == ["v1"] and metadata["revision"] == "c0ffee"
+    for other, key in (("--split german --revision v1", "english"), ("--split english --revision v2", "v1")):
+        message = refused(capsys, "owner/name", tmp_path / "out", *other.split(), validation=50)
+        assert key in message and ("german" in message or "v2" in message)
+    assert "train is not among them" in refused(capsys, "owner/name", tmp_path / "other")
+    (tmp_path / "texts.jsonl").write_text('{"content": "a"}\n{"content": "b"}\n')
+    run(tmp_path / "texts.jsonl", tmp_path / "local", "--text_column", "content")
+    assert texts_of(tmp_path / "local/train") == ["a", "b"]
+    message = refused(capsys, tmp_path / "texts.jsonl", tmp_path / "local")
+    assert "text_column content" in message and "asks for text" in message
+
+
+@pytest.mark.parametrize("option", ["--config", "--split", "--revision"])
+def test_hub_options_without_hub_are_refused(option, corpus, tmp_path, capsys):
+    assert f"{option} small" in refused(capsys, corpus, tmp_path / "out", option, "small")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "parquet", "hub"])
+def test_rows_without_text_are_counted(kind, hub, tmp_path, capsys):
+    texts = [None if number in (0, 7, 30, 39) else text for number, text in enumerate(random_texts(40))]
+    hub.contents["owner/name"] = {"train": texts}
+    source = "owner/name" if kind == "hub" else write_source(kind, tmp_path / "source", texts)
+    run(source, tmp_path / "out", "--chunk_tokens", 100, validation=1_000)
+    validation, train = (read_split(tmp_path / "out" / split)[0] for split in ("validation", "train"))
+    assert validation["skipped_documents"] + train["skipped_documents"] == 4
+    assert texts_of(tmp_path / "out/validation") + texts_of(tmp_path / "out/train") == [
+        t for t in texts if t is not None
+    ]
+    assert "rows without a string under 'text' were skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "rows, skipped, stops", [(500, 10, False), (500, 11, True), (2_000, 20, False), (2_000, 21, True)]
+)
+def test_too_many_rows_without_text(rows, skipped, stops, tmp_path, capsys):
+    lines = ['{"text": "x"}'] * (rows - skipped) + ['{"text": 7}', "{}", '{"text": null}'] * 7
+    source = tmp_path / "texts.jsonl"
+    source.write_text("\n".join(lines[:rows]))
+    if stops:
+        message = refused(capsys, source, tmp_path / "out")
+        assert "rows have no string under 'text'; over 1% is too many" in message
+    else:
+        run(source, tmp_path / "out")
+        assert read_split(tmp_path / "out/train")[0]["skipped_documents"] == skipped
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(st.sampled_from(" \n\t\r\x0b\x1c\x85\xa0\u2003\u3000ab'1!s\u0301é"), max_size=60),
+    part=st.integers(1, 9),
+)
+@pytest.mark.skipif(not GPT2_RANKS.exists(), reason="no GPT-2 ranks on this machine")
+def test_long_texts_are_cut_where_no_token_reaches_across(text, part, gpt2):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset_download, "LONG_TEXT", part)
+        (ids,) = gpt2[0].encode([text])
+    assert ids.tolist() == gpt2[1].encode_ordinary(text)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return dataset_download.load_tokenizer(str(GPT2_RANKS)), gpt2_encoding()
+
+
+@pytest.mark.skipif(not GPT2_RANKS.exists(), reason="no GPT-2 ranks on this machine")
+def test_a_million_characters(gpt2, tmp_path):
+    million = 1_000_000
+    texts = [
+        "a" * million,
+        " " * 1_200_000 + "end",
+        "\n" * million,
+        "\0" * million,
+        "é " * million,
+        "<|endoftext|>" * 80_000,
+    ]
+    run(write_jsonl(tmp_path / "t.jsonl", texts), tmp_path / "out", tokenizer=GPT2_RANKS)
+    assert [gpt2[1].decode(ids.tolist()) for ids in read_split(tmp_path / "out/train")[1]] == texts
+    run(write_jsonl(tmp_path / "t.jsonl", texts), tmp_path / "bytes")
+    assert texts_of(tmp_path / "bytes/train") == texts
