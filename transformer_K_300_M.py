@@ -19,6 +19,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -36,7 +37,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import yaml
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -120,17 +120,19 @@ class TrainingConfig:
     eval_interval: int
     eval_batches: int | None
     save_interval: int
+    keep_checkpoints: int | None
     sample_tokens: int
     wandb: Literal["disabled", "offline", "online"]
 
     def __post_init__(self):
         self.rows_per_step = self.micro_batch_size * self.gradient_accumulation * self.num_gpus
-        self.total_steps = self.target_tokens // (self.rows_per_step * self.seq_length)
+        self.tokens_per_step = self.rows_per_step * self.seq_length
+        self.total_steps = self.target_tokens // self.tokens_per_step
         if self.min_lr > self.learning_rate:
             raise RunError(f"min_lr: expected at most learning_rate ({self.learning_rate}), got {self.min_lr}")
         if self.total_steps == 0:
-            tokens = self.rows_per_step * self.seq_length
-            raise RunError(f"target_tokens: expected one step at least ({tokens} tokens), got {self.target_tokens}")
+            one = f"one step at least ({self.tokens_per_step} tokens)"
+            raise RunError(f"target_tokens: expected {one}, got {self.target_tokens}")
 
 
 MAY_BE_ZERO = {"dropout", "min_lr", "warmup_steps", "weight_decay", "beta1", "beta2", "seed", "sample_tokens"}
@@ -284,6 +286,33 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class SummedLoss(torch.autograd.Function):
+    """Cross-entropy in nats of rows [N, d] @ weight.T [d, V] for targets [N], summed over those that are not -100.
+
+    A chunk of rows at a time, and its gradients with it: the logits of a whole micro batch, 6 x 2,048 x 50,304 in
+    fp32, would be 2.5 GB and their gradient as much again, and computing them anew in the backward pass would cost
+    4 % of a training step.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, weight, targets):
+        total, d_rows, d_weight = weight.new_zeros(()), torch.empty_like(rows), torch.zeros_like(weight)
+        for x, target, d_x in zip(*(each.split(LOSS_CHUNK) for each in (rows, targets, d_rows)), strict=True):
+            log_p = F.log_softmax(F.linear(x, weight).float(), dim=-1)
+            scored, target = (target != -100)[:, None], target.clamp(min=0)[:, None]
+            total -= (log_p.gather(1, target) * scored).sum()
+            d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])).mul_(scored)
+            d_x.copy_(d_logits @ weight)
+            d_weight += d_logits.t() @ x
+        ctx.save_for_backward(d_rows, d_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, d_total):
+        d_rows, d_weight = ctx.saved_tensors
+        return d_rows * d_total, d_weight * d_total, None
+
+
 class GPT_K(nn.Module):
     """GPT-2 style decoder: learned positions, LayerNorm before each sublayer, output embedding tied to the input's."""
 
@@ -311,8 +340,11 @@ class GPT_K(nn.Module):
         hidden = self.hidden_states(input_ids, cache)
         if labels is None:
             return F.linear(hidden, self.wte.weight), None
-        scored = (labels[:, 1:] != -100).sum()
-        return None, self.token_losses(hidden, labels).sum() / scored.clamp(min=1)
+        if torch.is_grad_enabled():
+            total = SummedLoss.apply(hidden[:, :-1].flatten(0, 1), self.wte.weight, labels[:, 1:].flatten())
+        else:
+            total = self.token_losses(hidden, labels).sum()
+        return None, total / (labels[:, 1:] != -100).sum().clamp(min=1)
 
     def hidden_states(self, input_ids, cache=None):
         """What the output embedding reads: [B, T, d]."""
@@ -329,18 +361,11 @@ class GPT_K(nn.Module):
         return self.ln_f(x)
 
     def token_losses(self, hidden, labels):
-        """Cross-entropy in nats of each token given those before it: fp32 [B, T - 1], 0 where the label is -100.
-
-        A chunk of positions at a time, recomputed in the backward pass: the logits of a whole micro batch,
-        6 x 2,048 x 50,304 in fp32, would be 2.5 GB, and their gradient as much again.
-        """
-        rows, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        chunks = zip(rows.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-        losses = [checkpoint(self._chunk_losses, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks]
+        """Cross-entropy in nats of each token given those before it: fp32 [B, T - 1], 0 where the label is -100."""
+        rows, targets = hidden[:, :-1].flatten(0, 1).split(LOSS_CHUNK), labels[:, 1:].flatten().split(LOSS_CHUNK)
+        logits = (F.linear(x, self.wte.weight).float() for x in rows)  # one chunk at a time
+        losses = [F.cross_entropy(x, target, reduction="none") for x, target in zip(logits, targets, strict=True)]
         return torch.cat(losses).view(len(labels), -1)
-
-    def _chunk_losses(self, rows, targets):
-        return F.cross_entropy(F.linear(rows, self.wte.weight).float(), targets, reduction="none")
 
     def make_cache(self, batch_size, max_length=None, dtype=None):
         """An empty KVCache; by default for n_positions tokens, in the dtype that the forward computes in."""
@@ -565,9 +590,15 @@ def save(path, contents):
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        raise RunError(f"{path}: not saved ({error}); the checkpoints before it are whole") from error
-    finally:
         partial.unlink(missing_ok=True)
+        needed, free = nbytes(contents), shutil.disk_usage(path.parent).free
+        space = f"it takes {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free"
+        raise RunError(f"{path}: not saved ({error}); {space}; the checkpoints before it are whole") from error
+
+
+def nbytes(contents):
+    """Bytes of the tensors in nested dicts."""
+    return sum(map(nbytes, contents.values())) if isinstance(contents, dict) else getattr(contents, "nbytes", 0)
 
 
 def read_checkpoint(path):
@@ -633,18 +664,16 @@ def checkpoints(output_dir):
 
 
 def find_checkpoint(output_dir, resume):
-    """The checkpoint that all ranks go on from, or None: the newest whole one (auto), none (never), or that path."""
-    found = [None if resume in ("auto", "never") else Path(resume)]
-    for path in checkpoints(output_dir).values() if resume == "auto" and ranks()[0] == 0 else []:
+    """The checkpoint to go on from, or None: the newest whole one (auto), none (never), or that path."""
+    if resume != "auto":
+        return None if resume == "never" else Path(resume)
+    for path in checkpoints(output_dir).values():
         try:
             read_checkpoint(path)
-            found = [path]
-            break
+            return path
         except RunError as error:
             say(f"warning: passed over {error}")
-    if dist.is_initialized():
-        dist.broadcast_object_list(found)
-    return found[0]
+    return None
 
 
 def join_processes():
@@ -654,10 +683,32 @@ def join_processes():
     if gpus:
         torch.cuda.set_device(local_rank % gpus)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if gpus >= local_count else "gloo")
+        try:
+            dist.init_process_group("nccl" if gpus >= local_count else "gloo")
+        except (ValueError, RuntimeError) as error:
+            place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            raise RunError(f"the processes could not meet at {place}: {error}") from error
     if 0 < gpus < local_count:
         say(f"warning: {local_count} processes share {gpus} GPU; start one for each GPU to train at full speed")
     return torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
+
+
+def built_together(build):
+    """The Trainer that build() makes, once every rank has one; else the error of the first that has none, on all."""
+    trainer, error = None, None
+    try:
+        trainer = build()
+    except (RunError, OSError) as caught:
+        error = str(caught)
+    reports = [(error, trainer and trainer.step)]
+    if dist.is_initialized():
+        reports *= dist.get_world_size()
+        dist.all_gather_object(reports, reports[0])
+    if errors := [error for error, _ in reports if error]:
+        raise RunError(errors[0])
+    if len(steps := {step for _, step in reports}) > 1:
+        raise RunError(f"the ranks would resume at different steps, {steps}; do all nodes see the same output_dir?")
+    return trainer
 
 
 @contextlib.contextmanager
@@ -699,13 +750,16 @@ def as_dict(config):
 class Trainer:
     """A run: the model, the optimiser and the place in the data, which together make a checkpoint."""
 
-    def __init__(self, model_config, config, output_dir, resume):
-        self.model_config, self.config, self.output_dir = model_config, config, output_dir
-        self.device, (self.rank, self.world_size) = join_processes(), ranks()
+    def __init__(self, options, device):
+        overrides = read_overrides(options.settings)
+        self.model_config = model_config = read_config(ModelConfig, options.model_config, overrides)
+        self.config = config = read_config(TrainingConfig, options.train_config, overrides)
+        self.output_dir = output_dir = options.output_dir
+        self.device, (self.rank, self.world_size) = device, ranks()
         self.accumulation = accumulation_for(config, self.world_size)
         if config.seq_length > model_config.n_positions:
             raise RunError(f"seq_length: {config.seq_length} is more than n_positions, {model_config.n_positions}")
-        path = find_checkpoint(output_dir, resume)
+        path = find_checkpoint(output_dir, options.resume)
         resumed = read_checkpoint(path) if path else {"step": 0, "rows_seen": 0, "evaluated": None}
         self.step, self.rows_seen = resumed["step"], resumed["rows_seen"]
         self.evaluated = resumed["evaluated"] if path and path.parent == output_dir else None
@@ -730,8 +784,6 @@ class Trainer:
             say(f"resuming from {path} at step {self.step} of {config.total_steps}")
         if config.compile is True or (config.compile == "auto" and self.device.type == "cuda"):
             self.model.compile()
-        if self.world_size > 1:
-            self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self.skipped, self.timed_steps, self.timed_seconds = 0, 0, 0.0
         if self.rank == 0:
             self._open_output_dir()
@@ -754,6 +806,8 @@ class Trainer:
 
     def train(self, received):
         """Train to the last step, or until a signal arrives in the list `received`; returns whether all is done."""
+        if self.world_size > 1:  # here, because it waits for the other ranks to have built their models
+            self.replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         saved, stop = self.step, False
         while True:  # one turn more than there are steps, so that evaluating and saving stand here alone
             last = self.step == self.config.total_steps
@@ -824,7 +878,7 @@ class Trainer:
     def _speed(self):
         """tokens_per_second since the last call and, on a known GPU, mfu: the share of its dense bf16 peak."""
         config, c = self.config, self.model_config
-        speed = self.timed_steps * config.rows_per_step * config.seq_length / self.timed_seconds
+        speed = self.timed_steps * config.tokens_per_step / self.timed_seconds
         self.timed_steps, self.timed_seconds = 0, 0.0
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         for name, peak in DENSE_BF16_FLOPS.items():
@@ -849,7 +903,9 @@ class Trainer:
         self.bar.update(self.step - self.bar.n)
         if kind == "train":
             text = f"loss {results['loss']:.4f}, {results['tokens_per_second']:,.0f} tokens/s"
-            self.bar.set_postfix_str(text)
+            self.bar.set_postfix_str(text)  # beside it, the bar shows the time left
+            left = (self.config.total_steps - self.step) * self.config.tokens_per_step / results["tokens_per_second"]
+            text += f", {tqdm.format_interval(left)} left"
         else:
             text = f"perplexity {results['perplexity']:.3f}, of the text alone {results['text_perplexity']:.3f}"
         if kind != "train" or self.bar.disable:
@@ -870,6 +926,8 @@ class Trainer:
             save(self.output_dir / "final_model.pt", model)
         optimizer = {"optimizer_state_dict": self.optimizer.state_dict()}
         save(self.output_dir / f"checkpoint_step_{self.step}.pt", model | place | optimizer)
+        for path in list(checkpoints(self.output_dir).values())[self.config.keep_checkpoints or sys.maxsize :]:
+            path.unlink()
 
     def _write_samples(self):
         """Continue the beginnings of three rows of the validation data, through the KV cache."""
@@ -902,6 +960,20 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
+def explained(error):
+    """Print one line about what ended the run, and return the exit status; any other RuntimeError is raised again."""
+    shared = isinstance(error, RunError)  # every rank ends with it, so that one is enough to tell
+    if isinstance(error, torch.OutOfMemoryError):
+        error = RunError(f"{error} Halve micro_batch_size and double gradient_accumulation: the batch stays the same.")
+    elif isinstance(error, dist.DistError) or "gloo" in str(error):
+        error, shared = "another process of this run has ended; start again to resume from the newest checkpoint", True
+    elif isinstance(error, RuntimeError):
+        raise error
+    if not shared or os.environ.get("RANK", "0") == "0":
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+    return 2
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     configs = Path(__file__).resolve().parent / "configs"
@@ -912,16 +984,12 @@ def main(arguments=None):
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="in place of what the configs say")
     options = parser.parse_intermixed_args(arguments)
     try:
-        overrides = read_overrides(options.settings)
-        model_config = read_config(ModelConfig, options.model_config, overrides)
-        config = read_config(TrainingConfig, options.train_config, overrides)
-        trainer = Trainer(model_config, config, options.output_dir, options.resume)
+        device = join_processes()
+        trainer = built_together(lambda: Trainer(options, device))
         with stop_signals() as received:
             complete = trainer.train(received)
-    except (RunError, OSError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except (RunError, OSError, RuntimeError) as error:
+        sys.exit(explained(error))
     if trainer.rank == 0:
         trainer.bar.close()
         print(trainer.summary() if complete else f"stopped and saved at step {trainer.step}; start again to resume")

@@ -80,8 +80,8 @@ def test_the_files_hold_the_published_values(size):
     model = yaml.safe_load((ROOT / f"configs/model_config_{size}.yaml").read_text())
     assert model == MODEL | shape
     train = yaml.safe_load((ROOT / f"configs/train_config_{size}.yaml").read_text())
-    del train["sample_tokens"]  # ours
-    assert train == TRAINING | batch | intervals
+    ours = {"keep_checkpoints": None, "sample_tokens": 128}
+    assert train == TRAINING | batch | intervals | ours
     rows = train["micro_batch_size"] * train["gradient_accumulation"] * train["num_gpus"]
     assert rows * train["seq_length"] == derived["tokens_per_step"]
     assert train["target_tokens"] // derived["tokens_per_step"] == derived["steps"]
@@ -319,7 +319,7 @@ NUMBERS = FROM_ZERO_BELOW_ONE | {
     "layer_norm_epsilon", "initializer_range", "learning_rate", "min_lr", "weight_decay", "grad_clip",
     "skip_grad_norm",
 }  # fmt: skip
-OR_NULL = {"n_inner", "eval_batches"}
+OR_NULL = {"n_inner", "eval_batches", "keep_checkpoints"}
 KEYS = [field.name for kind in (SCRIPT.ModelConfig, SCRIPT.TrainingConfig) for field in fields(kind)]
 KEYS.remove("n_kv_groups")  # of this variant, always null; tested above
 
@@ -561,6 +561,7 @@ ROWS = {
     "eval_interval": changes("eval_interval=1", "evaluations"),
     "eval_batches": changes("eval_batches=1", "evaluations"),
     "save_interval": changes("save_interval=1", "checkpoints", "samples"),
+    "keep_checkpoints": changes("keep_checkpoints=1", "checkpoints"),
     "sample_tokens": changes("sample_tokens=0", "samples"),
 }
 
@@ -599,6 +600,7 @@ def test_counts_in_the_metrics_and_files_follow_the_intervals(observed):
     assert observed("eval_interval=1").kinds("val", "final") == [*(("val", s) for s in range(4)), ("final", 4)]
     every = [f"checkpoint_step_{step}.pt" for step in (1, 2, 3, 4)]
     assert observed("save_interval=1").checkpoints == [*every, "final_model.pt"]
+    assert observed("keep_checkpoints=1").checkpoints == ["checkpoint_step_4.pt", "final_model.pt"]
     assert observed("sample_tokens=0").samples == {}
     assert "skipped" in observed("skip_grad_norm=0.001").printed
     assert "skipped" not in seen.printed

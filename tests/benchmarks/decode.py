@@ -46,16 +46,16 @@ def build(alias, vocab_size):
     return getattr(script, variant["class"])(config).eval()
 
 
-def build_gpt2(qkv):
+def build_gpt2(qkv, **settings):
     """transformers' GPT-2 with the weights of QKV. Without an end token there is nothing to stop at or to mask."""
-    config = transformers.GPT2Config(
-        **SHAPE, vocab_size=qkv.config.vocab_size, activation_function="gelu", bos_token_id=None, eos_token_id=None
+    shape = {name: getattr(qkv.config, name) for name in ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")}
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**shape, activation_function="gelu", bos_token_id=None, eos_token_id=None, **settings)
     )
-    gpt2 = transformers.GPT2LMHeadModel(config).eval()
     transposed = {name for name in qkv.state_dict() if ".c_" in name and name.endswith("weight")}
     weights = {f"transformer.{name}": w.T if name in transposed else w for name, w in qkv.state_dict().items()}
     gpt2.load_state_dict(weights | {"lm_head.weight": qkv.wte.weight})
-    return gpt2
+    return gpt2.eval()
 
 
 def measure(embedding, generate):
