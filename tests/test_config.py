@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import subprocess
 import sys
 from dataclasses import dataclass, fields
 from functools import partial
@@ -761,6 +762,22 @@ def test_a_run_completes_without_wandb_and_says_so(failure, data, tmp_path, monk
     output = capsys.readouterr()
     if failure != "finish":  # which need not be called
         assert "warning: wandb" in output.out + output.err
+
+
+def test_the_real_wandb_keeps_an_offline_run(data, tmp_path):
+    """In a process of its own, which wandb may end as it likes."""
+    settings = [*TINY_MODEL, *TINY_RUN, *data, "target_tokens=1024", "wandb=offline"]
+    configs = [word for kind, path in CONFIGS.items() for word in (f"--{kind}_config", str(path))]
+    command = [sys.executable, SCRIPT.__file__, *configs, "--output_dir", str(tmp_path / "out"), *settings]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert "warning" not in finished.stdout + finished.stderr
+    (kept,) = (tmp_path / "out/wandb").glob("offline-run-*/*.wandb")
+    written, records = kept.read_bytes(), SCRIPT.read_metrics(tmp_path / "out/metrics.jsonl")
+    assert len(records) == 6
+    for record in records:
+        assert f"{record['kind']}/loss".encode() in written
+        assert json.dumps(record["loss"]).encode() in written
 
 
 OWN_TEST = {

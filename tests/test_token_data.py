@@ -12,21 +12,13 @@ import torch
 from conftest import script_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 SCRIPT = script_of("kqv")  # owns the text that the scripts share; another test holds the others to it
 EOS = 60
 TOKEN_BYTES = np.array([1 + i % 5 for i in range(EOS)] + [0], dtype=np.uint16)
 each_sequence = pytest.mark.parametrize("sequence", ["padded", "packed"])
 examples = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def documents_of(lengths):
@@ -314,10 +306,10 @@ T = 12
 DOCUMENTS = documents_of([5, 30, 0, 1, 12, 2, 7, 19, 11, 3])
 
 
-def model_of(dropout=0.0):
+def model_of(dropout=0.0, n_positions=T):
     """A small model whose losses differ a lot between tokens."""
     torch.manual_seed(0)
-    shape = {"vocab_size": EOS + 1, "n_positions": T, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    shape = {"vocab_size": EOS + 1, "n_positions": n_positions, "n_embd": 32, "n_layer": 2, "n_head": 4}
     config = SCRIPT.ModelConfig(**shape, dropout=dropout, initializer_range=0.2)
     return SCRIPT.GPT(config).eval()
 
@@ -415,3 +407,43 @@ def test_an_evaluation_without_a_token_to_predict_is_refused_by_name(tmp_path):
     path = write(tmp_path, documents_of([1, 0, 1]))
     with pytest.raises(ValueError, match=str(path)):
         SCRIPT.evaluate(model_of(), SCRIPT.get_dataloader(path, 2, T))
+
+
+ten_million = pytest.param(10_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
+
+
+@pytest.mark.parametrize("total", [60_000, ten_million])
+@each_sequence
+def test_an_evaluation_is_that_of_transformers_on_the_same_tokens(sequence, total, tmp_path):
+    """The size of the paper's validation set, in the slow test: its rows by numpy, its losses by GPT2LMHeadModel."""
+    T, lengths = 256, np.random.default_rng(0).lognormal(5, 1, total // 245).astype(int)
+    documents, model = documents_of(lengths), model_of(n_positions=T)
+    path = write(tmp_path, documents, [len(documents) // 2, len(documents) - len(documents) // 2])
+    assert lengths.sum() == pytest.approx(total, rel=0.1)
+    results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(path, 16, T, sequence))
+
+    gpt2, losses = gpt2_of(model), []
+    rows, is_text = rows_of(documents, T, sequence)
+    for start in range(0, len(rows), 16):
+        ids = torch.from_numpy(rows[start : start + 16])
+        with torch.no_grad():
+            log_p = gpt2(ids).logits[:, :-1].log_softmax(dim=-1)
+        losses.append(-log_p.gather(2, ids[:, 1:, None])[..., 0].double().numpy())
+    losses, text, targets = np.concatenate(losses), is_text[:, 1:], rows[:, 1:]
+    assert results["loss"] == pytest.approx(losses.mean(), rel=1e-6)
+    assert results["perplexity"] == pytest.approx(np.exp(losses.mean()), rel=1e-6)
+    assert results["text_loss"] == pytest.approx(losses[text].mean(), rel=1e-6)
+    bits = losses[text].sum() / np.log(2) / TOKEN_BYTES[targets[text]].sum()
+    assert results["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert results["padding_fraction"] == pytest.approx(1 - is_text.mean())
+
+
+def gpt2_of(model):
+    """transformers' GPT-2 with the weights of QKV."""
+    c = model.config
+    shape = {"vocab_size": c.vocab_size, "n_positions": c.n_positions, "n_embd": c.n_embd, "n_layer": c.n_layer}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**shape, n_head=c.n_head, activation_function="gelu")).eval()
+    convolutions = {name for name in model.state_dict() if ".c_" in name and name.endswith("weight")}  # [in, out]
+    weights = {f"transformer.{n}": w.T if n in convolutions else w for n, w in model.state_dict().items()}
+    gpt2.load_state_dict(weights | {"lm_head.weight": model.wte.weight})
+    return gpt2

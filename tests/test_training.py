@@ -1,10 +1,14 @@
 """Training through the command line: the order of data, resuming, stopping, and what ends a run."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -212,6 +216,29 @@ def test_a_checkpoint_has_the_released_layout(whole_run):
     ]
     model = KV.load_model(whole_run / "final_model.pt")
     assert all(torch.equal(w, weights(whole_run / "checkpoint_step_8.pt")[n]) for n, w in model.state_dict().items())
+
+
+def test_a_terminal_shows_loss_speed_and_the_time_left(data, tmp_path):
+    terminal, inside = pty.openpty()
+    args = arguments(data, tmp_path, "target_tokens=12800", "eval_interval=1000", "save_interval=1000")
+    termios.tcsetwinsize(inside, (24, 120))
+    command = [sys.executable, str(ROOT / "transformer_KV_1_300_M.py"), *args]
+    process = subprocess.Popen(command, stderr=inside, stdout=subprocess.DEVNULL)
+    os.close(inside)
+    shown = ""
+    with contextlib.suppress(OSError):  # which a terminal raises when its last writer is gone
+        while read := os.read(terminal, 4096):
+            shown += read.decode(errors="replace")
+    assert process.wait(timeout=60) == 0
+    assert re.search(r"loss \d\.\d{4}, [\d,]+ tokens/s", shown)
+    assert re.search(r"\d+/50 \[\d\d:\d\d<\d\d:\d\d", shown)  # tqdm's: steps, time gone, time left
+
+
+def test_a_log_file_shows_the_time_left(data, tmp_path, capsys):
+    KV.main(arguments(data, tmp_path))
+    lines = [line for line in capsys.readouterr().out.splitlines() if ", train: " in line]
+    assert len(lines) == 8
+    assert all(re.fullmatch(r"step \d of 8, train: loss \d\.\d{4}, [\d,]+ tokens/s, 00:00 left", x) for x in lines)
 
 
 def test_samples_continue_validation_text(data, whole_run):

@@ -1,0 +1,285 @@
+"""What can go wrong in days of training: kills, full disks, damaged files, lost processes, ports in use.
+
+Every failure has to end all ranks within a minute, with one readable line, and to leave a folder from which the next
+start ends like a run that nothing happened to.
+"""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, prepare
+from test_training import arguments, assert_same_run, metrics
+
+import transformer_KV_1_300_M as KV
+
+SCRIPT = "transformer_KV_1_300_M.py"
+LONG = ("target_tokens=25600", "save_interval=5", "eval_interval=20", "dropout=0.1")  # 100 steps
+MINUTE = 60
+
+
+def torchrun(processes, *args):
+    """A training run on several processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen([*command, str(ROOT / SCRIPT), *args], text=True, stderr=subprocess.PIPE, stdout=-1)
+
+
+def one_process(*args, **options):
+    return subprocess.Popen([sys.executable, str(ROOT / SCRIPT), *args], text=True, stderr=-1, stdout=-1, **options)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def ranks_by_hand(*arguments_of_ranks, port=None):
+    """Two ranks or more without torchrun, each with arguments of its own, as on nodes that differ."""
+    port, count = port or free_port(), len(arguments_of_ranks)
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    return [
+        one_process(*args, env=os.environ | common | {"RANK": str(rank), "MASTER_PORT": str(port)})
+        for rank, args in enumerate(arguments_of_ranks)
+    ]
+
+
+def rank_of_torchrun(process, rank):
+    """The process id of a rank, once it runs."""
+    while True:
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                if f"PPid:\t{process.pid}\n" in status.read_text():
+                    environment = (status.parent / "environ").read_bytes().split(b"\0")
+                    if f"RANK={rank}".encode() in environment:
+                        return int(status.parent.name)
+            except OSError:  # it has ended meanwhile
+                continue
+        time.sleep(0.02)
+
+
+def errors_of(*processes):
+    """The lines with which the script says why it ends, of all processes; none may take longer than a minute."""
+    deadline, lines = time.monotonic() + MINUTE, []
+    for process in processes:
+        _, stderr = process.communicate(timeout=deadline - time.monotonic())
+        assert process.returncode != 0
+        assert f'{SCRIPT}", line' not in stderr, stderr  # no traceback through the script
+        lines += [line for line in stderr.splitlines() if f"{SCRIPT}: error: " in line]
+    return lines
+
+
+def wait_for_step(process, output_dir, step):
+    """Returns when the log has reached a step, or the process its end."""
+    while process.poll() is None:
+        log = KV.read_metrics(output_dir / "metrics.jsonl")
+        if log and log[-1]["step"] >= step:
+            return
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory):
+    """The folder of a run of 100 steps that nothing happened to."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    KV.main(arguments(data, output_dir, *LONG))
+    return output_dir
+
+
+def killed_again_and_again(start, victim, output_dir, times):
+    """Start the run, kill it some steps on, at a random moment of the step; so often. Returns where it had come."""
+    moments, seed = [], int.from_bytes(os.urandom(4), "little")
+    chance = random.Random(seed)
+    print(f"seed {seed}")  # shown where the test fails
+    for _ in range(times):
+        done = max(KV.checkpoints(output_dir), default=0) if output_dir.exists() else 0
+        process = start()
+        wait_for_step(process, output_dir, done + chance.randint(1, 9))
+        time.sleep(chance.uniform(0, 0.05))
+        if process.poll() is None:
+            os.kill(victim(process), signal.SIGKILL)
+        errors_of(process)
+        moments.append(KV.read_metrics(output_dir / "metrics.jsonl")[-1]["step"])
+    return moments
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_kills_at_random_moments_leave_no_trace(data, whole_run, tmp_path):
+    args = arguments(data, tmp_path, *LONG)
+    moments = killed_again_and_again(lambda: one_process(*args), lambda process: process.pid, tmp_path, 20)
+    assert len(set(moments)) > 5
+    assert not (tmp_path / "final_model.pt").exists()
+    KV.main(args)
+    assert_same_run(whole_run, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_of_one_rank_of_two_leave_no_trace(data, tmp_path):
+    args = arguments(data, tmp_path / "killed", *LONG)
+    chance = random.Random(0)
+
+    def victim(process):
+        return rank_of_torchrun(process, chance.randint(0, 1))
+
+    killed_again_and_again(lambda: torchrun(2, *args), victim, tmp_path / "killed", 20)
+    assert not (tmp_path / "killed/final_model.pt").exists()
+    for run in (torchrun(2, *args), torchrun(2, *arguments(data, tmp_path / "whole", *LONG))):
+        _, stderr = run.communicate(timeout=120)
+        assert run.returncode == 0, stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_the_other_and_the_next_start_goes_on(rank, data, tmp_path, capsys):
+    process = torchrun(2, *arguments(data, tmp_path, *LONG, "target_tokens=2000000"))
+    wait_for_step(process, tmp_path, 12)
+    os.kill(rank_of_torchrun(process, rank), signal.SIGKILL)
+    lines = errors_of(process)
+    assert len(lines) == (rank == 1)  # rank 0 cannot say that it was killed itself; torchrun does
+    assert all("start again to resume" in line for line in lines)
+    newest = max(KV.checkpoints(tmp_path))
+    KV.main(arguments(data, tmp_path, *LONG, f"target_tokens={256 * (newest + 3)}"))
+    assert f"resuming from {tmp_path}/checkpoint_step_{newest}.pt" in capsys.readouterr().out
+    assert max(KV.checkpoints(tmp_path)) == newest + 3
+
+
+def test_a_run_goes_on_with_another_number_of_processes(data, tmp_path):
+    """Four, then two, and all in one: the same batches and dropout, so the same losses but for rounding."""
+    settings = *LONG, "lr_scheduler=constant", "log_interval=1"
+    for count, tokens in ((4, 2560), (2, 5120)):
+        process = torchrun(count, *arguments(data, tmp_path / "several", *settings, f"target_tokens={tokens}"))
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+    KV.main(arguments(data, tmp_path / "one", *settings, "target_tokens=5120"))
+    several, one = (KV.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("several", "one"))
+    several = [record for record in several if (record["kind"], record["step"]) != ("final", 10)]  # of the first part
+    for left, right in zip(several, one, strict=True):
+        assert (left["kind"], left["step"]) == (right["kind"], right["step"])
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, 2 * [int(sys.argv.pop(1))])
+from torch.distributed.run import main
+main()
+"""
+
+
+def test_a_full_disk_says_what_was_needed_and_leaves_the_checkpoints_before_it(data, tmp_path, capsys):
+    """A limit on the size of a file lets the log through, and stops a checkpoint in the middle."""
+    KV.main(arguments(data, tmp_path, *LONG, "target_tokens=2560"))
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    size = (tmp_path / "checkpoint_step_10.pt").stat().st_size
+    launch = [sys.executable, "-c", LIMITED, str(size // 2), "--standalone", "--nproc_per_node=2", str(ROOT / SCRIPT)]
+    process = subprocess.Popen([*launch, *arguments(data, tmp_path, *LONG)], text=True, stderr=-1, stdout=-1)
+    (line,) = errors_of(process)
+    assert "checkpoint_step_15.pt: not saved" in line and "GB are free" in line
+    needed = float(line.partition("it takes ")[2].split()[0])
+    assert needed == pytest.approx(size / 1e9, abs=1e-3)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt*")} == before
+    capsys.readouterr()
+    KV.main(arguments(data, tmp_path, *LONG, "target_tokens=3840"))
+    assert f"resuming from {tmp_path}/checkpoint_step_10.pt" in capsys.readouterr().out
+    assert max(KV.checkpoints(tmp_path)) == 15
+
+
+def test_what_one_node_lacks_is_said_by_rank_0_and_ends_both(data, tmp_path):
+    good = arguments(data, tmp_path / "out")
+    for bad, words in [
+        (arguments(data, tmp_path / "out", "train_data=/nowhere"), "/nowhere: no complete token files"),
+        ([*good, "--train_config", "/nowhere.yaml"], "/nowhere.yaml: expected a YAML file"),
+    ]:
+        first, second = ranks_by_hand(good, bad)
+        (line,) = errors_of(first)
+        assert words in line, line
+        assert errors_of(second) == []
+
+
+def test_an_output_folder_that_the_nodes_do_not_share_is_noticed(data, whole_run, tmp_path):
+    here, there = arguments(data, whole_run, *LONG), arguments(data, tmp_path / "elsewhere", *LONG)
+    first, second = ranks_by_hand(here, there)
+    (line,) = errors_of(first)
+    assert "see the same output_dir" in line
+    assert errors_of(second) == []
+
+
+def test_a_missing_chunk_is_named(data, tmp_path):
+    settings = prepare(tmp_path, [f"Text number {i} of some that fill two chunks and more. " * 9 for i in range(60)])
+    chunk = sorted((tmp_path / "data/train").glob("*.tokens.npy"))[1]
+    chunk.unlink()
+    (line,) = errors_of(torchrun(2, *arguments(settings, tmp_path / "out")))
+    assert chunk.name in line and "dataset_download.py" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_not_a_number_ends_two_ranks_with_one_line(data, whole_run, tmp_path):
+    contents = torch.load(whole_run / "checkpoint_step_5.pt", weights_only=True)
+    contents["model_state_dict"]["ln_f.weight"][0] = torch.nan
+    torch.save(contents, tmp_path / "checkpoint_step_5.pt")
+    (line,) = errors_of(torchrun(2, *arguments(data, tmp_path, *LONG)))
+    assert "step 6: the loss is nan" in line
+    assert [path.name for path in tmp_path.glob("*.pt*")] == ["checkpoint_step_5.pt"]
+
+
+def test_an_output_folder_that_cannot_be_written_ends_two_ranks_with_one_line(data):
+    (line,) = errors_of(torchrun(2, *arguments(data, "/proc/run")))  # not even root may write there
+    assert "/proc/run" in line
+
+
+def test_a_port_in_use_is_named(data, tmp_path):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        process, *_ = ranks_by_hand(arguments(data, tmp_path / "out"), port=port)
+        (line,) = errors_of(process)
+    assert f"127.0.0.1:{port}" in line and "in use" in line
+    assert not (tmp_path / "out").exists()
+
+
+def agents(count, args):
+    """One torchrun a node, all on this machine, as the README starts them."""
+    place = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+    options = [f"--nnodes={count}", "--nproc_per_node=1", *place]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / SCRIPT), *args]
+    return [subprocess.Popen(command, text=True, stderr=-1, stdout=-1) for _ in range(count)]
+
+
+def test_two_nodes_train_like_one_process(data, tmp_path):
+    nodes = agents(2, arguments(data, tmp_path / "two", "dropout=0.1"))
+    for node in nodes:
+        _, stderr = node.communicate(timeout=120)
+        assert node.returncode == 0, stderr
+    KV.main(arguments(data, tmp_path / "one", "dropout=0.1"))
+    for left, right in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+
+
+def test_a_process_killed_on_one_node_ends_the_other(data, tmp_path):
+    nodes = agents(2, arguments(data, tmp_path, *LONG, "target_tokens=2000000"))
+    wait_for_step(nodes[0], tmp_path, 7)
+    victims = [node for node in nodes if b"RANK=1" in environment_of_child(node)]
+    os.kill(rank_of_torchrun(victims[0], 1), signal.SIGKILL)
+    lines = errors_of(*nodes)
+    assert len(lines) == 1 and "start again to resume" in lines[0]
+
+
+def environment_of_child(node):
+    """The environment of the one process that an agent has started."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            if f"PPid:\t{node.pid}\n" in status.read_text():
+                return (status.parent / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+    return []
