@@ -52,7 +52,9 @@ OUTPUT_DIR = "outputs_1.2B_qkv_k_equals_v"
 LOSS_CHUNK = 2048  # positions whose logits exist at the same time while a loss is computed
 MAX_SKIPPED_UPDATES = 10  # this many in a row mean that the run has diverged
 PROMPT_TOKENS = 32  # of each written sample, taken from the validation data
-DENSE_BF16_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # a second, by name of the GPU; for the mfu
+# A second, for the mfu; by the first of these that stands in the GPU's name.
+DENSE_BF16_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12}
+DENSE_BF16_FLOPS |= {"B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
 FLASH_ATTENTION = find_spec("flash_attn") is not None
 
 
@@ -592,9 +594,9 @@ def save(path, contents):
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         partial.unlink(missing_ok=True)
-        needed, free = nbytes(contents), shutil.disk_usage(path.parent).free
-        space = f"it takes {needed / 1e9:.3f} GB, {free / 1e9:.3f} GB are free"
-        raise RunError(f"{path}: not saved ({error}); {space}; the checkpoints before it are whole") from error
+        needed, free = nbytes(contents) / 1e6, shutil.disk_usage(path.parent).free / 1e6
+        space = f"it takes {needed:,.1f} MB, and {free:,.1f} MB are free"
+        raise RunError(f"{path}: not saved: {space}; the checkpoints before it are whole ({error})") from error
 
 
 def nbytes(contents):
@@ -961,17 +963,19 @@ def autocast(config, device):
     return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
-def explained(error):
+def explained(error, output_dir):
     """Print one line about what ended the run, and return the exit status; any other RuntimeError is raised again."""
-    shared = isinstance(error, RunError)  # every rank ends with it, so that one is enough to tell
+    said_by_all = isinstance(error, RunError)  # so that one line, of rank 0, will do
     if isinstance(error, torch.OutOfMemoryError):
-        error = RunError(f"{error} Halve micro_batch_size and double gradient_accumulation: the batch stays the same.")
+        error = f"{error} Halve micro_batch_size and double gradient_accumulation: the global batch stays the same."
     elif isinstance(error, dist.DistError) or "gloo" in str(error):
-        error, shared = "another process of this run has ended; start again to resume from the newest checkpoint", True
+        error, said_by_all = "another process of this run has ended; start again to resume", True
+    elif isinstance(error, OSError) and not error.filename:
+        error = f"{output_dir}: {error}"
     elif isinstance(error, RuntimeError):
         raise error
-    if not shared or os.environ.get("RANK", "0") == "0":
-        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+    if not said_by_all or os.environ.get("RANK", "0") == "0":
+        print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 
@@ -990,7 +994,7 @@ def main(arguments=None):
         with stop_signals() as received:
             complete = trainer.train(received)
     except (RunError, OSError, RuntimeError) as error:
-        sys.exit(explained(error))
+        sys.exit(explained(error, options.output_dir))
     if trainer.rank == 0:
         trainer.bar.close()
         print(trainer.summary() if complete else f"stopped and saved at step {trainer.step}; start again to resume")

@@ -183,9 +183,9 @@ def test_a_full_disk_says_what_was_needed_and_leaves_the_checkpoints_before_it(d
     launch = [sys.executable, "-c", LIMITED, str(size // 2), "--standalone", "--nproc_per_node=2", str(ROOT / SCRIPT)]
     process = subprocess.Popen([*launch, *arguments(data, tmp_path, *LONG)], text=True, stderr=-1, stdout=-1)
     (line,) = errors_of(process)
-    assert "checkpoint_step_15.pt: not saved" in line and "GB are free" in line
+    assert "checkpoint_step_15.pt: not saved" in line and "MB are free" in line
     needed = float(line.partition("it takes ")[2].split()[0])
-    assert needed == pytest.approx(size / 1e9, abs=1e-3)
+    assert needed == pytest.approx(size / 1e6, rel=0.2)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt*")} == before
     capsys.readouterr()
     KV.main(arguments(data, tmp_path, *LONG, "target_tokens=3840"))

@@ -1,6 +1,7 @@
 """Training through the command line: the order of data, resuming, stopping, and what ends a run."""
 
 import contextlib
+import errno
 import json
 import os
 import pty
@@ -11,9 +12,11 @@ import sys
 import termios
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, TINY_MODEL, TINY_RUN, VARIANTS, prepare, script_of
 
 import transformer_KQV_300_M
@@ -316,6 +319,31 @@ def test_several_skipped_updates_in_a_row_stop_the_run(data, tmp_path, capsys):
     assert "step 10: 10 updates skipped in a row" in error
 
 
+@pytest.mark.parametrize(
+    ("function", "error", "words"),
+    [
+        ("_backward", torch.OutOfMemoryError("CUDA out of memory."), ["out of memory", "Halve micro_batch_size"]),
+        ("_log", OSError(errno.ENOSPC, "No space left on device"), ["No space left"]),
+        ("_backward", dist.DistBackendError("NCCL error"), ["another process", "start again"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_what_ends_a_run_in_the_middle_is_one_line(function, error, words, data, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(KV.Trainer, function, fail)
+    line = failing_run(arguments(data, tmp_path), capsys)
+    assert all(word in line for word in words)
+    assert str(tmp_path) in line or not isinstance(error, OSError)
+
+
+def test_an_error_of_the_program_keeps_its_traceback(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(KV, "learning_rate", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        KV.main(arguments(data, tmp_path))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "of another variant"])
 def test_a_damaged_newest_checkpoint_is_passed_over_but_refused_by_name(damage, data, whole_run, tmp_path, capsys):
     for step in (2, 4, 6):
@@ -388,3 +416,25 @@ def test_a_number_of_processes_that_cannot_share_the_batch_names_those_that_can(
     assert [KV.accumulation_for(config, n) for n in (1, 2, 6, 8, 64)] == [192, 96, 32, 24, 3]
     with pytest.raises(ValueError, match="5 processes .* 192 .* use 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192"):
         KV.accumulation_for(config, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12)],
+)
+def test_mfu_is_the_share_of_the_peak_of_all_gpus(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+    config = KV.read_config(KV.TrainingConfig, ROOT / "configs/train_config_300M.yaml", {})
+    model_config = KV.read_config(KV.ModelConfig, ROOT / "configs/model_config_300M.yaml", {})
+    with torch.device("meta"):
+        model = KV.GPT_QKV_KEqualsV(model_config)
+    run = SimpleNamespace(config=config, model_config=model_config, model=model, device=torch.device("cuda"))
+    run.world_size, run.timed_steps, run.timed_seconds = 8, 10, 20.0
+    result = KV.Trainer._speed(run)
+    speed = 10 * 2_359_296 / 20
+    assert result["tokens_per_second"] == speed
+    flops = 6 * 284_542_976 + 12 * 20 * 1024 * 2048  # a token: 300M of Q–K=V
+    assert result["mfu"] == pytest.approx(flops * speed / (8 * peak))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "some other GPU")
+    run.timed_seconds = 1.0
+    assert KV.Trainer._speed(run).keys() == {"tokens_per_second"}
