@@ -91,15 +91,6 @@ one_variant = pytest.mark.parametrize("variant", [VARIANTS["kqv"]], ids=["kqv"])
 examples = settings(max_examples=25, deadline=None, derandomize=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small are slower on two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tokens(rows, length, seed=1):
     return torch.randint(SMALL["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
 
@@ -231,6 +222,31 @@ def test_a_loss_in_chunks_is_the_whole_loss_and_never_holds_all_logits(variant, 
     close(loss, whole)
     close(gradients, expected)
     assert largest.rows == 5
+
+
+@one_variant
+def test_the_loss_in_bf16_has_the_gradients_of_the_obvious_one(variant):
+    """Both round the logits to bf16 and add up in fp32; the rest is the order of the sums."""
+    model, ids = variant.build(), tokens(3, 24)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        obvious = F.cross_entropy(model(ids)[0][:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+        loss = model(ids, labels=ids)[1]
+    assert loss.dtype == torch.float32
+    close(loss, obvious, 1e-4)
+    pairs = zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(obvious, parameters), strict=True)
+    for name, (gradient, expected) in zip(names, pairs, strict=True):
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected).norm() < 0.02 * expected.norm(), name
+
+
+@one_variant
+def test_a_loss_without_gradients_is_the_same(variant):
+    model, ids = variant.build(), tokens(3, 24)
+    with torch.no_grad():
+        without = model(ids, labels=ids)[1]
+    close(without, model(ids, labels=ids)[1])
+    assert not without.requires_grad
 
 
 @each_variant
