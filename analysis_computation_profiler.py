@@ -1,0 +1,980 @@
+"""Parameters, operations and KV cache of every variant: by formula, counted, and measured on this machine.
+
+    python analysis_computation_profiler.py                                # the paper's Tables 5 and 6, and the cache
+    python analysis_computation_profiler.py --sizes 1.2B --memory 80GB --format markdown --figures figures
+    python analysis_computation_profiler.py --measure --variants kqv kv gqa --contexts 2048 8192 --batches 1 8
+    python analysis_computation_profiler.py --measure train --sizes 300M --format csv > train.csv
+
+Without --measure no model is run: PyTorch's meta device knows shapes alone. A forward pass of one sequence has three
+accounts: the closed formula; fvcore's MACs, which equal it; torch.profiler's FLOPs, which are 2 x MACs and the
+element-wise work that is itemised. Where they disagree, the exit status is 1. An analysis of all variants writes
+comprehensive_flop_analysis_<size>.json, that of 300M unless --sizes says otherwise.
+
+With --measure the scripts' `generate` fills its KV cache and decodes from it, or the scripts' model trains. Weights
+are random, and positions as many as the longest context needs. The variants take turns, and a round of warming up is
+not counted. Figures are medians of the rounds (lowest to highest); "vs QKV" compares the turns of one round. The
+published columns are of Tables 14 and 15: 1.2B in bf16 on an A100.
+
+    peak memory   of weights and run together; on CPU resident memory, where Linux tells it
+    roofline      the decode rate if a step took no longer than reading weights and cache at the copy bandwidth
+    mfu           (6 N + 12 L d T) FLOPs a token, as a share of the GPU's dense bf16 peak
+
+GB are 10^9 bytes, GiB 2^30.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import gc
+import io
+import json
+import math
+import os
+import platform
+import re
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
+from importlib import import_module
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+import yaml
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that, torch.profiler reports its every start and stop
+
+VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
+SIZES = ("300M", "1.2B")
+RELEASE_KEYS = {"kqv": "QKV", "qk": "KV", "kv": "Q-KV", "k": "K"}  # in the released JSON; others: the paper's notation
+SEQUENCE_LENGTHS = (128, 512, 1024, 2048)
+PAPER_CONTEXTS = (2_048, 32_000, 128_000)
+PERPLEXITY = {  # published, Tables 4 and 10
+    "300M": {"kqv": 5.11, "qk": 5.36, "kv": 5.27, "k": 6.41, "gqa": 5.15, "mqa": 5.19, "qgqa": 5.32, "qmqa": 5.36},
+    "1.2B": {"kqv": 5.004, "kv": 5.128, "gqa": 5.030, "mqa": 5.057, "qgqa": 5.158, "qmqa": 5.212},
+}
+PUBLISHED = {"kv": {"published_decode": "+4.4 to +5.3 %", "published_memory": "-6.9 to -6.5 %"}}  # Tables 14 and 15
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+COPY_BYTES = 2**29  # far beyond every processor's cache
+
+# The options of each kind of run, and their defaults; None: all there are, what is free or native, or as published.
+ACCOUNTS = {"sizes": None, "variants": None, "contexts": PAPER_CONTEXTS, "memory": 40 * 10**9, "output_dir": Path(".")}
+ANY = {"device": None, "dtype": None, "memory": None, "variants": None, "rounds": 3, "set": ()}
+ON_CPU = ANY | {"sizes": ["300M"], "variants": ["kqv", "kv", "gqa", "qmqa"]}
+MEASURED = {
+    ("decode", "cpu"): ON_CPU | {"contexts": [512, 2_048], "batches": [1], "steps": 32},
+    ("decode", "cuda"): ANY | {"sizes": ["1.2B"], "contexts": [2_048, 8_192, 32_000], "batches": [1, 8], "steps": 128},
+    ("train", "cpu"): ON_CPU | {
+        "micro_batch_size": 1, "seq_length": 256, "accumulation": 1, "steps": 1, "compile": False,
+    },
+    ("train", "cuda"): ANY | {
+        "sizes": ["300M"], "micro_batch_size": None, "seq_length": None, "accumulation": 8, "steps": 3, "compile": True,
+    },
+}  # fmt: skip
+
+
+class UsageError(ValueError):
+    """Something the user can mend: an option, a folder, a missing package."""
+
+
+class Variant:
+    """A variant at one size: its row of configs/variants.yaml, its training script and its ModelConfig.
+
+    `settings` replace fields of configs/model_config_<size>.yaml. UsageError where the parts do not go together.
+    """
+
+    def __init__(self, alias, size, **settings):
+        self.alias, self.size, self.row = alias, size, VARIANTS[alias]
+        if size not in self.row["script"]:
+            sizes = " and ".join(self.row["script"])
+            raise UsageError(f"{self.row['paper']} ({alias}) has no {size} model, only {sizes}")
+        self.script = import_module(self.row["script"][size].removesuffix(".py"))
+        try:
+            path = ROOT / f"configs/model_config_{size}.yaml"
+            self.config = self.script.read_config(self.script.ModelConfig, path, settings)
+        except self.script.RunError as error:
+            raise UsageError(str(error)) from error
+        groups = self.config.n_kv_groups
+        self.paper = f"{self.row['paper']}-{groups}" if groups and groups > 1 else self.row["paper"]
+        self.key = RELEASE_KEYS.get(alias, self.paper)
+        self.label = {"size": size, "variant": self.paper, "alias": alias}  # of a record
+
+    def build(self, device="meta", dtype=torch.float32, **changes):
+        """The script's model in eval mode, with random weights; `changes` replace fields of its configuration."""
+        with torch.device(device):
+            model = getattr(self.script, self.row["class"])(replace(self.config, **changes))
+        return model.to(dtype).eval()
+
+    @cached_property
+    def parameters(self):
+        """Parameters by part, named as in the released JSON; the tied output embedding counts once."""
+        model = self.build()
+        modules = {"embedding": "wte wpe", "attention": "attn", "mlp": "mlp", "layernorm": "ln_1 ln_2 ln_f"}
+        counts = dict.fromkeys(("total", "trainable", *modules), 0)
+        for name, parameter in model.named_parameters():
+            counts["total"] += parameter.numel()
+            counts["trainable"] += parameter.numel() * parameter.requires_grad
+            for part, names in modules.items():
+                counts[part] += parameter.numel() * bool(set(names.split()) & set(name.split(".")))
+        return counts
+
+    @property
+    def kv_width(self):
+        """Numbers in the keys, or in the values, of one token in one layer."""
+        return (self.config.n_kv_groups or self.config.n_head) * (self.config.n_embd // self.config.n_head)
+
+    def cache_bytes(self, tokens=1, itemsize=2):
+        """The KV cache of so many tokens of one sequence, by formula; an itemsize of 2 is bf16."""
+        return tokens * self.config.n_layer * len(self.row["cached"]) * self.kv_width * itemsize
+
+
+def chosen(sizes, aliases, settings):
+    """Lists of Variants by size; None stands for all there are. UsageError for a named one that there is not."""
+    variants = {}
+    for size in sizes or SIZES:
+        has = [alias for alias, row in VARIANTS.items() if size in row["script"] or (sizes and aliases)]
+        variants[size] = [Variant(alias, size, **settings) for alias in has if alias in (aliases or has)]
+    return {size: of_size for size, of_size in variants.items() if of_size}
+
+
+# Counting
+
+
+def theoretical_macs(variant, T):
+    """Multiply-accumulates of the matrix products in a forward pass of T tokens; the causal mask saves nothing.
+
+    Projections and 2 T^2 d in each layer, feed-forward layers, output embedding (paper, Table 6).
+    """
+    c = variant.config
+    # "Q=K": the key's projection is the query's too. Where the key alone is cached, it is the value's.
+    query_width = 0 if "Q=K" in variant.paper else c.n_embd
+    width = query_width + len(variant.row["cached"]) * variant.kv_width
+    attention = T * c.n_embd * (width + c.n_embd) + 2 * T * T * c.n_embd
+    mlp, lm_head = 2 * T * c.n_embd * c.n_inner, T * c.n_embd * c.vocab_size
+    return {
+        "attention_per_layer": attention,
+        "mlp_per_layer": mlp,
+        "total_attention": c.n_layer * attention,
+        "total_mlp": c.n_layer * mlp,
+        "lm_head": lm_head,
+        "total": c.n_layer * (attention + mlp) + lm_head,
+    }
+
+
+def elementwise_flops(variant, T):
+    """What torch.profiler counts beside matrix products, one FLOP a number: scaling the scores, and additions."""
+    c = variant.config
+    items = {
+        "score_scaling": c.n_layer * c.n_head * T * T,
+        "residual_adds": 2 * c.n_layer * T * c.n_embd,
+        "position_add": T * c.n_embd,
+    }
+    return items | {"total": sum(items.values())}
+
+
+def fvcore_macs(model, input_ids):
+    """fvcore's count of a forward pass on the plain attention path, without its estimate for LayerNorm."""
+    from fvcore.nn import FlopCountAnalysis
+
+    analysis = FlopCountAnalysis(model, input_ids)
+    analysis.unsupported_ops_warnings(False)  # element-wise operators, which have no MACs
+    return sum(count for operator, count in analysis.by_operator().items() if operator != "layer_norm")
+
+
+def profiled_flops(model, input_ids):
+    """torch.profiler's FLOPs of a forward pass on the plain attention path, by operator.
+
+    The profiler goes by shapes, so the meta device will do. But there some kernels are written in Python and call
+    further operators, which run on no real device. So an operator counts if the model called it, or one of the two
+    that PyTorch composes of others on every device.
+    """
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as profiler:
+        model(input_ids)
+    flops = Counter()
+    for event in profiler.events():
+        caller = event.cpu_parent
+        while caller and caller.name in ("aten::linear", "aten::matmul"):
+            caller = caller.cpu_parent
+        if event.flops and not caller:
+            flops[event.name] += event.flops
+    return dict(sorted(flops.items()))
+
+
+def forward_account(variant, model, T):
+    """The three accounts of one forward pass of T tokens, as they stand in the JSON."""
+    input_ids = torch.zeros(1, T, dtype=torch.int64, device=model.wte.weight.device)
+    macs, by_operator = theoretical_macs(variant, T), profiled_flops(model, input_ids)
+    flops = sum(by_operator.values())
+    ratio = flops / (2 * macs["total"])
+    return {
+        "theoretical_macs": macs,
+        "actual_flops": {"total_flops": flops, "total_gflops": flops / 1e9, "by_operator": by_operator},
+        "overhead_percent": 100 * (ratio - 1),
+        "ratio": ratio,
+        "fvcore_macs": fvcore_macs(model, input_ids),
+        "elementwise_flops": elementwise_flops(variant, T),
+    }
+
+
+def cache_account(variant, contexts):
+    """The KV cache of one sequence in bf16, by context, and what it saves against K and V of every head."""
+    c, sizes = variant.config, {context: variant.cache_bytes(context) for context in contexts}
+    return {
+        "dtype": "bf16",
+        "cached": variant.row["cached"],
+        "heads": c.n_kv_groups or c.n_head,
+        "bytes_per_token": variant.cache_bytes(),
+        "reduction_percent": 100 * (1 - variant.cache_bytes() / (2 * c.n_layer * c.n_embd * 2)),
+        "by_context": {str(t): {"bytes": n, "gb": n / 1e9, "gib": n / 2**30} for t, n in sizes.items()},
+    }
+
+
+def analyse(alias, size):
+    """A variant's entry in comprehensive_flop_analysis_<size>.json: the release's fields, and ours beside them.
+
+    `ratio` is FLOPs over 2 x MACs, and `overhead_percent` what it exceeds 1 by.
+    """
+    variant = Variant(alias, size)
+    model = variant.build(plain_attention=True)
+    return {
+        "model_name": variant.paper,
+        "attention_type": variant.row["name"],
+        "parameters": variant.parameters,
+        "max_seq_len": variant.config.n_positions,
+        "analysis_by_seq_len": {str(T): forward_account(variant, model, T) for T in SEQUENCE_LENGTHS},
+        "kv_cache": cache_account(variant, PAPER_CONTEXTS),
+    }
+
+
+def sequences_that_fit(variant, context, memory):
+    """How many caches of `context` tokens fit into `memory` bytes beside the published weights, all in bf16."""
+    return max(0, memory - 2 * variant.parameters["total"]) // variant.cache_bytes(context)
+
+
+def account_records(variant, entry, contexts, memory):
+    """An entry as flat records, by the table that they belong to. `unexplained` is what the accounts leave open."""
+    compute, cache, account = [], [], cache_account(variant, contexts)
+    for T, forward in entry["analysis_by_seq_len"].items():
+        macs, flops = forward["theoretical_macs"]["total"], forward["actual_flops"]["total_flops"]
+        items = forward["elementwise_flops"]
+        compute.append({
+            **variant.label, "T": int(T), "theoretical_macs": macs, "fvcore_macs": forward["fvcore_macs"],
+            "profiled_flops": flops, **{name: count for name, count in items.items() if name != "total"},
+            "unexplained": abs(forward["fvcore_macs"] - macs) + abs(flops - 2 * macs - items["total"]),
+            "ratio": forward["ratio"],
+        })  # fmt: skip
+    for context in contexts:
+        cache.append({
+            **variant.label, "bytes_per_token": account["bytes_per_token"],
+            "reduction_percent": account["reduction_percent"], "context": context,
+            **account["by_context"][str(context)], "weight_bytes": 2 * variant.parameters["total"],
+            "memory_bytes": memory, "sequences": sequences_that_fit(variant, context, memory),
+        })  # fmt: skip
+    return {"parameters": [variant.label | entry["parameters"]], "compute": compute, "kv_cache": cache}
+
+
+def add_change(records, key, name):
+    """Give each record the change of `key` against QKV's at the same size and T, in percent, where there is one."""
+    qkv = {(record["size"], record.get("T")): record[key] for record in records if record["alias"] == "kqv"}
+    for record in records:
+        if reference := qkv.get((record["size"], record.get("T"))):
+            record[name] = 100 * (record[key] / reference - 1)
+
+
+# Measuring
+
+
+@dataclass
+class Machine:
+    """What a measurement runs on: device, dtype, and the copy bandwidth in bytes a second."""
+
+    device: torch.device
+    dtype: torch.dtype
+    bandwidth: float
+
+
+def mark(device):
+    """A point in time on the device's own clock, for `seconds`."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds(start, end):
+    """Between two marks; waits for the work before the second."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def copy_bandwidth(device, repeats=5):
+    """Bytes a second, read and written, of the fastest of some copies of a large tensor."""
+    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    target, times = source.clone(), []
+    for _ in range(repeats):
+        start = mark(device)
+        target.copy_(source)
+        times.append(seconds(start, mark(device)))
+    return 2 * COPY_BYTES / min(times)
+
+
+def proc_bytes(path, name):
+    """A line `name: N kB` of a file of Linux, in bytes; None elsewhere."""
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"^{name}:\s*(\d+) kB$", Path(path).read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    return None
+
+
+def free_memory(device):
+    """Bytes that can still be allocated on the device; infinite where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return proc_bytes("/proc/meminfo", "MemAvailable") or math.inf
+
+
+def release_memory(device):
+    """Give freed memory back to the system; the next model would hide in what is kept."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class PeakMemory:
+    """How far the memory in use rises above where it stood when this was made."""
+
+    def __init__(self, device):
+        release_memory(device)
+        self.device, self.cuda = device, device.type == "cuda"
+        self.before = torch.cuda.memory_allocated(device) if self.cuda else proc_bytes("/proc/self/status", "VmRSS")
+
+    def restart(self):
+        """Forget the peak so far: of building a model in fp32 and casting it, say."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+
+    def read(self):
+        """The rise in bytes; None on a system without /proc."""
+        peak = torch.cuda.max_memory_allocated(self.device) if self.cuda else proc_bytes("/proc/self/status", "VmHWM")
+        return None if self.before is None else peak - self.before
+
+
+@contextlib.contextmanager
+def observed(model, device):
+    """Two lists that fill as `generate` goes: a mark at the start of each forward pass, and the cache it was given."""
+    marks, caches, forward = [], [], model.hidden_states
+
+    def hidden_states(input_ids, cache=None):
+        marks.append(mark(device))
+        caches.append(cache)
+        return forward(input_ids, cache)
+
+    model.hidden_states = hidden_states
+    try:
+        yield marks, caches
+    finally:
+        del model.hidden_states
+
+
+def allocated(cache):
+    """Bytes of the distinct storages behind a KV cache: a tensor held twice counts once, and padding counts."""
+    storages = [tensor.untyped_storage() for layer in cache.layers for tensor in layer]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def step_bytes(variant, context, batch, itemsize):
+    """Bytes that one decode step has to read: every weight but the table of positions, and `batch` caches."""
+    weights = variant.parameters["total"] - variant.config.n_positions * variant.config.n_embd
+    return weights * itemsize + batch * variant.cache_bytes(context, itemsize)
+
+
+def decode_turn(variant, machine, context, batch, steps):
+    """One `generate` of the script's model: the prompt and a token, then `steps` tokens from the cache."""
+    device, peak = machine.device, PeakMemory(machine.device)
+    model = variant.build(device, machine.dtype, n_positions=max(variant.config.n_positions, context + steps + 1))
+    prompt = torch.randint(variant.config.vocab_size, (batch, context), device=device)
+    peak.restart()
+    with observed(model, device) as (marks, caches):
+        model.generate(prompt, steps + 1, temperature=0)
+        end = mark(device)
+    # On average a step reads the prompt and half of what is decoded.
+    read = step_bytes(variant, context + steps / 2, batch, machine.dtype.itemsize)
+    return {
+        "n_positions": model.config.n_positions,
+        "cache_bytes": allocated(caches[-1]),
+        "formula_bytes": batch * variant.cache_bytes(context + steps + 1, machine.dtype.itemsize),
+        "peak_bytes": peak.read(),
+        "prefill": batch * context / seconds(marks[0], marks[1]),
+        "decode": batch * steps / seconds(marks[1], end),
+        "roofline": batch * machine.bandwidth / read,
+    }
+
+
+def decode_needs(variant, machine, context, batch, steps):
+    """An estimate of a decode turn's peak memory in bytes: weights, cache, and one layer's work on the prompt."""
+    c, itemsize, length = variant.config, machine.dtype.itemsize, context + steps + 1
+    parameters = variant.parameters["total"] + max(0, length - c.n_positions) * c.n_embd
+    transposed = c.vocab_size * c.n_embd * itemsize if machine.device.type == "cpu" else 0  # generate's copy of wte
+    layer = batch * context * (6 * c.n_embd + 2 * c.n_inner) * itemsize
+    run = parameters * itemsize + transposed + layer + batch * variant.cache_bytes(length, itemsize)
+    return int(1.05 * max(run, 4 * parameters))  # it is built in fp32; and 3 % more than the sum was seen
+
+
+def decode_record(variant, machine, point, ours, qkvs):
+    """What the decode turns of a variant come to, beside QKV's of the same rounds where there are any."""
+    record = {key: ours[0][key] for key in ("n_positions", "cache_bytes", "formula_bytes", "roofline")}
+    for key in ("peak_bytes", "prefill", "decode"):
+        record |= spread(key, ours) | against(key, ours, qkvs)
+    record["of_roofline"] = 100 * record["decode"] / record["roofline"]
+    return record | against("roofline", ours[:1], qkvs[:1]) | PUBLISHED.get(variant.alias, {})
+
+
+def train_turn(variant, machine, micro_batch_size, seq_length, accumulation, steps, compile):
+    """Updates of the script's model as its trainer makes them: autocast, clipped gradients, fused AdamW."""
+    device, peak = machine.device, PeakMemory(machine.device)
+    model = variant.build(device, n_positions=max(variant.config.n_positions, seq_length)).train()
+    if compile:
+        torch.compiler.reset()  # what was compiled for the last model is of no use to this one
+        model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    batch = torch.randint(variant.config.vocab_size, (micro_batch_size, seq_length), device=device)
+
+    def update():
+        for _ in range(accumulation):
+            with torch.autocast(device.type, torch.bfloat16, enabled=machine.dtype == torch.bfloat16):
+                _, loss = model(batch, batch)
+            (loss / accumulation).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    update()  # compiles, and makes the optimiser's state
+    peak.restart()
+    start = mark(device)
+    for _ in range(steps):
+        update()
+    tokens = steps * accumulation * micro_batch_size * seq_length
+    return {"train": tokens / seconds(start, mark(device)), "peak_bytes": peak.read()}
+
+
+def train_needs(variant, machine, micro_batch_size, seq_length, **_):
+    """An estimate of a training turn's peak memory: 16 bytes a parameter, fp32 activations, a chunk of logits."""
+    c, tokens = variant.config, micro_batch_size * seq_length
+    activations = tokens * c.n_layer * (10 * c.n_embd + 2 * c.n_inner)
+    logits = 3 * min(tokens, variant.script.LOSS_CHUNK) * c.vocab_size
+    return 16 * variant.parameters["total"] + 4 * (activations + logits)
+
+
+def train_record(variant, machine, point, ours, qkvs):
+    """What the training turns of a variant come to; `mfu` in percent, where the GPU's peak is known."""
+    record = {}
+    for key in ("train", "peak_bytes"):
+        record |= spread(key, ours) | against(key, ours, qkvs)
+    c, gpu = variant.config, torch.cuda.get_device_name() if machine.device.type == "cuda" else ""
+    flops = 6 * variant.parameters["total"] + 12 * c.n_layer * c.n_embd * point["seq_length"]
+    peaks = [peak for name, peak in variant.script.DENSE_BF16_FLOPS.items() if name in gpu]
+    return record | ({"mfu": 100 * flops * record["train"] / peaks[0]} if peaks else {})
+
+
+def spread(key, turns):
+    """Median and range of a figure over the rounds, as three entries of a record; none if it was not measured."""
+    values = [turn[key] for turn in turns]
+    return {} if None in values else {key: median(values), f"{key}_low": min(values), f"{key}_high": max(values)}
+
+
+def against(key, turns, qkvs):
+    """The spread of a figure's change against QKV's turns of the same rounds, in percent; none without those."""
+    if not qkvs or turns[0][key] is None:
+        return {}
+    name = f"{key}_vs_qkv"
+    return spread(name, [{name: 100 * (ours[key] / qkv[key] - 1)} for ours, qkv in zip(turns, qkvs, strict=True)])
+
+
+def take_turns(variants, turn, needs, rounds, available, progress):
+    """Results of turn(variant) by alias, a list over the rounds; and the reasons of those that were left out.
+
+    Every round goes through all variants, so that what else the machine does falls on all of them. The first is for
+    warming up. A variant is left out where needs(variant) bytes are more than are available.
+    """
+    results, skipped = {variant.alias: [] for variant in variants}, {}
+    for variant in variants:
+        if (needed := needs(variant)) > available:
+            skipped[variant.alias] = f"needs about {needed / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are available"
+    for number, variant in product(range(rounds + 1), variants):
+        progress()
+        if variant.alias in skipped:
+            continue
+        try:
+            result = turn(variant)
+        except torch.OutOfMemoryError:
+            skipped[variant.alias] = "out of memory"
+        else:
+            results[variant.alias] += [result] if number else []
+    return {alias: turns for alias, turns in results.items() if alias not in skipped}, skipped
+
+
+def decode_points(options, size):
+    """The keyword arguments of every decode_turn."""
+    places = product(options.contexts, options.batches)
+    return [{"context": context, "batch": batch, "steps": options.steps} for context, batch in places]
+
+
+def train_points(options, size):
+    """The keyword arguments of the one train_turn of a size."""
+    published = yaml.safe_load((ROOT / f"configs/train_config_{size}.yaml").read_text(encoding="utf-8"))
+    point = {key: getattr(options, key) or published[key] for key in ("micro_batch_size", "seq_length")}
+    return [point | {key: getattr(options, key) for key in ("accumulation", "steps", "compile")}]
+
+
+MEASUREMENTS = {
+    "decode": (decode_points, decode_turn, decode_needs, decode_record),
+    "train": (train_points, train_turn, train_needs, train_record),
+}
+
+
+def measure(variants, options):
+    """Records of what was measured, of what was skipped, and of the machine."""
+    points_of, turn, needs, record_of = MEASUREMENTS[options.measure]
+    machine = Machine(options.device, DTYPES[options.dtype], copy_bandwidth(options.device))
+    points = [(size, point) for size in variants for point in points_of(options, size)]
+    total = (options.rounds + 1) * sum(len(variants[size]) for size, _ in points)
+    measured, left_out = [], []
+    with tqdm(total=total, unit="turn", disable=None) as bar:
+        for size, point in points:
+            place = ", ".join(f"{key} {value}" for key, value in point.items())
+            bar.set_description(f"{size}, {place}")
+            release_memory(machine.device)
+            available = min(free_memory(machine.device), options.memory or math.inf)
+            at_point = (partial(function, machine=machine, **point) for function in (turn, needs))
+            results, skipped = take_turns(variants[size], *at_point, options.rounds, available, bar.update)
+            for variant in variants[size]:
+                if reason := skipped.get(variant.alias):
+                    left_out.append(variant.label | point | {"place": place, "reason": reason})
+                else:
+                    record = record_of(variant, machine, point, results[variant.alias], results.get("kqv", []))
+                    measured.append(variant.label | point | record)
+    about = {"device": device_name(machine.device), "torch": torch.__version__, "dtype": options.dtype}
+    about |= {"rounds": options.rounds, "copy_bandwidth": machine.bandwidth}
+    return {"machine": [about], options.measure: measured, "skipped": left_out}
+
+
+def device_name(device):
+    """What the device is called, and for a CPU the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return f"{names[0] if names else platform.processor()}, threads: {torch.get_num_threads()}"
+
+
+def bf16_is_native(device):
+    """Whether the device computes in bf16; one that emulates it is faster in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    info = Path("/proc/cpuinfo")
+    return info.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", info.read_text()))
+
+
+# Printing
+
+
+def integer(value):
+    return f"{value:,.0f}"
+
+
+def amount(value):
+    return f"{value:,.2f}" if value >= 1 else f"{value:#.3g}"
+
+
+def giga(value):
+    return amount(value / 1e9)
+
+
+def rate(value):
+    return f"{value:,.1f}" if value < 1000 else integer(value)
+
+
+def percent(value):
+    return f"{value:.1f} %"
+
+
+def change(value):
+    return f"{value:+.1f} %"
+
+
+# Views: a title, and columns of a header, the key in the record, and how a value is written.
+NAME, TOKENS = ("", "variant", str), ("tokens", "context", integer)
+VIEWS = {
+    "parameters": [("Parameters at {size}; the paper's Table 5 is of 300M", [
+        NAME, ("total", "total", integer), ("vs QKV", "total_vs_qkv", change), ("attention", "attention", integer),
+        ("feed-forward", "mlp", integer), ("embeddings", "embedding", integer), ("LayerNorm", "layernorm", integer),
+    ])],
+    "compute": [("A forward pass of T tokens at {size}; the paper's Table 6 is of 300M", [
+        NAME, ("T", "T", integer), ("MACs, formula", "theoretical_macs", integer), ("vs QKV", "macs_vs_qkv", change),
+        ("MACs, fvcore", "fvcore_macs", integer), ("FLOPs, torch.profiler", "profiled_flops", integer),
+        ("scaled scores", "score_scaling", integer), ("residuals", "residual_adds", integer),
+        ("positions", "position_add", integer), ("unexplained", "unexplained", integer),
+        ("FLOPs / 2 MACs", "ratio", "{:.6f}".format),
+    ])],
+    "kv_cache": [("KV cache of a sequence at {size}, bf16", [
+        NAME, ("bytes a token", "bytes_per_token", integer), ("saved", "reduction_percent", percent), TOKENS,
+        ("GB", "gb", amount), ("GiB", "gib", amount), ("weights, GB", "weight_bytes", giga),
+        ("memory, GB", "memory_bytes", giga), ("sequences that fit", "sequences", integer),
+    ])],
+    "decode": [
+        ("KV cache and peak memory at {size}", [
+            NAME, TOKENS, ("batch", "batch", integer), ("positions", "n_positions", integer),
+            ("cache, bytes", "cache_bytes", integer), ("formula", "formula_bytes", integer),
+            ("peak memory, GB", "peak_bytes", giga), ("vs QKV", "peak_bytes_vs_qkv", change),
+            ("published", "published_memory", str),
+        ]),
+        ("Prefill and decode at {size}, tokens a second", [
+            NAME, TOKENS, ("batch", "batch", integer), ("prefill", "prefill", rate), ("decode", "decode", rate),
+            ("vs QKV", "decode_vs_qkv", change), ("published", "published_decode", str),
+            ("roofline", "roofline", rate), ("vs QKV", "roofline_vs_qkv", change), ("reached", "of_roofline", percent),
+        ]),
+    ],
+    "train": [("Training at {size}", [
+        NAME, ("micro batch", "micro_batch_size", integer), ("T", "seq_length", integer),
+        ("accumulation", "accumulation", integer), ("tokens/s", "train", rate), ("vs QKV", "train_vs_qkv", change),
+        ("peak memory, GB", "peak_bytes", giga), ("vs QKV", "peak_bytes_vs_qkv", change), ("mfu", "mfu", percent),
+    ])],
+    "machine": [("Measured on", [
+        ("device", "device", str), ("torch", "torch", str), ("dtype", "dtype", str), ("rounds", "rounds", integer),
+        ("copies, GB/s", "copy_bandwidth", giga),
+    ])],
+    "skipped": [("Skipped at {size}", [NAME, ("run", "place", str), ("reason", "reason", str)])],
+}  # fmt: skip
+
+
+def cell(record, key, write):
+    """The text of a value, with its range where it has one."""
+    if record.get(key) is None:
+        return ""
+    low, high = record.get(f"{key}_low"), record.get(f"{key}_high")
+    return write(record[key]) + (f" ({write(low)} to {write(high)})" if low != high else "")
+
+
+def views(records):
+    """(title, rows of cells) of every view that there are records for, size by size; the first row is the header."""
+    for name, of_name in records.items():
+        for size in dict.fromkeys(record.get("size") for record in of_name):
+            of_size = [record for record in of_name if record.get("size") == size]
+            for title, columns in VIEWS[name]:
+                rows = [[cell(record, key, write) for _, key, write in columns] for record in of_size]
+                yield title.format(size=size), [[header for header, _, _ in columns], *rows]
+
+
+def as_text(records):
+    """Aligned columns for a terminal."""
+    blocks = []
+    for title, rows in views(records):
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+        blocks.append("\n".join([title, "", *("  ".join(line).rstrip() for line in lines)]))
+    return "\n\n\n".join(blocks) + "\n"
+
+
+def as_markdown(records):
+    """GitHub's tables, numbers to the right."""
+    blocks = []
+    for title, rows in views(records):
+        header, *lines = (f"| {' | '.join(row)} |" for row in rows)
+        blocks.append("\n".join([f"### {title}", "", header, "|---|" + "---:|" * (len(rows[0]) - 1), *lines]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def as_csv(records):
+    """One sheet of all records, unrounded; `table` says which a record belongs to, and what it lacks is empty."""
+    rows = [{"table": name} | record for name, of_name in records.items() for record in of_name]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def as_json(records):
+    """What there is, unrounded: lists of records by table, or the entries of a size by variant."""
+    return json.dumps(records, indent=2, ensure_ascii=False) + "\n"
+
+
+FORMATS = {"table": as_text, "json": as_json, "csv": as_csv, "markdown": as_markdown}
+
+
+# Plotting
+
+LOOKS = {  # a colour of Okabe and Ito's, made for the colour-blind, with grey for their yellow; and a marker
+    "kqv": ("#000000", "o"), "qk": ("#999999", "s"), "kv": ("#D55E00", "D"), "k": ("#CC79A7", "X"),
+    "gqa": ("#0072B2", "^"), "mqa": ("#56B4E9", "v"), "qgqa": ("#009E73", "P"), "qmqa": ("#E69F00", "*"),
+}  # fmt: skip
+
+
+def panels(titles):
+    """A figure and its axes, one for each title, side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.5 + 5.5 * len(titles), 4.5), layout="constrained", dpi=150)
+    axes = figure.subplots(1, len(titles), squeeze=False)[0]
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_title(title)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def context_axis(ax, contexts):
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(contexts, [integer(context) for context in contexts], rotation=30)
+    ax.minorticks_off()
+    ax.set_xlabel("context, tokens")
+
+
+def pareto_figure(path, variants):
+    """Published perplexity against the saved part of the KV cache.
+
+    The line joins those that no other beats in one without losing in the other. A perplexity far above the others is
+    drawn at the upper edge, with its value.
+    """
+    figure, axes = panels(list(variants))
+    for ax, (size, of_size) in zip(axes, variants.items(), strict=True):
+        saved = {v.alias: 100 / (100 - cache_account(v, [])["reduction_percent"]) for v in of_size}
+        points = {alias: (factor, PERPLEXITY[size][alias]) for alias, factor in saved.items()}
+        edge = 1.08 * min(perplexity for _, perplexity in points.values())
+        front, lowest = [], math.inf
+        for factor, perplexity in sorted(points.values(), key=lambda point: (-point[0], point[1])):
+            if perplexity < lowest:
+                front.append((factor, perplexity))
+                lowest = perplexity
+        ax.plot(*zip(*front, strict=True), color="0.7", zorder=1)
+        for variant in of_size:
+            (factor, perplexity), (colour, marker) = points[variant.alias], LOOKS[variant.alias]
+            label = variant.paper if perplexity <= edge else f"{variant.paper}: {perplexity:g} ↑"
+            ax.scatter(factor, min(perplexity, edge), s=70, color=colour, marker=marker, zorder=2)
+            ax.annotate(label, (factor, min(perplexity, edge)), (7, -13), textcoords="offset points")
+        factors = [2**i for i in range(7)]
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(factors, [f"{100 - 100 / factor:.3g} %" for factor in factors])
+        ax.set_xlim(0.85, 128)
+        ax.margins(y=0.1)
+        ax.set_xlabel("KV cache saved")
+        ax.set_ylabel("published validation perplexity")
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def cache_figure(path, variants, memory):
+    """Cache bytes of a sequence against its length, in bf16; variants that cache the same share a line."""
+    figure, axes = panels([f"{size}, bf16" for size in variants])
+    contexts = [1000 * 2**i for i in range(8)]
+    for ax, of_size in zip(axes, variants.values(), strict=True):
+        alike = {}
+        for variant in of_size:
+            alike.setdefault(variant.cache_bytes(), []).append(variant)
+        for bytes_per_token, sharing in alike.items():
+            colour, marker = LOOKS[sharing[0].alias]
+            sizes = [bytes_per_token * context / 1e9 for context in contexts]
+            ax.plot(contexts, sizes, color=colour, marker=marker, markersize=5)
+            names = ", ".join(variant.paper for variant in sharing)
+            ax.annotate(names, (contexts[-1], sizes[-1]), (8, 0), textcoords="offset points", va="center")
+        ax.axhline(memory / 1e9, color="0.5", linestyle="--")
+        ax.annotate(f"{memory / 1e9:g} GB", (contexts[0], memory / 1e9), (0, 4), textcoords="offset points")
+        context_axis(ax, contexts)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.set_ylabel("KV cache of a sequence, GB")
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def decode_figure(path, records):
+    """Measured decode rate against context, medians with their range; a panel for each size and batch."""
+    (machine,), done = records["machine"], records["decode"]
+    places = list(dict.fromkeys((record["size"], record["batch"]) for record in done))
+    figure, axes = panels([f"{size}, batch {batch}, {machine['dtype']}" for size, batch in places])
+    figure.suptitle(machine["device"], fontsize="small")
+    for ax, place in zip(axes, places, strict=True):
+        here = [record for record in done if (record["size"], record["batch"]) == place]
+        for alias, variant in dict.fromkeys((record["alias"], record["variant"]) for record in here):
+            line = sorted((r for r in here if r["alias"] == alias), key=lambda r: r["context"])
+            contexts, (colour, marker) = [r["context"] for r in line], LOOKS[alias]
+            ranges = [r["decode"] - r["decode_low"] for r in line], [r["decode_high"] - r["decode"] for r in line]
+            look = {"color": colour, "marker": marker, "capsize": 3, "label": variant}
+            ax.errorbar(contexts, [r["decode"] for r in line], ranges, **look)
+        context_axis(ax, sorted({record["context"] for record in here}))
+        ax.set_ylim(bottom=0)
+        ax.set_ylabel("decode, tokens a second")
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+# Command line
+
+
+@contextlib.contextmanager
+def written(path):
+    """A temporary name beside `path`: what was written there takes the name at the end, or is gone after an error."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def memory_size(text):
+    """Bytes of an amount such as 40GB or 24GiB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
+    if not found or found[2].upper() not in UNITS or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"expected an amount such as 40GB or 24GiB, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def positive(text):
+    """A whole number above 0."""
+    if not re.fullmatch(r"[0-9][0-9_]*", text) or not int(text.replace("_", "")):
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text.replace("_", ""))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line and exit status 2; argparse would print the usage before it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def command_line():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=Path(__file__).name, usage="%(prog)s [options]", description=__doc__, formatter_class=form)
+    add, aliases = parser.add_argument, ", ".join(VARIANTS)
+    add("--sizes", nargs="+", choices=SIZES, help="default: both; measured: 300M on CPU, 1.2B decoding on CUDA")
+    add("--variants", nargs="+", choices=VARIANTS, metavar="ALIAS", help=f"{aliases}; default: all, four on CPU")
+    add("--contexts", nargs="+", type=positive, metavar="T", help="tokens in the KV cache; the JSON has the default")
+    add("--memory", type=memory_size, metavar="SIZE", help="such as 40GB (default) or 24GiB, for weights and caches; "
+        "measured: the most that a run may take (default: what is free)")  # fmt: skip
+    add("--format", choices=FORMATS, default="table", help="of what is printed")
+    add("--output_dir", type=Path, metavar="DIR", help="of the JSON (default: the current folder)")
+    add("--figures", type=Path, metavar="DIR", help="write PNG figures there")
+    add = parser.add_argument_group("measuring").add_argument
+    add("--measure", nargs="?", choices=("decode", "train"), const="decode", help="default: decode")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--dtype", choices=DTYPES, help="default: bf16 where it is native; training casts to it by autocast")
+    add("--rounds", type=positive, metavar="N", help="turns of each variant, beside the one for warming up")
+    add("--steps", type=positive, metavar="N", help="tokens decoded, or updates made, in a turn")
+    add("--set", nargs="+", metavar="KEY=VALUE", help="in place of what configs/model_config_<size>.yaml says")
+    add("--batches", nargs="+", type=positive, metavar="B", help="decode: sequences at the same time")
+    add("--micro_batch_size", type=positive, metavar="B", help="train: rows in a forward and backward pass")
+    add("--seq_length", type=positive, metavar="T", help="train: tokens in a row")
+    add("--accumulation", type=positive, metavar="N", help="train: such passes for one update")
+    add("--compile", action=argparse.BooleanOptionalAction, help="train: torch.compile (default: on CUDA)")
+    return parser
+
+
+def complete(options):
+    """Fill in the defaults of the kind of run, and make its folders; UsageError for what does not go with it."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no CUDA device")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = f"--measure {options.measure}" if options.measure else "a run without --measure"
+    defaults = MEASURED[options.measure, device.type] if options.measure else ACCOUNTS
+    for name, value in vars(options).items():
+        if value is None:
+            setattr(options, name, defaults.get(name))
+        elif name not in {*defaults, "measure", "format", "figures"} or (name, options.measure) == ("figures", "train"):
+            raise UsageError(f"--{name} does not go with {kind}")
+    options.device, options.dtype = device, options.dtype or ("bf16" if bf16_is_native(device) else "fp32")
+    for folder in filter(None, (options.output_dir, options.figures)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise UsageError(f"{folder}: cannot write there: {error.strerror}") from error
+    if options.figures:
+        import_module("matplotlib")
+
+
+def read_settings(arguments):
+    """KEY=VALUE arguments as a dict, as the training scripts read theirs."""
+    script = import_module(VARIANTS["kqv"]["script"]["300M"].removesuffix(".py"))
+    try:
+        settings = script.read_overrides(arguments)
+    except script.RunError as error:
+        raise UsageError(str(error)) from error
+    known = [field.name for field in fields(script.ModelConfig)]
+    if others := [key for key in settings if key not in known]:
+        raise UsageError(f"--set {others[0]}: expected one of {', '.join(known)}")
+    return settings
+
+
+def run_accounts(options):
+    """The records of an analysis without measuring; writes the JSON and the figures."""
+    variants = chosen(options.sizes, options.variants, {})
+    to_write = [] if options.variants else options.sizes or SIZES[:1]
+    everyone = [variant for of_size in variants.values() for variant in of_size]
+    # Tracing and reading traces is Python's work: two processes take half the time.
+    with ProcessPoolExecutor(min(2, len(everyone)), get_context("spawn")) as pool:
+        entries = pool.map(analyse, [v.alias for v in everyone], [v.size for v in everyone])
+        entries = list(tqdm(entries, total=len(everyone), unit="variant", disable=None))
+    records = {"parameters": [], "compute": [], "kv_cache": []}
+    for variant, entry in zip(everyone, entries, strict=True):
+        for name, rows in account_records(variant, entry, options.contexts, options.memory).items():
+            records[name] += rows
+    add_change(records["parameters"], "total", "total_vs_qkv")
+    add_change(records["compute"], "theoretical_macs", "macs_vs_qkv")
+    for size in to_write:
+        whole = {v.key: entry for v, entry in zip(everyone, entries, strict=True) if v.size == size}
+        with written(options.output_dir / f"comprehensive_flop_analysis_{size}.json") as temporary:
+            temporary.write_text(as_json(whole), encoding="utf-8")
+    if options.figures:
+        pareto_figure(options.figures / "pareto.png", variants)
+        cache_figure(options.figures / "kv_cache.png", variants, options.memory)
+    return records
+
+
+def run_measurement(options):
+    """The records of a measurement; draws the decode rates."""
+    records = measure(chosen(options.sizes, options.variants, read_settings(options.set)), options)
+    if options.figures and records["decode"]:
+        decode_figure(options.figures / "decode.png", records)
+    return records
+
+
+def main(arguments=None):
+    parser = command_line()
+    options = parser.parse_args(arguments)
+    try:
+        complete(options)
+        records = run_measurement(options) if options.measure else run_accounts(options)
+    except ModuleNotFoundError as error:
+        parser.error(f"{error}; pip install -r requirements.txt")
+    except (UsageError, OSError) as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
+    print(FORMATS[options.format](records), end="")
+    if any(record["unexplained"] for record in records.get("compute", ())):
+        parser.exit(1, f"{parser.prog}: error: the accounts of a forward pass disagree; see `unexplained`\n")
+
+
+if __name__ == "__main__":
+    main()

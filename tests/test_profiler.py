@@ -1,0 +1,584 @@
+"""analysis_computation_profiler.py against the published figures, PyTorch's own FLOP counter, the models' real caches,
+and turns whose outcome is known beforehand."""
+
+import csv
+import io
+import itertools
+import json
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, VARIANTS
+from torch.utils.flop_counter import FlopCounterMode
+
+import analysis_computation_profiler as profiler
+from analysis_computation_profiler import Variant
+
+BOTH = [(alias, size) for alias, row in VARIANTS.items() for size in row["script"]]
+each_variant = pytest.mark.parametrize(("alias", "size"), BOTH)
+COMMITTED = json.loads((ROOT / "comprehensive_flop_analysis_300M.json").read_text(encoding="utf-8"))
+KEYS = ["QKV", "KV", "Q-KV", "K", "GQA-4", "MQA", "Q-GQA-4", "Q-MQA"]  # in the order of configs/variants.yaml
+TINY = {"n_layer": 2, "n_embd": 64, "n_head": 8, "n_inner": 96, "vocab_size": 257, "n_positions": 32}
+SETTINGS = ["--set", *(f"{key}={value}" for key, value in TINY.items())]
+CPU = torch.device("cpu")
+# PAPER.md: parameters, of attention alone, and by T the MACs and the profiled FLOPs
+PUBLISHED = {
+    "QKV": (305_534_976, 83_968_000, {"128": (39_476_789_248, 78_964_195_328),
+                                      "2048": (792_689_901_568, 1_586_807_963_648)}),
+    "K": (263_550_976, 41_984_000, {"128": (34_108_080_128, 68_226_777_088)}),
+}  # fmt: skip
+# Outputs of the projections of a layer, c_proj aside, at d = 1,024 and d = 2,048: the paper's notation in numbers.
+WIDTHS = {
+    "300M": {"kqv": 3072, "qk": 2048, "kv": 2048, "k": 1024, "gqa": 1536, "mqa": 1152, "qgqa": 1280, "qmqa": 1088},
+    "1.2B": {"kqv": 6144, "kv": 4096, "gqa": 3072, "mqa": 2176, "qgqa": 2560, "qmqa": 2112},
+}
+CACHED = {  # bytes a token in bf16
+    "300M": {"kqv": 81_920, "qk": 81_920, "kv": 40_960, "k": 40_960, "gqa": 20_480, "mqa": 5_120, "qgqa": 10_240,
+             "qmqa": 2_560},
+    "1.2B": {"kqv": 180_224, "kv": 90_112, "gqa": 45_056, "mqa": 5_632, "qgqa": 22_528, "qmqa": 2_816},
+}  # fmt: skip
+SAVED = {  # percent, Tables 4 and 10
+    "300M": {"kqv": 0, "qk": 0, "kv": 50, "k": 50, "gqa": 75, "mqa": 93.8, "qgqa": 87.5, "qmqa": 96.9},
+    "1.2B": {"kqv": 0, "kv": 50, "gqa": 75, "mqa": 96.9, "qgqa": 87.5, "qmqa": 98.4},
+}
+
+
+def run(*arguments, capsys):
+    """Exit status, standard output and standard error of the command line, in this process."""
+    status = 0
+    try:
+        profiler.main(list(arguments))
+    except SystemExit as stop:
+        status = stop.code
+    return status, *capsys.readouterr()
+
+
+def tokens(T, device="meta"):
+    return torch.zeros(1, T, dtype=torch.int64, device=device)
+
+
+@pytest.fixture(scope="module")
+def records():
+    """What an analysis of 300M comes to, from the committed accounts."""
+    everything = {"parameters": [], "compute": [], "kv_cache": []}
+    for alias, key in zip(VARIANTS, KEYS, strict=True):
+        variant = Variant(alias, "300M")
+        of_variant = profiler.account_records(variant, COMMITTED[key], profiler.PAPER_CONTEXTS, 40 * 10**9)
+        for name, rows in of_variant.items():
+            everything[name] += rows
+    return everything
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A small copy for the bandwidth, so that a measurement takes no second."""
+    monkeypatch.setattr(profiler, "COPY_BYTES", 2**20)
+
+
+# ---- counting
+
+
+@each_variant
+def test_three_accounts_agree_at_the_published_widths(alias, size):
+    """Two of the layers, which are all alike; test_published_figures has all of them."""
+    T, variant = 96, Variant(alias, size, n_layer=2)
+    model, d = variant.build(plain_attention=True), variant.config.n_embd
+    macs, items = profiler.theoretical_macs(variant, T), profiler.elementwise_flops(variant, T)
+    by_operator = profiler.profiled_flops(model, tokens(T))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tokens(T))
+
+    assert macs["attention_per_layer"] == T * d * (WIDTHS[size][alias] + d) + 2 * T * T * d
+    assert macs["total"] == profiler.fvcore_macs(model, tokens(T)) == counter.get_total_flops() // 2
+    assert by_operator.pop("aten::mul") == items["score_scaling"]
+    assert by_operator.pop("aten::add") == items["residual_adds"] + items["position_add"]
+    assert sum(by_operator.values()) == 2 * macs["total"]
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_shapes_alone_count_as_a_real_forward_does(alias):
+    variant = Variant(alias, "300M", **TINY)
+    real = profiler.profiled_flops(variant.build("cpu", plain_attention=True), tokens(16, "cpu"))
+    assert profiler.profiled_flops(variant.build(plain_attention=True), tokens(16)) == real
+
+
+@pytest.mark.slow
+def test_a_real_forward_of_300m_has_the_published_flops():
+    model = Variant("kqv", "300M").build("cpu", plain_attention=True)
+    assert sum(profiler.profiled_flops(model, tokens(128, "cpu")).values()) == 78_964_195_328
+
+
+def test_published_figures():
+    """Of QKV, in all its layers; the committed file has them too."""
+    variant = Variant("kqv", "300M")
+    parameters, attention, by_T = PUBLISHED[variant.key]
+    assert (variant.parameters["total"], variant.parameters["attention"]) == (parameters, attention)
+    for T, (macs, flops) in by_T.items():
+        account = profiler.forward_account(variant, variant.build(plain_attention=True), int(T))
+        assert account["theoretical_macs"]["total"] == account["fvcore_macs"] == macs
+        assert account["actual_flops"]["total_flops"] == flops
+        assert account == COMMITTED[variant.key]["analysis_by_seq_len"][T]
+
+
+def test_what_2_macs_leave_out_of_the_published_flops():
+    items = profiler.elementwise_flops(Variant("kqv", "300M"), 128)
+    expected = {"score_scaling": 5_242_880, "residual_adds": 5_242_880, "position_add": 131_072, "total": 10_616_832}
+    assert items == expected
+
+
+@each_variant
+def test_parameters(alias, size):
+    parameters, c = Variant(alias, size).parameters, Variant(alias, size).config
+    width = WIDTHS[size][alias]
+    assert parameters["attention"] == c.n_layer * (c.n_embd * (width + c.n_embd) + width + c.n_embd)
+    assert parameters["embedding"] == (50_304 + 2_048) * c.n_embd
+    assert parameters["layernorm"] == (2 * c.n_layer + 1) * 2 * c.n_embd
+    assert parameters["mlp"] == c.n_layer * (8 * c.n_embd**2 + 5 * c.n_embd)
+    parts = [parameters[part] for part in ("embedding", "attention", "mlp", "layernorm")]
+    assert parameters["total"] == parameters["trainable"] == sum(parts)
+
+
+# ---- the committed file
+
+
+def test_committed_file_keeps_the_schema_of_the_release():
+    assert list(COMMITTED) == KEYS
+    for alias, entry in zip(VARIANTS, COMMITTED.values(), strict=True):
+        assert entry["model_name"] == Variant(alias, "300M").paper
+        assert entry["attention_type"] == VARIANTS[alias]["name"]
+        assert list(entry["parameters"]) == ["total", "trainable", "embedding", "attention", "mlp", "layernorm"]
+        assert entry["max_seq_len"] == 2048
+        assert list(entry["analysis_by_seq_len"]) == ["128", "512", "1024", "2048"]
+        for account in entry["analysis_by_seq_len"].values():
+            macs, flops = account["theoretical_macs"], account["actual_flops"]
+            assert list(macs) == [
+                "attention_per_layer", "mlp_per_layer", "total_attention", "total_mlp", "lm_head", "total",
+            ]  # fmt: skip
+            assert macs["total_attention"] == 20 * macs["attention_per_layer"]
+            assert macs["total_mlp"] == 20 * macs["mlp_per_layer"]
+            assert macs["total"] == macs["total_attention"] + macs["total_mlp"] + macs["lm_head"]
+            assert flops["total_gflops"] == flops["total_flops"] / 1e9
+            assert account["ratio"] == flops["total_flops"] / (2 * macs["total"])
+            assert account["overhead_percent"] == pytest.approx(100 * (account["ratio"] - 1))
+
+
+@pytest.mark.parametrize(("alias", "key"), list(zip(VARIANTS, KEYS, strict=True)))
+def test_committed_accounts_agree_and_follow_from_the_formula(alias, key):
+    variant, entry = Variant(alias, "300M"), COMMITTED[key]
+    assert entry["parameters"] == variant.parameters
+    assert entry["kv_cache"] == profiler.cache_account(variant, profiler.PAPER_CONTEXTS)
+    for T, account in entry["analysis_by_seq_len"].items():
+        items = profiler.elementwise_flops(variant, int(T))
+        assert account["theoretical_macs"] == profiler.theoretical_macs(variant, int(T))
+        assert account["elementwise_flops"] == items
+        assert account["fvcore_macs"] == account["theoretical_macs"]["total"]
+        assert account["actual_flops"]["total_flops"] == 2 * account["fvcore_macs"] + items["total"]
+
+
+@pytest.mark.slow
+def test_default_run_writes_the_committed_file(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "analysis_computation_profiler.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["comprehensive_flop_analysis_300M.json"]
+    fresh = (tmp_path / "comprehensive_flop_analysis_300M.json").read_bytes()
+    assert fresh == (ROOT / "comprehensive_flop_analysis_300M.json").read_bytes()
+    for figure in ("305,534,976", "1,586,807,963,648", "1,215,102,976", "5,716,521,779,200"):
+        assert figure in done.stdout
+
+
+def test_a_part_of_the_variants_overwrites_no_file(tmp_path, monkeypatch, capsys):
+    """And prints the published figures of Q=K=V. In this process; the default run has two more."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(profiler, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    monkeypatch.setattr(profiler, "SEQUENCE_LENGTHS", (128, 1024))
+    status, out, _ = run("--sizes", "300M", "--variants", "k", "--format", "json", capsys=capsys)
+    assert (status, list(tmp_path.iterdir())) == (0, [])
+    printed, (parameters, attention, by_T) = json.loads(out), PUBLISHED["K"]
+    assert [(row["total"], row["attention"]) for row in printed["parameters"]] == [(parameters, attention)]
+    counted = {str(row["T"]): (row["theoretical_macs"], row["fvcore_macs"], row["profiled_flops"])
+               for row in printed["compute"]}  # fmt: skip
+    assert counted["128"] == (by_T["128"][0], *by_T["128"])
+    accounts = COMMITTED["K"]["analysis_by_seq_len"]
+    for T, (_, macs, flops) in counted.items():
+        assert (macs, flops) == (accounts[T]["fvcore_macs"], accounts[T]["actual_flops"]["total_flops"])
+
+
+# ---- the KV cache, computed
+
+
+@each_variant
+def test_cache_bytes_are_those_of_the_scripts_cache(alias, size):
+    variant = Variant(alias, size)
+    assert variant.cache_bytes() == CACHED[size][alias]
+    assert variant.build().make_cache(3, 100, dtype=torch.bfloat16).nbytes == 300 * variant.cache_bytes()
+    assert variant.build().make_cache(2, 7, dtype=torch.float32).nbytes == 2 * variant.cache_bytes(7, itemsize=4)
+    saved = profiler.cache_account(variant, [])["reduction_percent"]
+    assert saved == pytest.approx(SAVED[size][alias], abs=0.06)
+
+
+def test_paper_rows_of_the_cache_as_printed(records):
+    ((_, rows),) = profiler.views({"kv_cache": records["kv_cache"]})
+    header, *rows = rows
+    at = {name: header.index(name) for name in ("", "tokens", "GB", "GiB")}
+    printed = {(row[at[""]], row[at["tokens"]]): (row[at["GB"]], row[at["GiB"]]) for row in rows}
+    assert printed["QKV", "32,000"] == ("2.62", "2.44")
+    assert printed["Q–K=V", "32,000"] == ("1.31", "1.22")
+    assert printed["QKV", "128,000"] == ("10.49", "9.77")
+    assert printed["Q–K=V", "128,000"] == ("5.24", "4.88")
+
+
+def test_sequences_that_fit():
+    variant, cache, weights = Variant("kv", "300M"), 40_960 * 32_000, 2 * 284_542_976
+    assert profiler.sequences_that_fit(variant, 32_000, 40 * 10**9) == 30
+    assert profiler.sequences_that_fit(variant, 32_000, weights + 5 * cache) == 5
+    assert profiler.sequences_that_fit(variant, 32_000, weights + 5 * cache - 1) == 4
+    assert profiler.sequences_that_fit(variant, 32_000, weights // 2) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("40GB", 40 * 10**9), ("24GiB", 24 * 2**30), ("0.5 tb", 5 * 10**11), ("1.5GiB", 3 * 2**29), ("900MB", 9 * 10**8)],
+)
+def test_memory_sizes(text, expected):
+    assert profiler.memory_size(text) == expected
+
+
+# ---- measuring
+
+
+def test_roofline_of_the_paper_size():
+    """1.2B in bf16, batch 8: what Q–K=V can gain where memory is all that counts."""
+    for context, gain in ((2_048, 1.45), (32_000, 1.92)):
+        qkv, kv = (profiler.step_bytes(Variant(alias, "1.2B"), context, 8, 2) for alias in ("kqv", "kv"))
+        assert round(qkv / kv, 2) == gain
+
+
+def test_decode_is_measured_through_generate_and_its_cache(tmp_path, capsys, quick):
+    status, out, err = run(
+        "--measure", *SETTINGS, "--variants", "kqv", "kv", "qgqa", "--contexts", "16", "48", "--batches", "3",
+        "--steps", "4", "--rounds", "2", "--dtype", "fp32", "--device", "cpu", "--format", "json",
+        "--figures", str(tmp_path), capsys=capsys,
+    )  # fmt: skip
+    printed = json.loads(out)
+    assert (status, err, printed["skipped"]) == (0, "", [])
+    assert printed["machine"][0]["copy_bandwidth"] > 0
+    places = [(row["alias"], row["context"], row["batch"]) for row in printed["decode"]]
+    assert places == [(alias, context, 3) for context in (16, 48) for alias in ("kqv", "kv", "qgqa")]
+    numbers = {"kqv": 2 * 64, "kv": 64, "qgqa": 32}  # cached of a token, a layer
+    for row in printed["decode"]:
+        cached = row["batch"] * (row["context"] + 5) * 2 * numbers[row["alias"]] * 4  # 48 tokens: beyond n_positions
+        assert row["cache_bytes"] == row["formula_bytes"] == cached
+        for key in ("prefill", "decode"):
+            assert 0 < row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
+            assert (row[f"{key}_vs_qkv"] == 0) == (row["alias"] == "kqv")
+        assert row["of_roofline"] == pytest.approx(100 * row["decode"] / row["roofline"])
+        assert ("published_decode" in row) == (row["alias"] == "kv")
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_decode_turn_times_the_prompt_and_the_steps_apart(monkeypatch):
+    """A clock that goes on by a second at each forward pass, but by ten at the prompt's."""
+    times = iter([0.0, 10.0, 11.0, 12.0, 13.0, 14.0])
+    monkeypatch.setattr(profiler, "mark", lambda device: next(times))
+    machine = profiler.Machine(CPU, torch.float32, 1e9)
+    turn = profiler.decode_turn(Variant("kv", "300M", **TINY), machine, context=20, batch=3, steps=4)
+    assert next(times, None) is None
+    assert (turn["prefill"], turn["decode"]) == (3 * 20 / 10, 3 * 4 / 4)
+    weights = sum(p.numel() for p in Variant("kv", "300M", **TINY).build().parameters()) - 32 * 64
+    assert turn["roofline"] == 3 * 1e9 / (4 * (weights + 3 * 22 * 2 * 64))
+
+
+def test_observing_a_model_leaves_it_as_it_was():
+    model = Variant("kv", "300M", **TINY).build("cpu")
+    with pytest.raises(ZeroDivisionError), profiler.observed(model, CPU):
+        1 / 0  # noqa: B018
+    assert "hidden_states" not in vars(model)
+
+
+def test_a_tensor_held_twice_is_allocated_once():
+    tensor = torch.zeros(4, 8)
+    cache = SimpleNamespace(layers=[[tensor, tensor[:2]], [torch.zeros(3)]])
+    assert profiler.allocated(cache) == 4 * 8 * 4 + 3 * 4
+
+
+def test_variants_take_turns_and_the_first_round_does_not_count():
+    calls = []
+
+    def turn(variant):
+        calls.append(variant.alias)
+        if variant.alias == "broken" and len(calls) > 4:
+            raise torch.OutOfMemoryError
+        return len(calls)
+
+    variants = [SimpleNamespace(alias=alias) for alias in ("a", "large", "broken")]
+    progress = []
+    results, skipped = profiler.take_turns(
+        variants, turn, lambda variant: 7e9 if variant.alias == "large" else 1, 2, 5e9, lambda: progress.append(1)
+    )
+    assert calls == ["a", "broken"] * 3
+    assert results == {"a": [3, 5]}
+    assert skipped == {"large": "needs about 7.0 GB, 5.0 GB are available", "broken": "out of memory"}
+    assert len(progress) == 9
+
+
+def test_spread_and_comparison_with_qkv_are_by_round():
+    ours, qkvs = [{"rate": rate} for rate in (11.0, 30.0, 26.0)], [{"rate": rate} for rate in (10.0, 20.0, 20.0)]
+    assert profiler.spread("rate", ours) == {"rate": 26.0, "rate_low": 11.0, "rate_high": 30.0}
+    against = profiler.against("rate", ours, qkvs)
+    assert [round(against[f"rate_vs_qkv{end}"], 6) for end in ("", "_low", "_high")] == [30, 10, 50]
+    assert profiler.against("rate", ours, []) == {}
+    assert profiler.spread("peak", [{"peak": None}]) == {}
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is Linux's")
+def test_peak_memory_is_of_what_came_after():
+    before = torch.ones(100 * 2**20, dtype=torch.uint8)
+    peak = profiler.PeakMemory(CPU)
+    torch.ones(200 * 2**20, dtype=torch.uint8)  # before the restart, and gone
+    peak.restart()
+    torch.ones(50 * 2**20, dtype=torch.uint8)
+    assert 49 * 2**20 < peak.read() < 60 * 2**20  # Linux is off by some pages
+    assert before[0] == 1
+
+
+def test_training_is_measured(capsys, quick):
+    status, out, _ = run(
+        "--measure", "train", *SETTINGS, "--variants", "kqv", "kv", "--micro_batch_size", "2", "--seq_length", "16",
+        "--accumulation", "2", "--rounds", "2", "--dtype", "fp32", "--device", "cpu", "--format", "json", capsys=capsys,
+    )  # fmt: skip
+    rows = json.loads(out)["train"]
+    assert (status, [row["alias"] for row in rows]) == (0, ["kqv", "kv"])
+    assert all(0 < row["train_low"] <= row["train"] <= row["train_high"] and "mfu" not in row for row in rows)
+
+
+def test_a_training_turn_makes_updates_of_the_micro_batches_it_counts(monkeypatch):
+    passes, updates, times = [], [], iter([0.0, 4.0])
+    variant = Variant("kv", "300M", **TINY)
+    build = variant.build
+
+    def watched(*arguments, **changes):
+        model = build(*arguments, **changes)
+        model.register_forward_hook(lambda module, inputs, output: passes.append(tuple(inputs[0].shape)))
+        return model
+
+    variant.build = watched
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (updates.append(1), step(self)))
+    monkeypatch.setattr(profiler, "mark", lambda device: next(times))
+    machine = profiler.Machine(CPU, torch.float32, 1e9)
+    turn = profiler.train_turn(
+        variant, machine, micro_batch_size=2, seq_length=16, accumulation=3, steps=2, compile=False
+    )
+    assert passes == [(2, 16)] * 9  # three updates, of which one is for warming up
+    assert len(updates) == 3
+    assert turn["train"] == 2 * 3 * 2 * 16 / 4
+
+
+def test_mfu_of_a_known_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA A100-SXM4-40GB")
+    machine = profiler.Machine(torch.device("cuda"), torch.bfloat16, 1e12)
+    variant, turns = Variant("kqv", "300M"), [{"train": 50_000.0, "peak_bytes": 1}]
+    record = profiler.train_record(variant, machine, {"seq_length": 2048}, turns, turns)
+    assert record["mfu"] == pytest.approx(100 * 50_000 * (6 * 305_534_976 + 12 * 20 * 1024 * 2048) / 312e12)
+
+
+@pytest.mark.parametrize("what", ["decode", "train"])
+def test_what_does_not_fit_is_skipped_with_its_reason(what, capsys, quick):
+    arguments = ("--measure", what, "--device", "cpu", "--variants", "kqv", "kv", "--memory", "900MB")
+    status, out, err = run(*arguments, capsys=capsys)
+    assert (status, err) == (0, "")
+    assert re.search(r"^Q–K=V .* needs about \d\.\d GB, 0\.9 GB are available$", out, re.MULTILINE)
+
+
+def test_needs_grow_with_what_they_hold():
+    """Against sums by hand: 300M in fp32, 1,000 tokens x 2 and 9 steps."""
+    machine, variant = profiler.Machine(CPU, torch.float32, 1e9), Variant("gqa", "300M")
+    needs = profiler.decode_needs(variant, machine, context=1_000, batch=2, steps=9)
+    weights, head, cache = 4 * 274_046_976, 4 * 50_304 * 1_024, 2 * 1_010 * 40_960
+    assert needs == int(1.05 * (weights + head + cache + 4 * 2_000 * (6 * 1_024 + 2 * 4_096)))
+    assert profiler.train_needs(variant, machine, micro_batch_size=1, seq_length=256) > 16 * 274_046_976
+
+
+# ---- output
+
+
+def test_csv_and_json_carry_every_record(records):
+    assert json.loads(profiler.as_json(records)) == records
+    rows = list(csv.DictReader(io.StringIO(profiler.as_csv(records))))
+    assert len(rows) == sum(map(len, records.values()))
+    (row,) = (r for r in rows if r["table"] == "compute" and r["alias"] == "kqv" and r["T"] == "2048")
+    assert int(row["profiled_flops"]) == 1_586_807_963_648
+    assert row["bytes_per_token"] == ""
+    assert [float(r["gb"]) for r in rows if r["alias"] == "kv" and r["context"] == "32000"] == [1.31072]
+
+
+def test_text_is_aligned_and_markdown_is_a_table(records):
+    for block in profiler.as_text(records).split("\n\n\n"):
+        _, empty, *lines = block.rstrip("\n").split("\n")
+        assert (empty, len(set(map(len, lines)))) == ("", 1)
+    for block in profiler.as_markdown(records).split("### ")[1:]:
+        _, empty, header, rule, *rows = block.rstrip("\n").split("\n")
+        assert len({line.count("|") for line in (header, rule, *rows)}) == 1
+        assert (empty, len(rows) % 8) == ("", 0)
+
+
+def test_changes_are_against_qkv_of_the_same_length(records):
+    rows = [dict(row) for row in records["compute"]]
+    profiler.add_change(rows, "theoretical_macs", "change")
+    (row,) = (row for row in rows if row["alias"] == "k" and row["T"] == 128)
+    assert row["change"] == pytest.approx(100 * (34_108_080_128 / 39_476_789_248 - 1))
+    only = [dict(row) for row in records["compute"] if row["alias"] == "k"]
+    profiler.add_change(only, "theoretical_macs", "change")
+    assert "change" not in only[0]
+
+
+def test_disagreeing_accounts_end_with_status_1(records, monkeypatch, capsys):
+    compute = [row | {"unexplained": 1} for row in records["compute"]]
+    monkeypatch.setattr(profiler, "run_accounts", lambda options: records | {"compute": compute})
+    status, out, err = run(capsys=capsys)
+    assert (status, err.count("\n"), "disagree" in err) == (1, 1, True)
+    assert "305,534,976" in out
+
+
+def drawn(monkeypatch, draw, path):
+    """The matplotlib figure behind a PNG, which is checked to be one."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    kept, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (kept.append(self), save(self, *a, **k))[1])
+    draw(path)
+    assert imread(path).std() > 0.05  # not a blank page
+    return kept[0]
+
+
+def test_figures_name_every_variant_and_cut_no_label(tmp_path, monkeypatch):
+    variants = profiler.chosen(None, None, {})
+    line = {"batch": 1, "decode": 9.0, "decode_low": 8.0, "decode_high": 10.0}
+    measured = [line | v.label | {"context": context} for v in variants["300M"] for context in (512, 2048)]
+    measurement = {"machine": [{"device": "a processor", "dtype": "fp32"}], "decode": measured}
+    figures = {
+        "pareto": lambda path: profiler.pareto_figure(path, variants),
+        "kv_cache": lambda path: profiler.cache_figure(path, variants, 40 * 10**9),
+        "decode": lambda path: profiler.decode_figure(path, measurement),
+    }
+    for name, draw in figures.items():
+        figure = drawn(monkeypatch, draw, tmp_path / f"{name}.png")
+        page, names = figure.bbox, ""
+        for ax in figure.axes:
+            legends = [ax.get_legend()] if ax.get_legend() else []
+            beside = [text.get_window_extent() for text in ax.texts]
+            ticks = [
+                tick.label1 for axis in (ax.xaxis, ax.yaxis) for tick in axis.get_major_ticks()
+                if min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+            ]  # fmt: skip
+            around = [ax.title, ax.xaxis.label, ax.yaxis.label, *ticks, *legends]
+            for box in [*beside, *(label.get_window_extent() for label in around)]:
+                assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, name
+            assert not any(a.overlaps(b) for a, b in itertools.combinations(beside, 2)), name
+            texts = [*ax.texts, *(text for legend in legends for text in legend.get_texts())]
+            names += " ".join(text.get_text() for text in texts)
+        assert all(variant.paper in names for variant in variants["300M"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.png", "kv_cache.png", "pareto.png"]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), profiler.written(path) as temporary:
+        temporary.write_text("half")
+        1 / 0  # noqa: B018
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+    with profiler.written(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["new"]
+
+
+# ---- command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--variants", "foo"], "invalid choice: 'foo'"),
+        (["--variants", "qk", "--sizes", "1.2B"], "Q=K–V (qk) has no 1.2B model, only 300M"),
+        (["--memory", "40XB"], "expected an amount such as 40GB or 24GiB, got '40XB'"),
+        (["--memory", "0GB"], "expected an amount such as 40GB or 24GiB, got '0GB'"),
+        (["--contexts", "0"], "expected a whole number above 0, got '0'"),
+        (["--output_dir", "FILE"], "FILE: cannot write there"),
+        (["--figures", "FILE/folder"], "FILE/folder: cannot write there"),
+        (["--batches", "2"], "--batches does not go with a run without --measure"),
+        (["--measure", "train", "--contexts", "9"], "--contexts does not go with --measure train"),
+        (["--measure", "train", "--figures", "figures"], "--figures does not go with --measure train"),
+        (["--measure", "speed"], "invalid choice: 'speed'"),
+        (["--measure", "--set", "n_layr=2"], "n_layr=2: expected KEY=VALUE"),
+        (["--measure", "--set", "seed=7"], "--set seed: expected one of vocab_size, n_positions"),
+        (["--measure", "--set", "n_head=7"], "n_embd: expected a multiple of n_head (7), got 1024"),
+        pytest.param(
+            ["--measure", "--device", "cuda"], "PyTorch finds no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+    ],
+)  # fmt: skip
+def test_errors_take_one_line_before_any_work(arguments, message, tmp_path, monkeypatch, capsys):
+    def work(*_):
+        raise AssertionError("work was begun")
+
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").touch()
+    monkeypatch.setattr(profiler, "ProcessPoolExecutor", work)
+    monkeypatch.setattr(profiler, "measure", work)
+    status, out, err = run(*arguments, capsys=capsys)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("analysis_computation_profiler.py: error: ")
+    assert message in err
+
+
+def test_help_begins_with_the_docstring_and_four_commands(capsys):
+    status, out, _ = run("--help", capsys=capsys)
+    assert status == 0
+    assert profiler.__doc__.strip() in out
+    assert len(re.findall(r"^    python analysis_computation_profiler\.py", out, re.MULTILINE)) == 4
+
+
+def test_defaults_suit_the_device(monkeypatch):
+    def options(*arguments):
+        parsed = profiler.command_line().parse_args(["--measure", *arguments])
+        profiler.complete(parsed)
+        return parsed
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cpu = options()
+    assert (cpu.device.type, cpu.sizes, cpu.variants) == ("cpu", ["300M"], ["kqv", "kv", "gqa", "qmqa"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    gpu = options()
+    assert (gpu.device.type, gpu.dtype, gpu.sizes, gpu.variants) == ("cuda", "bf16", ["1.2B"], None)
+    training = options("train", "--no-compile")
+    assert (training.compile, training.accumulation, training.micro_batch_size) == (False, 8, None)
+    assert profiler.train_points(training, "300M")[0]["micro_batch_size"] == 6
+    assert profiler.train_points(Namespace(**vars(training) | {"micro_batch_size": 4}), "1.2B")[0] == {
+        "micro_batch_size": 4, "seq_length": 2048, "accumulation": 8, "steps": 3, "compile": False,
+    }  # fmt: skip
+
+
+def test_measuring_needs_torch_numpy_yaml_and_tqdm_alone():
+    """So a GPU machine with no more than these can measure, and the script starts from any folder."""
+    check = (
+        "import analysis_computation_profiler, sys; "
+        "assert not {'fvcore', 'matplotlib', 'transformers', 'datasets', 'pandas'} & set(sys.modules), sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd="/", env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
