@@ -52,9 +52,10 @@ OUTPUT_DIR = "outputs_q_gqa"
 LOSS_CHUNK = 2048  # positions whose logits exist at the same time while a loss is computed
 MAX_SKIPPED_UPDATES = 10  # this many in a row mean that the run has diverged
 PROMPT_TOKENS = 32  # of each written sample, taken from the validation data
-# A second, for the mfu; by the first of these that stands in the GPU's name.
-DENSE_BF16_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12}
-DENSE_BF16_FLOPS |= {"B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
+DENSE_BF16_FLOPS = {  # a second, for the mfu; by the first of these that stands in the GPU's name
+    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+    "L40S": 362e12, "RTX 4090": 165e12,
+}  # fmt: skip
 FLASH_ATTENTION = find_spec("flash_attn") is not None
 
 

@@ -134,6 +134,19 @@ def test_two_processes_follow_the_losses_of_one(settings, data, tmp_path):
     assert output.count("step 8 of 8, final") == 1  # rank 0 alone speaks
 
 
+@pytest.mark.slow
+def test_compiled_ranks_follow_the_losses_of_eager_ones(data, tmp_path):
+    """With gradients in several of DDP's buckets of 25 MB, and a loss in several chunks of 2,048 positions."""
+    large = ("vocab_size=40000", "n_embd=256", "micro_batch_size=80", "target_tokens=40960", "save_interval=100")
+    for compiled in ("true", "false"):
+        args = arguments(data, tmp_path / compiled, *large, f"compile={compiled}", "dropout=0.0")
+        process = torchrun(2, "transformer_KV_1_300_M.py", *args)
+        _, errors = process.communicate(timeout=280)
+        assert process.returncode == 0, errors
+    for left, right in zip(metrics(tmp_path / "true"), metrics(tmp_path / "false"), strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize("alias", VARIANTS)
 def test_a_tiny_run_repeats_the_recorded_losses(alias, data, tmp_path):
     """A change that is meant to have no effect has none. To record anew: RECORD_GOLDEN=1 make test."""
