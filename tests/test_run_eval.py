@@ -1,0 +1,639 @@
+"""run_eval.py against the harness's own HFLM over transformers' GPT-2, on small files in the five tasks' formats."""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import datasets
+import lm_eval
+import pytest
+import torch
+import transformers
+import yaml
+from conftest import ROOT, SENTENCES, VARIANTS, script_of
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+import run_eval
+from dataset_download import load_tokenizer
+
+HARNESS_TASKS = Path(lm_eval.__file__).parent / "tasks"
+GPT2_RANKS = Path(__file__).parents[2] / "shared/data/gpt2.tiktoken"
+FIVE = ["arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande"]
+SHAPE = {"vocab_size": 260, "n_positions": 1024, "n_embd": 32, "n_layer": 2, "n_head": 2}
+
+
+def build(alias, seed=0, **changes):
+    """A small model with large random weights, so that its scores differ from request to request."""
+    script, shape = script_of(alias), SHAPE | changes
+    torch.manual_seed(seed)
+    groups = VARIANTS[alias]["groups"] and (1 if "mqa" in alias else 2)
+    config = script.ModelConfig(**shape, n_kv_groups=groups, initializer_range=0.3)
+    return getattr(script, VARIANTS[alias]["class"])(config).eval()
+
+
+def save(model, alias, path, train_data="nowhere", **entries):
+    """A checkpoint of ours."""
+    script = script_of(alias)
+    contents = {"variant": script.VARIANT, "step": 8000, "epoch": 0, "tokens_seen": 123, "train_config": {}}
+    contents |= {"model_state_dict": model.state_dict(), "model_config": script.as_dict(model.config)}
+    torch.save(contents | {"train_config": {"train_data": str(train_data)}} | entries, path)
+    return path
+
+
+def gpt2_of(model):
+    """transformers' GPT-2 with the weights of a QKV model."""
+    shape = {name: getattr(model.config, name) for name in SHAPE}
+    settings = {"activation_function": "gelu", "bos_token_id": 256, "eos_token_id": 256}
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **settings))
+    transposed = {name for name in model.state_dict() if ".c_" in name and name.endswith("weight")}
+    weights = {f"transformer.{name}": w.T if name in transposed else w for name, w in model.state_dict().items()}
+    gpt2.load_state_dict(weights | {"lm_head.weight": model.wte.weight})
+    return gpt2.eval()
+
+
+def byte_tokenizer():
+    """The byte tokenizer, as transformers knows tokenizers: id 97 is the letter a, 256 is end of text."""
+    letters = bytes_to_unicode()
+    tokenizer = Tokenizer(models.BPE(vocab={letter: value for value, letter in letters.items()}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    end = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **end
+    )
+
+
+def oracle(model):
+    return HFLM(pretrained=gpt2_of(model), tokenizer=byte_tokenizer(), batch_size=1)
+
+
+def ours(model, batch_size=3):
+    return run_eval.CheckpointLM(model, load_tokenizer("bytes"), batch_size)
+
+
+def requests(kind, arguments):
+    return [Instance(kind, {}, pair, i) for i, pair in enumerate(arguments)]
+
+
+PLACES = ["the harbour", "a hill", "the old mill", "the river", "a bridge", "the market"]
+THINGS = ["boat", "cart", "lantern", "letter", "basket", "bell", "rope"]
+
+
+def arc(i):
+    answers = [f"{THINGS[(i + j) % 7]} number {i * j}" for j in range(3 + (i % 4 != 3))]
+    marks = list("ABCD" if i % 2 else "1234")[: len(answers)]
+    question = {"id": str(i), "question": f"Which thing stands at {PLACES[i % 6]}?", "answerKey": marks[i % 3]}
+    return question | {"choices": {"text": answers, "label": marks}}
+
+
+def hellaswag(i):
+    endings = [f"puts the {THINGS[(i * j) % 7]} down{' [substeps] and waits' * (j % 2)}." for j in range(1, 5)]
+    start = {"ctx_a": f"A woman walks to {PLACES[i % 6]}.", "ctx_b": "she" if i % 2 else "the woman"}
+    return {"ind": i, "activity_label": "Walking [title] out", "endings": endings, "label": str(i % 4)} | start
+
+
+def piqa(i):
+    solutions = {"sol1": f"Tie it with a {THINGS[i % 7]}", "sol2": f"Leave it at {PLACES[i % 6]} for {i} days."}
+    return {"goal": f"How to keep {i} papers together", "label": i % 2} | solutions
+
+
+def winogrande(i):
+    one, other = THINGS[i % 7], THINGS[(i + 3) % 7]
+    sentence = f"The {one} did not fit into the {other} at {PLACES[i % 6]} because the _ was too small."
+    return {"sentence": sentence, "option1": one, "option2": other, "answer": str(1 + i % 2)}
+
+
+FORMATS = {"arc_challenge": arc, "arc_easy": lambda i: arc(i + 50), "hellaswag": hellaswag, "piqa": piqa}
+FORMATS |= {"winogrande": winogrande}
+SOURCES = {"arc_challenge": "arc/arc_challenge", "arc_easy": "arc/arc_easy", "winogrande": "winogrande/default"}
+
+
+def write_task(folder, name, rows, **settings):
+    """A task file, with its documents beside it as JSON lines."""
+    files = {}
+    for split, some in (("train", rows[:6]), ("validation", rows[6:]), ("test", rows[6:])):
+        files[split] = str(folder / f"{name}_{split}.jsonl")
+        Path(files[split]).write_text("".join(f"{json.dumps(row)}\n" for row in some), encoding="utf-8")
+    data = {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(data | settings), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory):
+    """A folder of task files: the harness's own five, on local documents, one to generate and one of whole texts."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name in FIVE:
+        include = str(HARNESS_TASKS / f"{SOURCES.get(name, f'{name}/{name}')}.yaml")
+        write_task(folder, name, [FORMATS[name](i) for i in range(6 + 13)], include=include)
+    splits = {"training_split": "train", "test_split": "test"}
+    texts = [{"text": " ".join(SENTENCES[i : i + 1 + i % 3])} for i in range(12)]
+    whole = ["word_perplexity", "byte_perplexity", "bits_per_byte"]
+    write_task(
+        folder, "texts", texts, **splits, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
+        metric_list=[{"metric": metric} for metric in whole],
+    )  # fmt: skip
+    write_task(
+        folder, "sums", [{"a": i, "b": i + 1} for i in range(12)], **splits, output_type="generate_until",
+        doc_to_text="{{a}} plus {{b}} is", doc_to_target="{{a + b}}", metric_list=[{"metric": "exact_match"}],
+        generation_kwargs={"until": ["\n", "e"], "max_gen_toks": 12, "do_sample": False},
+    )  # fmt: skip
+    return folder
+
+
+def scores(lm, folder, names, **settings):
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    settings = {"num_fewshot": 5, "task_manager": manager, "log_samples": False} | settings
+    return lm_eval.simple_evaluate(lm, tasks=names, **settings)["results"]
+
+
+@pytest.fixture(autouse=True)
+def harness(monkeypatch, tmp_path_factory):
+    """Data sets go to a temporary folder, silently. Asking the machine what is installed on it takes seconds."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: results.update(lm_eval_version="x"))
+
+
+# ---- the language model, request by request
+
+
+CONTEXTS = ["Question: what is it?\nAnswer:", "a", "ends with spaces  ", " ", "x" * 50, "\n", "The boat", "The boat is"]
+CONTINUATIONS = [" yes", " n", "A", " a longer answer, of some words.", "\u00e9\u4e2d"]
+PAIRS = [(context, continuation) for context in CONTEXTS for continuation in CONTINUATIONS]
+
+
+def same_answers(got, expected):
+    assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
+    torch.testing.assert_close([value for value, _ in got], [value for value, _ in expected], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_loglikelihood_is_that_of_hflm(batch_size):
+    model = build("kqv")
+    asked = [pair for pair in PAIRS if pair[0].strip()]  # HFLM fails where nothing else is in the context
+    expected = oracle(model).loglikelihood(requests("loglikelihood", asked))
+    same_answers(ours(model, batch_size).loglikelihood(requests("loglikelihood", asked)), expected)
+    assert len({round(value, 3) for value, _ in expected}) > len(asked) // 2  # a model that tells requests apart
+
+
+def test_empty_contexts_follow_the_end_of_text_token():
+    model = build("kqv")
+    asked = requests("loglikelihood", [("", "text"), ("", "t"), (" ", "text")])
+    got = ours(model).loglikelihood(asked)
+    same_answers(got[:2], oracle(model).loglikelihood(asked[:2]))
+    for (value, _), text in zip(got, ("text", "t", " text"), strict=True):
+        tokens = torch.tensor([[256, *text.encode()]])
+        log_p = model(tokens[:, :-1])[0].log_softmax(-1)
+        assert value == pytest.approx(log_p.gather(2, tokens[:, 1:, None]).sum().item(), abs=1e-4)
+
+
+def test_greedy_is_told_from_other_continuations():
+    model = build("kqv")
+    prompt = torch.tensor([list(b"Once")])
+    letters = model.generate(prompt, 3, temperature=0)[0, 4:].tolist()
+    lm = ours(model)
+    others = letters[:2] + [letters[2] ^ 1]
+    answers = lm._loglikelihood_tokens([(None, list(b"Once"), tokens) for tokens in (letters, others, letters[:1])])
+    assert [greedy for _, greedy in answers] == [True, False, True]
+
+
+@pytest.mark.parametrize("n_positions", [40, 2048])
+def test_a_context_that_is_too_long_loses_its_beginning(n_positions, capsys):
+    model = build("kqv", n_positions=n_positions)
+    long = "".join(f"{i} and " for i in range(n_positions // 3))
+    assert len(long) > n_positions
+    exact = long[: n_positions + 1 - len(" end")]
+    asked = requests("loglikelihood", [(long, " end"), (long, " x"), (exact, " end"), ("short", " end")])
+    expected = oracle(model).loglikelihood(asked)
+    same_answers(ours(model).loglikelihood(asked), expected)
+    assert f"2 of 4 requests are longer than {n_positions:,} tokens" in capsys.readouterr().err
+
+
+def test_a_continuation_that_is_too_long_is_an_error():
+    model = build("kqv", n_positions=40)
+    assert len(ours(model).loglikelihood(requests("loglikelihood", [("a", "b" * 40)]))) == 1
+    with pytest.raises(run_eval.InputError, match="continuation of 41 tokens .* n_positions, 40"):
+        ours(model).loglikelihood(requests("loglikelihood", [("a", "b" * 41)]))
+
+
+def test_a_continuation_shared_by_two_splits_of_a_text():
+    """The same tokens, cut in two places: HFLM 0.4.13 scores the shorter continuation at the wrong positions."""
+    model = build("kqv")
+    asked = requests("loglikelihood", [("one two", " three four"), ("one two three", " four")])
+    alone = [oracle(model).loglikelihood([request])[0] for request in asked]
+    same_answers(ours(model).loglikelihood(asked), alone)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_rolling_windows_are_those_of_hflm(batch_size):
+    model = build("kqv", n_positions=40)
+    texts = [("word " * count,) for count in (1, 7, 8, 9, 16, 30)] + [("e",), ("\u4e2d" * 13,)]
+    expected = oracle(model).loglikelihood_rolling(requests("loglikelihood_rolling", texts))
+    got = ours(model, batch_size).loglikelihood_rolling(requests("loglikelihood_rolling", texts))
+    torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-5)
+
+
+STOPS = [
+    {"until": ["\n"], "max_gen_toks": 30, "do_sample": False},
+    {"until": ["q", "zz", "E"], "max_gen_toks": 30},
+    {"until": "a", "max_gen_toks": 17},
+    {"until": [], "max_gen_toks": 9, "temperature": 0.0},
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("settings", STOPS, ids=str)
+def test_generation_is_that_of_hflm(settings, batch_size):
+    model = build("kqv", n_positions=64)
+    prompts = [*CONTEXTS, "a context of more tokens than the model has positions, once the new ones are counted"]
+    asked = [(prompt, settings) for prompt in prompts]
+    expected = oracle(model).generate_until(requests("generate_until", asked))
+    assert ours(model, batch_size).generate_until(requests("generate_until", asked)) == expected
+    assert len(set(expected)) > 4
+
+
+def test_generation_stops_early(monkeypatch):
+    """Not after max_gen_toks: that would only be cut away."""
+    model, steps = build("kqv", n_positions=64), []
+    hidden_states = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda *given: steps.append(1) or hidden_states(*given))
+    text = ours(model).generate_until(requests("generate_until", [("Once", {"until": [], "max_gen_toks": 40})]))[0]
+    full, stop = len(steps), text[3]
+    cut = ours(model).generate_until(requests("generate_until", [("Once", {"until": [stop], "max_gen_toks": 40})]))[0]
+    assert (full, cut) == (40, text[: text.index(stop)])
+    assert len(steps) - full == len(cut.encode()) + 1
+
+
+def test_generation_from_nothing_and_with_more_than_one_setting():
+    model = build("kqv", n_positions=64)
+    asked = [("", STOPS[0]), ("b", STOPS[3]), ("", STOPS[3]), ("cc", STOPS[0])]
+    got = ours(model, 8).generate_until(requests("generate_until", asked))
+    assert [len(text) <= 9 for text in got][1:3] == [True, True]
+    tokens = model.generate(torch.tensor([[256]]), 9, temperature=0)[0, 1:].tolist()
+    assert got[2] == ours(model).tok_decode(tokens).partition("<|endoftext|>")[0]
+
+
+def test_generation_that_is_not_greedy_or_has_no_room_is_an_error():
+    lm = ours(build("kqv", n_positions=64))
+    wrong = {"decodes greedily": {"do_sample": True, "temperature": 0.7}, "n_positions, 64": {"until": ["x"]}}
+    for words, settings in wrong.items():
+        with pytest.raises(run_eval.InputError, match=words):
+            lm.generate_until(requests("generate_until", [("a", settings)]))
+
+
+@pytest.mark.skipif(not GPT2_RANKS.exists(), reason="needs the GPT-2 ranks")
+def test_gpt2_tokens_of_a_pair():
+    lm = run_eval.CheckpointLM(build("kqv", vocab_size=50304), load_tokenizer(str(GPT2_RANKS)))
+    assert lm._encode_pair("Answer: ", "Paris") == ([33706, 25], [6342])  # the space belongs to what follows it
+    assert lm.eot_token_id == lm.prefix_token_id == 50256
+    assert lm.tok_decode(lm.tok_encode("naïve <|endoftext|>")) == "naïve <|endoftext|>"
+    assert 50256 not in lm.tok_encode("<|endoftext|>")
+    assert lm.tok_decode([50300, 33706]) == "Answer"
+
+
+def test_the_batch_size_is_found_by_trying(monkeypatch):
+    """With a stand-in for a GPU, on which rows of n_positions tokens fit 40 at a time."""
+    lm, tried = ours(build("kqv", n_positions=64)), []
+    hidden_states = lm.model.hidden_states
+
+    def forward(tokens):
+        tried.append(tuple(tokens.shape))
+        if len(tokens) > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return hidden_states(tokens)
+
+    monkeypatch.setattr(lm.model, "hidden_states", forward)
+    assert 20 <= lm._largest_batch() <= 40
+    assert tried[0] == (64, 64)
+    assert run_eval.CheckpointLM(lm.model, load_tokenizer("bytes"), "auto").batch_size == 8  # on a CPU
+
+
+# ---- the tasks
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_all_tasks_score_as_hflm_over_gpt2(tasks, batch_size, reference):
+    model, expected = reference
+    got = scores(ours(model, batch_size), tasks, [*FIVE, "texts", "sums"])
+    assert {name: got[name] for name in FIVE} == {name: expected[name] for name in FIVE}
+    for name in ("texts", "sums"):
+        assert close(got[name]) == expected[name]
+    assert len({got[name]["acc,none"] for name in FIVE}) > 2
+
+
+def close(metrics):
+    numbers = {key: pytest.approx(value, rel=1e-6) for key, value in metrics.items() if isinstance(value, float)}
+    return metrics | numbers
+
+
+@pytest.fixture(scope="session")
+def reference(tasks):
+    model = build("kqv")
+    return model, scores(oracle(model), tasks, [*FIVE, "texts", "sums"])
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_every_variant_scores_as_its_own_forward_says(alias, tmp_path):
+    model = build(alias, seed=3)
+    path = save(model, alias, tmp_path / "checkpoint_step_8000.pt")
+    checkpoint = run_eval.open_checkpoint(alias, str(path), "bytes", None)
+    lm = ours(checkpoint.script.load_model(path), 4)
+    got = lm.loglikelihood(requests("loglikelihood", PAIRS[:12]))
+    for (value, _), (context, continuation) in zip(got, PAIRS, strict=False):
+        tokens = torch.tensor([list((context + continuation).encode())])
+        losses = model.token_losses(model.hidden_states(tokens), tokens)[0]
+        assert value == pytest.approx(-losses[len(context.rstrip()) - 1 :].sum().item(), abs=1e-3)
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory, data_dir):
+    """{alias: path} of two checkpoints, as if trained on the prepared data."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {alias: save(build(alias), alias, folder / f"{alias}.pt", data_dir / "train") for alias in ("kqv", "kv")}
+
+
+def command(*arguments):
+    run_eval.main([str(argument) for argument in arguments])
+
+
+def failure(capsys, *arguments):
+    """The one line that a command ends with, with status 2."""
+    with pytest.raises(SystemExit) as ended:
+        command(*arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert (ended.value.code, len(lines)) == (2, 1), lines
+    return lines[0].removeprefix("run_eval.py: error: ")
+
+
+def test_one_table_and_one_file_of_two_checkpoints(tasks, checkpoints, data_dir, tmp_path, capsys, reference):
+    output, val_data = tmp_path / "scores.json", data_dir / "validation"
+    command(
+        "--model", "kqv", "kv", "--checkpoint", checkpoints["kqv"], checkpoints["kv"], "--include_path", tasks,
+        "--tasks", *FIVE, "perplexity", "--val_data", val_data, "--output_path", output, "--batch_size", 4,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    report = json.loads(output.read_text(encoding="utf-8"))
+    first, second = report["checkpoints"].values()
+    assert first["harness"]["results"] == {name: reference[1][name] for name in FIVE}
+    assert first["harness"]["results"] != second["harness"]["results"]
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["lm_eval"] == "0.4.13"
+    assert report["settings"]["num_fewshot"] == 5
+    assert set(first["harness"]["n-shot"].values()) == {5}
+    assert (second["alias"], second["step"], second["model_config"]["n_embd"]) == ("kv", 8000, 32)
+    assert second["sha256"] == hashlib.sha256(checkpoints["kv"].read_bytes()).hexdigest()
+    script, model = script_of("kqv"), script_of("kqv").load_model(checkpoints["kqv"])
+    for protocol in ("padded", "packed"):
+        loader = script.get_dataloader(val_data, 4, 1024, protocol)
+        assert first["perplexity"][protocol] == script.evaluate(model, loader)
+    lines = {tuple(line.split()[:2]): line.split()[2:] for line in out.splitlines()}
+    piqa_scores = first["harness"]["results"]["piqa"]
+    value, stderr = 100 * piqa_scores["acc_norm,none"], 100 * piqa_scores["acc_norm_stderr,none"]
+    assert lines["piqa", "acc_norm"][:4] == ["50.0", f"{value:.2f}", "±", f"{stderr:.2f}"]
+    mean = sum(first["harness"]["results"][name]["acc,none"] for name in FIVE) * 20
+    assert lines["mean", "acc"][:2] == ["35.0", f"{mean:.2f}"]
+    assert lines["mean,", "published"][-2:] == ["36.40", "35.99"]
+    bits = [f"{each['perplexity']['packed']['bits_per_byte']:.2f}" for each in (first, second)]
+    assert lines["perplexity", "packed,"][-2:] == bits
+    assert "kv, step 8000 minus kqv, step 8000, by acc" in out
+
+
+def test_what_is_said_of_a_difference():
+    ours, theirs = {"a": (30.0, 3.0), "b": (40.0, 3.0), "c": (20.0, 3.0), "d": (1.0, 1.0)}, {}
+    theirs = {"a": (34.9, 4.0), "b": (34.9, 4.0), "c": (35.0, 0.0)}
+    within = "\n    within the standard error: a (-4.90 ± 5.00)"
+    beyond = "\n    beyond it: b (+5.10 ± 5.00), c (-15.00 ± 3.00)"
+    assert run_eval.compared("X minus Y", ours, theirs) == f"X minus Y, by acc{within}{beyond}"
+    assert run_eval.compared("X minus Y", ours, {}) == ""
+
+
+def a_record(alias, size, *accuracies):
+    """Of a checkpoint with these accuracies in the five tasks, each with a standard error of 0.02."""
+    pairs = zip(FIVE, accuracies, strict=True)
+    results = {task: {"alias": task, "acc,none": acc, "acc_stderr,none": 0.02} for task, acc in pairs}
+    return {"alias": alias, "size": size, "harness": {"results": results}}
+
+
+def test_the_published_mean_is_compared_with_runs_like_it():
+    records = {"A": a_record("kv", "1.2B", 0.25, 0.25, 0.3, 0.6, 0.49), "B": a_record("mqa", "1.2B", *5 * [0.4])}
+    records["C"] = a_record("qgqa", "300M", *5 * [0.4])
+    options = argparse.Namespace(num_fewshot=5, limit=None)
+    said = "\n".join(run_eval.verdicts(records, options))
+    first, within, beyond, *_ = said.splitlines()
+    assert first == "A minus chance, by acc"
+    noise = "arc_challenge (+0.00 ± 2.00), arc_easy (+0.00 ± 2.00), winogrande (-1.00 ± 2.00)"
+    assert within.strip() == f"within the standard error: {noise}"
+    assert beyond.strip() == "beyond it: hellaswag (+5.00 ± 2.00), piqa (+10.00 ± 2.00), mean (+2.80 ± 0.89)"
+    assert "A minus the paper, by acc\n    beyond it: mean (+1.81 ± 0.89)" in said
+    assert said.count("minus the paper") == 1 and said.count("minus A, by acc") == 2
+    options.num_fewshot = 0
+    assert "minus the paper" not in "\n".join(run_eval.verdicts(records, options))
+    last = run_eval.table(records)[-1].split()
+    assert last == ["mean,", "published", "at", "1.2B", "5-shot", "35.99", "not", "given", "36.72"]
+
+
+@pytest.mark.parametrize("size", ["300M", "1.2B", "demo"])
+def test_the_size_is_read_from_the_checkpoint(size):
+    config = yaml.safe_load((ROOT / f"configs/model_config_{size}.yaml").read_text(encoding="utf-8"))
+    checkpoint = run_eval.Checkpoint("kv", "a.pt", "", 8000, 0, config, {}, script_of("kv"), load_tokenizer("bytes"))
+    assert str(checkpoint) == ("kv, step 8000" if size == "demo" else f"kv {size}, step 8000")
+
+
+def test_two_processes_score_as_one(tasks, checkpoints, data_dir, tmp_path, capsys):
+    """Of 5 documents, which two cannot share evenly; rank 0 alone prints and writes."""
+    arguments = ["--model", "kqv", "--checkpoint", checkpoints["kqv"], "--include_path", tasks, "--limit", "5"]
+    arguments += ["--val_data", data_dir / "validation"]
+    arguments += ["--tasks", "winogrande", "hellaswag", "texts", "sums", "perplexity"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "run_eval.py"]
+    command(*arguments, "--output_path", tmp_path / "1.json")
+    given = map(str, [*launch, *arguments, "--output_path", tmp_path / "2.json"])
+    ended = subprocess.run([*given], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == capsys.readouterr().out
+    outputs = [json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("1.json", "2.json")]
+    one, two = (next(iter(output["checkpoints"].values())) for output in outputs)
+    assert [output["settings"]["processes"] for output in outputs] == [1, 2]
+    for name, metrics in one["harness"]["results"].items():
+        assert close(metrics) == two["harness"]["results"][name]
+    for protocol, results in one["perplexity"].items():
+        assert results == pytest.approx(two["perplexity"][protocol], rel=1e-6)
+
+
+def test_answers_are_cached_for_each_checkpoint(tasks, checkpoints, tmp_path, monkeypatch, capsys):
+    given = ["--include_path", tasks, "--tasks", "piqa", "sums", "texts", "--use_cache", tmp_path / "answers"]
+    both = ["--model", "kqv", "kv", "--checkpoint", checkpoints["kqv"], checkpoints["kv"]]
+    command(*both, *given)
+    expected = capsys.readouterr().out
+    assert len(list(tmp_path.glob("answers_*.db"))) == 2
+    monkeypatch.delattr(run_eval.CheckpointLM, "_score")
+    monkeypatch.delattr(run_eval.CheckpointLM, "_continue")
+    command(*both, *given)
+    assert capsys.readouterr().out == expected
+
+
+def test_perplexity_alone_needs_no_task(checkpoints, data_dir, capsys, monkeypatch):
+    monkeypatch.setattr(run_eval, "TaskManager", None)
+    command("--model", "kv", "--checkpoint", checkpoints["kv"], "--val_data", data_dir / "validation")
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert rows == ["task"] + 5 * ["perplexity"]
+
+
+def test_a_released_checkpoint(tasks, tmp_path, capsys):
+    """DDP's prefix, mask buffers, no variant; bfloat16; a share of the documents."""
+    model = build("kv", seed=5)
+    mask = {f"module.h.{i}.attn.bias": torch.ones(1, 1, 1024, 1024).tril() for i in range(2)}
+    weights = {f"module.{name}": tensor for name, tensor in model.state_dict().items()} | mask
+    path = save(model, "kv", tmp_path / "released.pt", variant=None, model_state_dict=weights)
+    common = ["--model", "kv", "--include_path", tasks, "--tasks", "piqa", "--limit", "0.5", "--tokenizer", "bytes"]
+    rows = []
+    for checkpoint in (path, save(model, "kv", tmp_path / "ours.pt")):
+        command(*common, "--checkpoint", checkpoint, "--dtype", "bfloat16", "--output_path", tmp_path / "o.json")
+        rows.append(capsys.readouterr().out)
+        report = json.loads((tmp_path / "o.json").read_text(encoding="utf-8"))
+    assert rows[0] == rows[1]
+    (entry,) = report["checkpoints"].values()
+    assert entry["harness"]["n-samples"]["piqa"] == {"original": 13, "effective": 7}
+
+
+def test_a_single_document_has_no_standard_error(tasks, checkpoints, capsys):
+    command("--model", "kv", "--checkpoint", checkpoints["kv"], "--include_path", tasks, "--limit", 1)
+    out = capsys.readouterr().out
+    assert "±" not in out and "mean" in out
+
+
+def test_bfloat16_scores_in_fp32(checkpoints):
+    model = script_of("kqv").load_model(checkpoints["kqv"]).to(torch.bfloat16)
+    (value, _), = ours(model).loglikelihood(requests("loglikelihood", [("a", "b")]))
+    assert value != float(torch.tensor(value).bfloat16())
+
+
+def test_tasks_are_listed(tasks, capsys, monkeypatch):
+    monkeypatch.setattr(run_eval, "TaskManager", partial(TaskManager, include_defaults=False))  # 14,000 files
+    command("--list_tasks", "--include_path", tasks)
+    assert set(capsys.readouterr().out.split()) >= {*FIVE, "texts", "sums", "perplexity"}
+
+
+# ---- what can be wrong
+
+
+WRONG = {
+    "no checkpoint": (["--model", "kv"], "expected --checkpoint PATH ... and --model ALIAS"),
+    "no alias": (["--checkpoint", "{kv}"], "expected --checkpoint PATH ... and --model ALIAS"),
+    "two aliases for one": (["--model", "kv", "kqv", "--checkpoint", "{kv}"], "one for all or one for each"),
+    "unknown alias": (["--model", "vk", "--checkpoint", "{kv}"], "--model vk: expected one of kqv, qk, kv, k, gqa"),
+    "another variant": (["--model", "gqa", "--checkpoint", "{kv}"], "is a checkpoint of --model kv"),
+    "no such file": (["--model", "kv", "--checkpoint", "nowhere.pt"], "nowhere.pt: not a whole checkpoint"),
+    "unknown task": (["{given}", "--tasks", "piqua", "--include_path", "{tasks}"], "no such task; expected piqa"),
+    "one of several": (["{given}", "--tasks", "piqa,x", "--include_path", "{tasks}"], "--tasks x: no such task"),
+    "fewer than none": (["{given}", "--num_fewshot", "-1"], "--num_fewshot -1: expected 0 or more"),
+    "no task files": (["{given}", "--include_path", "nowhere"], "--include_path nowhere: no such folder"),
+    "no token files": (["{given}", "--val_data", "nowhere"], "nowhere: no complete token files"),
+    "perplexity of nothing": (["{given}", "--tasks", "perplexity"], "--tasks perplexity: needs --val_data"),
+    "no such tokenizer": (["{given}", "--tokenizer", "x"], "--tokenizer x: neither gpt2, bytes nor"),
+    "device": (["{given}", "--device", "abacus"], "--device abacus: "),
+    "no such GPU": (["{given}", "--device", "cuda:99"], "--device cuda:99: "),
+    "output": (["{given}", "--output_path", "nowhere/a.json"], "--output_path nowhere/a.json: there is no such folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, words", WRONG.values(), ids=WRONG)
+def test_errors_come_before_work_in_one_line(arguments, words, checkpoints, tasks, capsys, monkeypatch):
+    monkeypatch.setattr(run_eval, "TaskManager", local_manager)
+    monkeypatch.setattr(run_eval, "evaluate_checkpoint", None)
+    given = ["--model", "kv", "--checkpoint", str(checkpoints["kv"])]
+    filled = []
+    for argument in arguments:
+        filled += given if argument == "{given}" else [argument.format(kv=checkpoints["kv"], tasks=tasks)]
+    assert words in failure(capsys, *filled)
+
+
+def local_manager(include_path=None, include_defaults=False):
+    """A TaskManager that does not read the harness's 14,000 files."""
+    return TaskManager(include_path=include_path or str(HARNESS_TASKS / "piqa"), include_defaults=False)
+
+
+def test_a_hub_task_without_network_says_what_it_needs(checkpoints, tmp_path, capsys, monkeypatch):
+    folders = [str(HARNESS_TASKS / name) for name in ("arc", "hellaswag", "piqa", "winogrande")]
+    monkeypatch.setattr(
+        run_eval, "TaskManager", lambda **_: TaskManager(include_path=folders, include_defaults=False)
+    )
+    line = failure(capsys, "--model", "kv", "--checkpoint", checkpoints["kv"])
+    assert "hellaswag (Rowan/hellaswag), piqa (baber/piqa), winogrande (allenai/winogrande)" in line
+    assert "--include_path DIR" in line
+
+
+def test_a_task_whose_local_file_is_missing(checkpoints, tmp_path, capsys):
+    write_task(tmp_path, "mine", [piqa(i) for i in range(9)], include=str(HARNESS_TASKS / "piqa/piqa.yaml"))
+    (tmp_path / "mine_test.jsonl").unlink()
+    given = ["--model", "kv", "--checkpoint", checkpoints["kv"], "--include_path", tmp_path]
+    line = failure(capsys, *given, "--tasks", "mine")
+    assert line.startswith("--tasks mine: FileNotFoundError")
+    assert "mine_test.jsonl" in line
+
+
+def test_no_tokenizer(tmp_path, capsys, monkeypatch):
+    """Neither ranks beside the data, nor in tiktoken's cache, nor a network."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tiktoken.load.read_file", lambda *_: (_ for _ in ()).throw(ConnectionError("no network")))
+    monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    path = save(build("kv", vocab_size=300), "kv", tmp_path / "a.pt")
+    line = failure(capsys, "--model", "kv", "--checkpoint", path)
+    assert "TIKTOKEN_CACHE_DIR" in line and "--tokenizer PATH.tiktoken" in line
+
+
+@pytest.mark.skipif(not GPT2_RANKS.exists(), reason="needs the GPT-2 ranks")
+def test_a_tokenizer_of_another_vocabulary(checkpoints, capsys):
+    line = failure(capsys, "--model", "kv", "--checkpoint", checkpoints["kv"], "--tokenizer", GPT2_RANKS)
+    assert f"has 50257 token ids, and {checkpoints['kv']} knows 260" in line
+
+
+def test_data_of_another_vocabulary(data_dir, tmp_path, capsys):
+    path = save(build("kv", vocab_size=200), "kv", tmp_path / "a.pt")
+    line = failure(capsys, "--model", "kv", "--checkpoint", path, "--val_data", data_dir / "validation")
+    assert f"has 257 token ids, and {path} knows 200" in line
+
+
+def test_a_generation_that_cannot_be_run(tmp_path, checkpoints, capsys):
+    settings = {"output_type": "generate_until", "doc_to_text": "{{goal}}", "doc_to_target": "{{sol1}}"}
+    settings |= {"test_split": "test", "generation_kwargs": {"until": ["x"], "do_sample": True, "temperature": 0.5}}
+    write_task(tmp_path, "drawn", [piqa(i) for i in range(9)], **settings)
+    given = ["--model", "kv", "--checkpoint", checkpoints["kv"], "--include_path", tmp_path]
+    line = failure(capsys, *given, "--tasks", "drawn")
+    assert line.startswith("--tasks drawn: run_eval.py decodes greedily")
+
+
+@pytest.mark.slow
+def test_an_error_ends_all_processes_and_is_printed_once(tasks, checkpoints, tmp_path):
+    """Whether all have it, or rank 0 alone, before the work or in the middle of it."""
+    small = save(build("kv", n_positions=20), "kv", tmp_path / "small.pt")
+    arguments = ["--model", "kv", "--checkpoint", checkpoints["kv"], "--include_path", tasks, "--tasks", "hellaswag"]
+    wrong = {
+        "--model x:": ["--model", "x"],
+        "--include_path nowhere:": ["--include_path", "nowhere"],
+        "does not fit n_positions, 20": ["--checkpoint", small, "--num_fewshot", 0, "--tokenizer", "bytes"],
+    }
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "run_eval.py"]
+    for words, changed in wrong.items():
+        given = map(str, [*launch, *arguments, *changed])
+        ended = subprocess.run([*given], capture_output=True, text=True, cwd=tmp_path)
+        assert ended.returncode != 0
+        (line,) = [line for line in ended.stderr.splitlines() if line.startswith("run_eval.py: error:")]
+        assert words in line
+        assert "[rank" not in ended.stderr  # as the lines of a traceback begin
+
+
+@pytest.mark.slow
+def test_the_harness_own_tasks_are_found(checkpoints, capsys):
+    line = failure(capsys, "--model", "kv", "--checkpoint", checkpoints["kv"])
+    assert "arc_challenge (allenai/ai2_arc)" in line
