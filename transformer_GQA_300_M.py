@@ -799,8 +799,10 @@ class Trainer:
         for step, path in checkpoints(self.output_dir).items():
             if step > self.step:  # of a run that this one replaces: no resume must find it
                 path.rename(path.with_suffix(".pt.old"))
-        for name, config in (("model_config", self.model_config), ("train_config", self.config)):
-            text = yaml.safe_dump(as_dict(config), sort_keys=False)
+        run = {"variant": VARIANT, "train_data": self.data.chunks, "val_data": self.val_loader.dataset.chunks}
+        settings = {"model_config": as_dict(self.model_config), "train_config": as_dict(self.config), "run": run}
+        for name, contents in settings.items():
+            text = yaml.safe_dump(contents, sort_keys=False)
             (self.output_dir / f"{name}.yaml").write_text(text, encoding="utf-8")
         # A killed run has logged steps beyond its last checkpoint; they are about to be taken, and logged, again.
         self.metrics = self.output_dir / "metrics.jsonl"
@@ -954,12 +956,13 @@ class Trainer:
         before, after = (next(r for r in order if r["kind"] != "train") for order in (records, records[::-1]))
         speed = np.median([r["tokens_per_second"] for r in records if r["kind"] == "train"] or [math.nan])
         cache, full = self.model.make_cache(1, dtype=torch.bfloat16).nbytes, 4 * c.n_layer * c.n_positions * c.n_embd
+        files = "metrics.jsonl", f"samples_step_{self.step}.txt", f"checkpoint_step_{self.step}.pt", "final_model.pt"
         return f"""
 {PAPER_NAME}, {sum(p.numel() for p in self.model.parameters()):,} parameters, complete after {self.step} steps
 text perplexity  {before["text_perplexity"]:.2f} at step {before["step"]}, {after["text_perplexity"]:.2f} at the end
 speed            {speed:,.0f} tokens a second
 KV cache         {cache:,} bytes for {c.n_positions:,} tokens in bf16; QKV takes {full:,}
-in {self.output_dir}: metrics.jsonl, samples_step_{self.step}.txt, checkpoint_step_{self.step}.pt, final_model.pt"""
+in {self.output_dir}: {", ".join(name for name in files if (self.output_dir / name).exists())}"""
 
 
 def autocast(config, device):

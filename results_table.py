@@ -1,0 +1,463 @@
+"""Output folders of training runs -> the paper's Tables 4 and 10, over seeds, and the figures.
+
+    python results_table.py                                  # the outputs_* folders here: a table for each kind of run
+    python results_table.py outputs_kqv outputs_gqa --format markdown
+    python results_table.py outputs_replicate --output_dir results/reduced_scale
+
+A folder of runs is searched one level deep. A table holds runs of one shape and one data protocol; a row, those of one
+variant that differ in the seed alone. A row marked * was trained otherwise than QKV, as the lines below the table say.
+
+    perplexity        of the final evaluation, over every position, filling included: the paper's protocol. A model
+                      that was trained with the filling masked cannot predict it, so this figure is of no use there
+    text perplexity   over the tokens of the documents alone
+    ±                 half of the range over the seeds, beside their mean
+    vs QKV            from runs of the same seed, which read the same data in the same order
+
+Incomplete runs are listed below the table and enter no mean. --output_dir writes results_table.md, results_table.json,
+validation_curves.png and pareto.png.
+"""
+
+import argparse
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import math
+from dataclasses import asdict
+from functools import cache, cached_property
+from importlib import import_module
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import torch
+import yaml
+
+import analysis_computation_profiler as profiler
+import transformer_KQV_300_M as script  # what the training scripts share: their configs, logs and checkpoints
+from analysis_computation_profiler import PERPLEXITY, SIZES, VARIANTS, UsageError, Variant, written
+
+PUBLISHED_CHANGE = {  # percent, as Tables 4 and 10 state it
+    "300M": {"qk": 4.9, "kv": 3.1, "k": 25.4, "gqa": 0.7, "mqa": 1.5, "qgqa": 3.9, "qmqa": 4.8},
+    "1.2B": {"kv": 2.48, "gqa": 0.52, "mqa": 1.06, "qgqa": 3.08, "qmqa": 4.16},
+}
+TABLES = {"300M": ["300M (Table 4)"], "1.2B": ["1.2B (Table 10)"]}
+FIGURES = ("perplexity", "text_perplexity", "text_loss")  # of an evaluation
+SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
+GROUPED_BY = {*SHAPE, "n_kv_groups", "sequence", "score_padding", "seq_length"}  # or the variant itself
+UNKNOWN = {  # what is said of runs that have not recorded it
+    "variant": "Variant taken from the folder's name",
+    "train_data": "Training data known by path",
+    "val_data": "Validation data known by path",
+}
+NO_MATTER = {  # to the weights, but for rounding; the global batch stands in for its three factors
+    "use_flash_attention", "plain_attention", "compile", "micro_batch_size", "gradient_accumulation", "num_gpus",
+    "eval_batches", "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "sample_tokens", "wandb",
+}  # fmt: skip
+
+
+# Reading
+
+
+def find_runs(paths):
+    """The Runs in the folders named, or in the outputs_* of this one; UsageError where there are none."""
+    runs = []
+    for path in paths or sorted(Path().glob("outputs_*")):
+        folders = [path] if is_run(path) else sorted(folder for folder in path.glob("*") if is_run(folder))
+        if paths and not folders:
+            raise UsageError(f"{path}: no runs found, neither a metrics.jsonl nor a folder with one")
+        runs += [Run(folder) for folder in folders]
+    if not runs:
+        raise UsageError("no runs found: no folder outputs_* with a metrics.jsonl is here; name the runs' folders")
+    return runs
+
+
+def is_run(folder):
+    return (folder / "metrics.jsonl").exists()
+
+
+class Run:
+    """An output folder: its variant and settings, how far it got and what its evaluations came to."""
+
+    def __init__(self, folder):
+        self.folder, self.about = folder, recorded(folder)
+        self.alias = alias_of(folder, self.about)
+        own = import_module(VARIANTS[self.alias]["script"]["300M"].removesuffix(".py"))
+        try:
+            model = own.read_config(own.ModelConfig, folder / "model_config.yaml", {})
+            self.config = script.read_config(script.TrainingConfig, folder / "train_config.yaml", {})
+        except ValueError as error:  # the RunError of either script
+            raise UsageError(str(error)) from error
+        self.variant, self.seed = Variant(self.alias, "300M", **asdict(model)), self.config.seed
+        self.step, self.evaluations = read_evaluations(folder / "metrics.jsonl")
+
+    @cached_property
+    def final(self):
+        """The evaluation after the last step, or None: then the run is incomplete."""
+        last = ("final", self.config.total_steps)
+        return next((e for e in self.evaluations if (e["kind"], e["step"]) == last), None)
+
+    @cached_property
+    def size(self):
+        """300M or 1.2B where the model has that shape, else None."""
+        return next((s for s in SIZES if shape(self.variant.config) == shape(published_config(s))), None)
+
+    @property
+    def as_published(self):
+        """Whether the data protocol is the paper's."""
+        return self.config.sequence == "padded" and self.config.score_padding
+
+    @property
+    def place(self):
+        """Which table the run belongs to, in the order of the tables."""
+        c, first = self.config, SIZES.index(self.size) if self.size else len(SIZES)
+        return first, *shape(self.variant.config), c.seq_length, not self.as_published, c.sequence
+
+    @property
+    def title(self):
+        """Of its table: the shape, and the data protocol."""
+        c, model = self.config, self.variant.config
+        shape = [
+            f"{model.n_layer} layers, d {model.n_embd}, {model.n_head} heads",
+            f"feed-forward {model.n_inner:,}, {model.n_positions:,} positions, vocabulary {model.vocab_size:,}",
+        ]
+        filling = "" if c.sequence == "packed" else ", filling " + ("scored" if c.score_padding else "masked")
+        return [*TABLES.get(self.size, shape), f"{c.sequence} rows of {c.seq_length:,} tokens{filling}"]
+
+    @cached_property
+    def setup(self):
+        """What has to be the same if runs are to differ in variant and seed alone; data by its contents, if known."""
+        c = self.config
+        settings = asdict(self.variant.config) | asdict(c)
+        settings = {key: value for key, value in settings.items() if key not in GROUPED_BY | NO_MATTER | {"seed"}}
+        for split in ("train_data", "val_data"):
+            chunks = self.about.get(split)
+            settings[split] = fingerprint(chunks) if chunks else f"{settings[split]}, contents not recorded,"
+        return settings | {
+            "rows a step": c.rows_per_step,
+            "rows evaluated": c.eval_batches * c.micro_batch_size if c.eval_batches else "all",
+        }
+
+    def record(self):
+        """The run in the JSON."""
+        evaluated = self.evaluations[-1] if self.evaluations else {}
+        return {
+            "folder": self.folder.name, "alias": self.alias, "variant": self.variant.paper, "seed": self.seed,
+            "complete": self.final is not None, "step": self.step, "steps": self.config.total_steps,
+            "evaluated_at": evaluated.get("step"), **{key: evaluated.get(key) for key in FIGURES}, "setup": self.setup,
+        }  # fmt: skip
+
+
+def recorded(folder):
+    """What a run recorded of itself: its variant, by the name of its script, and the chunks of its data."""
+    about = folder / "run.yaml"
+    if about.exists():
+        try:
+            return dict(yaml.safe_load(about.read_text(encoding="utf-8")))
+        except (TypeError, ValueError, yaml.YAMLError) as error:
+            raise UsageError(f"{about}: expected a YAML file of 'key: value' lines") from error
+    for path in (*script.checkpoints(folder).values(), folder / "final_model.pt"):
+        with contextlib.suppress(Exception):  # a damaged file can fail in any way; the next one may be whole
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return {"variant": contents["variant"], "train_data": contents.get("data")}
+    return {}
+
+
+def alias_of(folder, about):
+    """The variant by what the run recorded, else by its folder's name: a script's default, or ALIAS_anything."""
+    if "variant" in about:
+        names = {row["script"]["300M"]: alias for alias, row in VARIANTS.items()}
+        name = f"transformer_{about['variant']}_300_M.py"
+    else:
+        names = {name: alias for alias, row in VARIANTS.items() for name in row["output_dir"].values()}
+        names |= {alias: alias for alias in VARIANTS}
+        name = folder.name if folder.name in names else folder.name.partition("_")[0]
+    if name not in names:
+        raise UsageError(f"{folder}: unknown variant: {about.get('variant', 'not recorded, nor told by this name')}")
+    return names[name]
+
+
+def read_evaluations(path):
+    """The last step in a metrics.jsonl, and its records of evaluations."""
+    try:
+        records = script.read_metrics(path)
+        wanted = ("kind", "step", "tokens", *FIGURES)
+        evaluations = [{key: record[key] for key in wanted} for record in records if record["kind"] != "train"]
+        return max((record["step"] for record in records), default=0), evaluations
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{path}: not the metrics of a training script ({reason})") from error
+
+
+@cache
+def published_config(size):
+    return Variant("kqv", size).config
+
+
+def shape(model):
+    return [getattr(model, key) for key in SHAPE]
+
+
+def fingerprint(chunks):
+    """Short for the hashes of all files of a split, in their order."""
+    return hashlib.sha256(json.dumps(chunks, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# Comparing
+
+
+def compare(runs):
+    """The tables: runs grouped by place, and in each the rows, the runs and what is to be said about them."""
+    runs = sorted(runs, key=lambda run: (run.place, list(VARIANTS).index(run.alias), run.seed))
+    return [table_of(list(here)) for _, here in groupby(runs, key=lambda run: run.place)]
+
+
+def table_of(runs):
+    """The runs of one place, side by side."""
+    rows = {}
+    for run in runs:
+        same = rows.setdefault((run.variant.paper, *run.setup.items()), [])
+        if twice := [other for other in same if other.seed == run.seed]:
+            who = f"{run.variant.paper}, seed {run.seed}, same settings"
+            raise UsageError(f"{twice[0].folder} and {run.folder}: the same run twice ({who}); name one of them")
+        same.append(run)
+    rows, size = list(rows.values()), runs[0].size
+    # Where QKV was trained in several ways, the one with the most seeds.
+    reference = max((row for row in rows if row[0].alias == "kqv"), key=lambda row: len(complete(row)), default=[])
+    records = [row_record(row, reference, size or "300M") for row in rows]
+    # Both of the paper's tables are of rows with the filling scored.
+    published = "published" + ("" if size else " at 300M") + ("" if runs[0].as_published else ", filling scored")
+    about = {"title": runs[0].title, "size": size, "published": published}
+    return about | {"rows": records, "notes": notes(rows, reference), "runs": runs}
+
+
+def complete(row):
+    return [run.seed for run in row if run.final]
+
+
+def row_record(row, reference, published_at):
+    """A row of the table: the means over its complete runs, unrounded."""
+    variant, alias = row[0].variant, row[0].alias
+    cached = profiler.cache_account(variant, [])
+    record = {
+        "variant": variant.paper + ("*" if differences(row, reference) else ""), "alias": alias, "seeds": complete(row),
+        "parameters": variant.parameters["total"], "cache_bytes_per_token": cached["bytes_per_token"],
+        "cache_reduction_percent": cached["reduction_percent"],
+        "published": PERPLEXITY[published_at].get(alias),
+        "published_vs_qkv": PUBLISHED_CHANGE[published_at].get(alias),
+    }  # fmt: skip
+    finals, of_qkv = ({run.seed: run.final for run in runs if run.final} for runs in (row, reference))
+    pairs = [(final, of_qkv[seed]) for seed, final in finals.items() if seed in of_qkv and row is not reference]
+    for key in FIGURES:
+        record |= mean(key, [final[key] for final in finals.values()])
+        change = (lambda a, b: a - b) if key == "text_loss" else (lambda a, b: 100 * (a / b - 1))
+        record |= mean(f"{key}_vs_qkv", [change(final[key], other[key]) for final, other in pairs])
+    return record
+
+
+def mean(name, values):
+    """The mean, and as the spread half of the range, which one value does not have."""
+    if not values:
+        return {name: None, f"{name}_spread": None}
+    return {name: fmean(values), f"{name}_spread": (max(values) - min(values)) / 2 if len(values) > 1 else None}
+
+
+def differences(row, reference):
+    """Where the settings of a row are not QKV's: {key: (QKV's, the row's)}."""
+    if not reference:
+        return {}
+    ours, theirs = row[0].setup, reference[0].setup
+    return {key: (theirs[key], value) for key, value in ours.items() if theirs[key] != value}
+
+
+def notes(rows, reference):
+    """Lines about what stands in the way of a comparison, and about what is not known."""
+    seeds, lines = complete(reference), []
+    if not seeds:
+        lines.append("No complete run of QKV: nothing to compare with.")
+    for row in rows:
+        who = f"{row[0].variant.paper} ({folders(row)})"
+        for key, (theirs, ours) in differences(row, reference).items():
+            lines.append(f"* {who}: {key}: {theirs} of QKV, {ours} of the run")
+        if seeds and complete(row) not in ([], seeds):
+            lines.append(f"{who}: complete seeds: {listed(seeds)} of QKV, {listed(complete(row))} of the run")
+    everyone = [run for row in rows for run in row]
+    for key, what in UNKNOWN.items():
+        if unknown := [run for run in everyone if not run.about.get(key)]:
+            lines.append(f"{what} alone: {'all runs' if unknown == everyone else folders(unknown)}.")
+    return lines
+
+
+def folders(runs):
+    return listed(run.folder.name for run in runs)
+
+
+def listed(values):
+    return ", ".join(map(str, values))
+
+
+# Printing
+
+RESULTS = [  # header, key, and how a number is written: its pattern and its unit
+    ("", "variant", "", ""), ("seeds", "seeds", "", ""), ("perplexity", "perplexity", ".3f", ""),
+    ("vs QKV", "perplexity_vs_qkv", "+.2f", " %"), ("{published}", "published", "g", ""),
+    ("vs QKV", "published_vs_qkv", "+g", " %"), ("text perplexity", "text_perplexity", ".3f", ""),
+    ("vs QKV", "text_perplexity_vs_qkv", "+.2f", " %"), ("parameters", "parameters", ",", ""),
+    ("cache, bytes a token", "cache_bytes_per_token", ",", ""), ("saved", "cache_reduction_percent", ".1f", " %"),
+]  # fmt: skip
+INCOMPLETE = [
+    ("incomplete", "variant", "", ""), ("seed", "seed", "", ""), ("step", "step", ",", ""), ("of", "steps", ",", ""),
+    ("evaluated at", "evaluated_at", ",", ""), ("perplexity", "perplexity", ".3f", ""),
+    ("text perplexity", "text_perplexity", ".3f", ""), ("folder", "folder", "", ""),
+]  # fmt: skip
+
+
+def cell(record, key, pattern, unit):
+    """The text of a value, with its spread where it has one."""
+    value, spread = record[key], record.get(f"{key}_spread")
+    if isinstance(value, list):
+        return listed(value)
+    around = "" if spread is None else f" ± {spread:{pattern.lstrip('+')}}"
+    return "" if value is None else f"{value:{pattern}}{around}{unit}"
+
+
+def document(tables, heading, grid, bullet):
+    """Title, rows, incomplete runs and notes of every table; `grid` lays out rows of cells, a header first."""
+    texts = []
+    for table in tables:
+        incomplete = [run.record() for run in table["runs"] if not run.final]
+        texts.append(heading + ", ".join(table["title"]))
+        for columns, records in ((RESULTS, table["rows"]), (INCOMPLETE, incomplete)):
+            headers = [header.format(published=table["published"]) for header, *_ in columns]
+            cells = [[cell(record, *how) for _, *how in columns] for record in records]
+            texts += [grid([headers, *cells])] if cells else []
+        texts += ["\n".join(bullet + line for line in table["notes"])] if table["notes"] else []
+    return "\n\n".join(texts) + "\n"
+
+
+def aligned(rows):
+    """Columns for a terminal."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def piped(rows):
+    """A table of GitHub's, numbers to the right."""
+    header, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([header, "|---|" + "---:|" * (len(rows[0]) - 1), *lines])
+
+
+def as_text(tables):
+    return document(tables, "", aligned, "")
+
+
+def as_markdown(tables):
+    return document(tables, "### ", piped, "- ").replace("*", "\\*")  # a mark, no emphasis
+
+
+def as_csv(tables):
+    """The rows of all tables, unrounded; `table` says which one a row belongs to."""
+    rows = [{"table": ", ".join(table["title"])} | record for table in tables for record in table["rows"]]
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(row | {"seeds": listed(row["seeds"])} for row in rows)
+    return file.getvalue()
+
+
+def as_json(tables):
+    """Everything, unrounded."""
+    whole = [table | {"runs": [run.record() for run in table["runs"]]} for table in tables]
+    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+
+
+FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_json}
+
+
+# Plotting
+
+
+def figure(path, tables, draw):
+    """A PNG with a panel for each table, which draw(axes, table) fills."""
+    figure, axes = profiler.panels(["\n".join(table["title"]) for table in tables])
+    for ax, table in zip(axes, tables, strict=True):
+        ax.title.set_fontsize("medium")
+        draw(ax, table)
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def curves(ax, table):
+    """Validation loss of the text against tokens, a line for each run; the untrained model is left out."""
+    for run in table["runs"]:
+        colour, marker = profiler.LOOKS[run.alias]
+        points = [(e["tokens"] / 1e6, e["text_loss"]) for e in run.evaluations if e["step"]]
+        label = run.variant.paper if run.variant.paper not in ax.get_legend_handles_labels()[1] else None
+        look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1, "label": label}
+        ax.plot(*np.reshape(points, (-1, 2)).T, **look)
+    ax.set_xlabel("training tokens, millions, filling included")
+    ax.set_ylabel("validation loss of the text, nats a token")
+    ax.legend(frameon=False)
+
+
+def pareto(ax, table):
+    """The text loss beyond QKV's against the KV cache of a token; the line joins those that no other beats in both."""
+    compared = [row for row in table["rows"] if row["text_loss_vs_qkv"] is not None or row["variant"] == "QKV"]
+    points = [(row["cache_bytes_per_token"], row["text_loss_vs_qkv"] or 0.0, row) for row in compared]
+    front, lowest = [], math.inf
+    for size, loss, _ in sorted(points, key=lambda point: point[:2]):
+        if loss < lowest:
+            front.append((size, loss))
+            lowest = loss
+    ax.plot(*zip(*front, strict=True), color="0.7", zorder=1)
+    for size, loss, row in points:
+        colour, marker = profiler.LOOKS[row["alias"]]
+        look = {"color": colour, "marker": marker, "markersize": 8, "capsize": 3}
+        ax.errorbar(size, loss, row["text_loss_vs_qkv_spread"], **look)
+        ax.annotate(row["variant"], (size, loss), (7, 5), textcoords="offset points")
+    sizes = sorted({size for size, *_ in points})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
+    ax.minorticks_off()
+    ax.margins(x=0.15, y=0.1)
+    ax.set_xlabel("KV cache in bf16, bytes a token")
+    ax.set_ylabel("text loss beyond QKV's, nats a token")
+
+
+# Command line
+
+
+def write_all(folder, tables):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, form in (("results_table.md", as_markdown), ("results_table.json", as_json)):
+        with written(folder / name) as temporary:
+            temporary.write_text(form(tables), encoding="utf-8")
+    figure(folder / "validation_curves.png", tables, curves)
+    compared = [table for table in tables if any(row["text_loss_vs_qkv"] is not None for row in table["rows"])]
+    if compared:
+        figure(folder / "pareto.png", compared, pareto)
+
+
+def main(arguments=None):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = profiler.Parser(prog=Path(__file__).name, description=__doc__, formatter_class=form)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="of what is printed")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write tables and figures there")
+    options = parser.parse_args(arguments)
+    try:
+        tables = compare(find_runs(options.folders))
+        if options.output_dir:
+            write_all(options.output_dir, tables)
+    except ModuleNotFoundError as error:
+        parser.error(f"{error}; pip install -r requirements.txt")
+    except (UsageError, OSError) as error:
+        parser.error(error)
+    print(FORMATS[options.format](tables), end="")
+
+
+if __name__ == "__main__":
+    main()
