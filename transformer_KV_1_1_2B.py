@@ -300,15 +300,16 @@ class SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, weight, targets):
-        total, d_rows, d_weight = weight.new_zeros(()), torch.empty_like(rows), torch.zeros_like(weight)
-        for x, target, d_x in zip(*(each.split(LOSS_CHUNK) for each in (rows, targets, d_rows)), strict=True):
+        total, d_rows, d_weight = weight.new_zeros(()), [], None
+        for x, target in zip(rows.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
             log_p = F.log_softmax(F.linear(x, weight).float(), dim=-1)
             scored, target = (target != -100)[:, None], target.clamp(min=0)[:, None]
             total -= (log_p.gather(1, target) * scored).sum()
-            d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1])).mul_(scored)
-            d_x.copy_(d_logits @ weight)
-            d_weight += d_logits.t() @ x
-        ctx.save_for_backward(d_rows, d_weight)
+            d_logits = log_p.exp_().scatter_add_(1, target, -torch.ones_like(log_p[:, :1]))
+            d_rows.append((d_logits @ weight) * scored)
+            product = (d_logits.t() @ (x * scored)).to(weight.dtype)
+            d_weight = product if d_weight is None else d_weight.add_(product)
+        ctx.save_for_backward(torch.cat(d_rows), d_weight)
         return total
 
     @staticmethod
