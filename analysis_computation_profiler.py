@@ -51,6 +51,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from dataset_download import InputError, write_atomically
+
 ROOT = Path(__file__).resolve().parent
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that, torch.profiler reports its every start and stop
 
@@ -84,27 +86,23 @@ MEASURED = {
 }  # fmt: skip
 
 
-class UsageError(ValueError):
-    """Something the user can mend: an option, a folder, a missing package."""
-
-
 class Variant:
     """A variant at one size: its row of configs/variants.yaml, its training script and its ModelConfig.
 
-    `settings` replace fields of configs/model_config_<size>.yaml. UsageError where the parts do not go together.
+    `settings` replace fields of configs/model_config_<size>.yaml. InputError where the parts do not go together.
     """
 
     def __init__(self, alias, size, **settings):
         self.alias, self.size, self.row = alias, size, VARIANTS[alias]
         if size not in self.row["script"]:
             sizes = " and ".join(self.row["script"])
-            raise UsageError(f"{self.row['paper']} ({alias}) has no {size} model, only {sizes}")
+            raise InputError(f"{self.row['paper']} ({alias}) has no {size} model, only {sizes}")
         self.script = import_module(self.row["script"][size].removesuffix(".py"))
         try:
             path = ROOT / f"configs/model_config_{size}.yaml"
             self.config = self.script.read_config(self.script.ModelConfig, path, settings)
         except self.script.RunError as error:
-            raise UsageError(str(error)) from error
+            raise InputError(str(error)) from error
         groups = self.config.n_kv_groups
         self.paper = f"{self.row['paper']}-{groups}" if groups and groups > 1 else self.row["paper"]
         self.key = RELEASE_KEYS.get(alias, self.paper)
@@ -140,7 +138,7 @@ class Variant:
 
 
 def chosen(sizes, aliases, settings):
-    """Lists of Variants by size; None stands for all there are. UsageError for a named one that there is not."""
+    """Lists of Variants by size; None stands for all there are. InputError for a named one that there is not."""
     variants = {}
     for size in sizes or SIZES:
         has = [alias for alias, row in VARIANTS.items() if size in row["script"] or (sizes and aliases)]
@@ -778,8 +776,7 @@ def pareto_figure(path, variants):
         ax.margins(y=0.1)
         ax.set_xlabel("KV cache saved")
         ax.set_ylabel("published validation perplexity")
-    with written(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write_atomically(path, partial(figure.savefig, format="png"))
 
 
 def cache_figure(path, variants, memory):
@@ -802,8 +799,7 @@ def cache_figure(path, variants, memory):
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.set_ylabel("KV cache of a sequence, GB")
-    with written(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write_atomically(path, partial(figure.savefig, format="png"))
 
 
 def decode_figure(path, records):
@@ -824,22 +820,10 @@ def decode_figure(path, records):
         ax.set_ylim(bottom=0)
         ax.set_ylabel("decode, tokens a second")
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    with written(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write_atomically(path, partial(figure.savefig, format="png"))
 
 
 # Command line
-
-
-@contextlib.contextmanager
-def written(path):
-    """A temporary name beside `path`: what was written there takes the name at the end, or is gone after an error."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def memory_size(text):
@@ -891,9 +875,9 @@ def command_line():
 
 
 def complete(options):
-    """Fill in the defaults of the kind of run, and make its folders; UsageError for what does not go with it."""
+    """Fill in the defaults of the kind of run, and make its folders; InputError for what does not go with it."""
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no CUDA device")
+        raise InputError("--device cuda: PyTorch finds no CUDA device")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = f"--measure {options.measure}" if options.measure else "a run without --measure"
     defaults = MEASURED[options.measure, device.type] if options.measure else ACCOUNTS
@@ -901,14 +885,14 @@ def complete(options):
         if value is None:
             setattr(options, name, defaults.get(name))
         elif name not in {*defaults, "measure", "format", "figures"} or (name, options.measure) == ("figures", "train"):
-            raise UsageError(f"--{name} does not go with {kind}")
+            raise InputError(f"--{name} does not go with {kind}")
     options.device, options.dtype = device, options.dtype or ("bf16" if bf16_is_native(device) else "fp32")
     for folder in filter(None, (options.output_dir, options.figures)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UsageError(f"{folder}: cannot write there: {error.strerror}") from error
+            raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
     if options.figures:
         import_module("matplotlib")
 
@@ -919,10 +903,10 @@ def read_settings(arguments):
     try:
         settings = script.read_overrides(arguments)
     except script.RunError as error:
-        raise UsageError(str(error)) from error
+        raise InputError(str(error)) from error
     known = [field.name for field in fields(script.ModelConfig)]
     if others := [key for key in settings if key not in known]:
-        raise UsageError(f"--set {others[0]}: expected one of {', '.join(known)}")
+        raise InputError(f"--set {others[0]}: expected one of {', '.join(known)}")
     return settings
 
 
@@ -943,8 +927,8 @@ def run_accounts(options):
     add_change(records["compute"], "theoretical_macs", "macs_vs_qkv")
     for size in to_write:
         whole = {v.key: entry for v, entry in zip(everyone, entries, strict=True) if v.size == size}
-        with written(options.output_dir / f"comprehensive_flop_analysis_{size}.json") as temporary:
-            temporary.write_text(as_json(whole), encoding="utf-8")
+        path, text = options.output_dir / f"comprehensive_flop_analysis_{size}.json", as_json(whole).encode()
+        write_atomically(path, lambda file, text=text: file.write(text))
     if options.figures:
         pareto_figure(options.figures / "pareto.png", variants)
         cache_figure(options.figures / "kv_cache.png", variants, options.memory)
@@ -967,7 +951,7 @@ def main(arguments=None):
         records = run_measurement(options) if options.measure else run_accounts(options)
     except ModuleNotFoundError as error:
         parser.error(f"{error}; pip install -r requirements.txt")
-    except (UsageError, OSError) as error:
+    except (InputError, OSError) as error:
         parser.error(error)
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")

@@ -25,7 +25,7 @@ import io
 import json
 import math
 from dataclasses import asdict
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -37,7 +37,8 @@ import yaml
 
 import analysis_computation_profiler as profiler
 import transformer_KQV_300_M as script  # what the training scripts share: their configs, logs and checkpoints
-from analysis_computation_profiler import PERPLEXITY, SIZES, VARIANTS, UsageError, Variant, written
+from analysis_computation_profiler import PERPLEXITY, SIZES, VARIANTS, Variant
+from dataset_download import InputError, write_atomically
 
 PUBLISHED_CHANGE = {  # percent, as Tables 4 and 10 state it
     "300M": {"qk": 4.9, "kv": 3.1, "k": 25.4, "gqa": 0.7, "mqa": 1.5, "qgqa": 3.9, "qmqa": 4.8},
@@ -62,15 +63,15 @@ NO_MATTER = {  # to the weights, but for rounding; the global batch stands in fo
 
 
 def find_runs(paths):
-    """The Runs in the folders named, or in the outputs_* of this one; UsageError where there are none."""
+    """The Runs in the folders named, or in the outputs_* of this one; InputError where there are none."""
     runs = []
     for path in paths or sorted(Path().glob("outputs_*")):
         folders = [path] if is_run(path) else sorted(folder for folder in path.glob("*") if is_run(folder))
         if paths and not folders:
-            raise UsageError(f"{path}: no runs found, neither a metrics.jsonl nor a folder with one")
+            raise InputError(f"{path}: no runs found, neither a metrics.jsonl nor a folder with one")
         runs += [Run(folder) for folder in folders]
     if not runs:
-        raise UsageError("no runs found: no folder outputs_* with a metrics.jsonl is here; name the runs' folders")
+        raise InputError("no runs found: no folder outputs_* with a metrics.jsonl is here; name the runs' folders")
     return runs
 
 
@@ -89,7 +90,7 @@ class Run:
             model = own.read_config(own.ModelConfig, folder / "model_config.yaml", {})
             self.config = script.read_config(script.TrainingConfig, folder / "train_config.yaml", {})
         except ValueError as error:  # the RunError of either script
-            raise UsageError(str(error)) from error
+            raise InputError(str(error)) from error
         self.variant, self.seed = Variant(self.alias, "300M", **asdict(model)), self.config.seed
         self.step, self.evaluations = read_evaluations(folder / "metrics.jsonl")
 
@@ -157,7 +158,7 @@ def recorded(folder):
         try:
             return dict(yaml.safe_load(about.read_text(encoding="utf-8")))
         except (TypeError, ValueError, yaml.YAMLError) as error:
-            raise UsageError(f"{about}: expected a YAML file of 'key: value' lines") from error
+            raise InputError(f"{about}: expected a YAML file of 'key: value' lines") from error
     for path in (*script.checkpoints(folder).values(), folder / "final_model.pt"):
         with contextlib.suppress(Exception):  # a damaged file can fail in any way; the next one may be whole
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -175,7 +176,7 @@ def alias_of(folder, about):
         names |= {alias: alias for alias in VARIANTS}
         name = folder.name if folder.name in names else folder.name.partition("_")[0]
     if name not in names:
-        raise UsageError(f"{folder}: unknown variant: {about.get('variant', 'not recorded, nor told by this name')}")
+        raise InputError(f"{folder}: unknown variant: {about.get('variant', 'not recorded, nor told by this name')}")
     return names[name]
 
 
@@ -188,7 +189,7 @@ def read_evaluations(path):
         return max((record["step"] for record in records), default=0), evaluations
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{path}: not the metrics of a training script ({reason})") from error
+        raise InputError(f"{path}: not the metrics of a training script ({reason})") from error
 
 
 @cache
@@ -221,7 +222,7 @@ def table_of(runs):
         same = rows.setdefault((run.variant.paper, *run.setup.items()), [])
         if twice := [other for other in same if other.seed == run.seed]:
             who = f"{run.variant.paper}, seed {run.seed}, same settings"
-            raise UsageError(f"{twice[0].folder} and {run.folder}: the same run twice ({who}); name one of them")
+            raise InputError(f"{twice[0].folder} and {run.folder}: the same run twice ({who}); name one of them")
         same.append(run)
     rows, size = list(rows.values()), runs[0].size
     # Where QKV was trained in several ways, the one with the most seeds.
@@ -386,8 +387,7 @@ def figure(path, tables, draw):
     for ax, table in zip(axes, tables, strict=True):
         ax.title.set_fontsize("medium")
         draw(ax, table)
-    with written(path) as temporary:
-        figure.savefig(temporary, format="png")
+    write_atomically(path, partial(figure.savefig, format="png"))
 
 
 def curves(ax, table):
@@ -433,8 +433,8 @@ def pareto(ax, table):
 def write_all(folder, tables):
     folder.mkdir(parents=True, exist_ok=True)
     for name, form in (("results_table.md", as_markdown), ("results_table.json", as_json)):
-        with written(folder / name) as temporary:
-            temporary.write_text(form(tables), encoding="utf-8")
+        text = form(tables).encode()
+        write_atomically(folder / name, lambda file, text=text: file.write(text))
     figure(folder / "validation_curves.png", tables, curves)
     compared = [table for table in tables if any(row["text_loss_vs_qkv"] is not None for row in table["rows"])]
     if compared:
@@ -454,7 +454,7 @@ def main(arguments=None):
             write_all(options.output_dir, tables)
     except ModuleNotFoundError as error:
         parser.error(f"{error}; pip install -r requirements.txt")
-    except (UsageError, OSError) as error:
+    except (InputError, OSError) as error:
         parser.error(error)
     print(FORMATS[options.format](tables), end="")
 

@@ -30,6 +30,18 @@ def script_of(alias, size="300M"):
     return import_module(VARIANTS[alias]["script"][size].removesuffix(".py"))
 
 
+def gpt2_of(model, **settings):
+    """transformers' GPT-2 with the weights of a QKV model, in eval mode."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = {name: getattr(model.config, name) for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**shape, activation_function="gelu", **settings))
+    transposed = {name for name in model.state_dict() if ".c_" in name and name.endswith("weight")}  # stored [in, out]
+    weights = {f"transformer.{name}": w.T if name in transposed else w for name, w in model.state_dict().items()}
+    gpt2.load_state_dict(weights | {"lm_head.weight": model.wte.weight})
+    return gpt2.eval()
+
+
 # A model of a few thousand parameters and a run of eight steps on it, as KEY=VALUE settings.
 TINY_MODEL = ["vocab_size=257", "n_positions=32", "n_embd=32", "n_layer=2", "n_head=2", "n_inner=64"]
 TINY_RUN = [

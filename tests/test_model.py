@@ -249,6 +249,17 @@ def test_a_loss_without_gradients_is_the_same(variant):
     assert not without.requires_grad
 
 
+@one_variant
+def test_a_model_in_bf16_adds_its_losses_up_in_fp32(variant):
+    model, ids = variant.build().to(torch.bfloat16), tokens(3, 24)
+    obvious = F.cross_entropy(model(ids)[0][:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+    loss = model(ids, labels=ids)[1]
+    assert loss.dtype == torch.float32
+    close(loss, obvious)
+    loss.backward()
+    assert model.wte.weight.grad.dtype == torch.bfloat16
+
+
 @each_variant
 def test_plain_attention_gives_the_same_logits(variant):
     model, ids = variant.build(), tokens(3, 24)

@@ -491,19 +491,6 @@ def test_figures_name_every_variant_and_cut_no_label(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decode.png", "kv_cache.png", "pareto.png"]
 
 
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(ZeroDivisionError), profiler.written(path) as temporary:
-        temporary.write_text("half")
-        1 / 0  # noqa: B018
-    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
-    with profiler.written(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert [p.read_text() for p in tmp_path.iterdir()] == ["new"]
-
-
 # ---- command line
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import ROOT, SENTENCES, VARIANTS, script_of
+from conftest import ROOT, SENTENCES, VARIANTS, gpt2_of, script_of
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -48,17 +48,6 @@ def save(model, alias, path, train_data="nowhere", **entries):
     return path
 
 
-def gpt2_of(model):
-    """transformers' GPT-2 with the weights of a QKV model."""
-    shape = {name: getattr(model.config, name) for name in SHAPE}
-    settings = {"activation_function": "gelu", "bos_token_id": 256, "eos_token_id": 256}
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **settings))
-    transposed = {name for name in model.state_dict() if ".c_" in name and name.endswith("weight")}
-    weights = {f"transformer.{name}": w.T if name in transposed else w for name, w in model.state_dict().items()}
-    gpt2.load_state_dict(weights | {"lm_head.weight": model.wte.weight})
-    return gpt2.eval()
-
-
 def byte_tokenizer():
     """The byte tokenizer, as transformers knows tokenizers: id 97 is the letter a, 256 is end of text."""
     letters = bytes_to_unicode()
@@ -71,7 +60,7 @@ def byte_tokenizer():
 
 
 def oracle(model):
-    return HFLM(pretrained=gpt2_of(model), tokenizer=byte_tokenizer(), batch_size=1)
+    return HFLM(pretrained=gpt2_of(model, bos_token_id=256, eos_token_id=256), tokenizer=byte_tokenizer(), batch_size=1)
 
 
 def ours(model, batch_size=3):

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import script_of
+from conftest import gpt2_of, script_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
 
 SCRIPT = script_of("kqv")  # owns the text that the scripts share; another test holds the others to it
 EOS = 60
@@ -436,14 +435,3 @@ def test_an_evaluation_is_that_of_transformers_on_the_same_tokens(sequence, tota
     bits = losses[text].sum() / np.log(2) / TOKEN_BYTES[targets[text]].sum()
     assert results["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
     assert results["padding_fraction"] == pytest.approx(1 - is_text.mean())
-
-
-def gpt2_of(model):
-    """transformers' GPT-2 with the weights of QKV."""
-    c = model.config
-    shape = {"vocab_size": c.vocab_size, "n_positions": c.n_positions, "n_embd": c.n_embd, "n_layer": c.n_layer}
-    gpt2 = GPT2LMHeadModel(GPT2Config(**shape, n_head=c.n_head, activation_function="gelu")).eval()
-    convolutions = {name for name in model.state_dict() if ".c_" in name and name.endswith("weight")}  # [in, out]
-    weights = {f"transformer.{n}": w.T if n in convolutions else w for n, w in model.state_dict().items()}
-    gpt2.load_state_dict(weights | {"lm_head.weight": model.wte.weight})
-    return gpt2

@@ -337,7 +337,7 @@ def test_several_skipped_updates_in_a_row_stop_the_run(data, tmp_path, capsys):
     [
         ("_backward", torch.OutOfMemoryError("CUDA out of memory."), ["out of memory", "Halve micro_batch_size"]),
         ("_log", OSError(errno.ENOSPC, "No space left on device"), ["No space left"]),
-        ("_backward", dist.DistBackendError("NCCL error"), ["another process", "start again"]),
+        ("_backward", dist.DistBackendError("NCCL error"), ["lost another process", "start again", "NCCL error"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
@@ -349,6 +349,11 @@ def test_what_ends_a_run_in_the_middle_is_one_line(function, error, words, data,
     line = failing_run(arguments(data, tmp_path), capsys)
     assert all(word in line for word in words)
     assert str(tmp_path) in line or not isinstance(error, OSError)
+
+
+def test_a_path_with_gloo_in_its_name_is_no_lost_process(data, tmp_path, capsys):
+    line = failing_run(arguments(data, tmp_path, f"train_data={tmp_path}/gloo"), capsys)
+    assert f"{tmp_path}/gloo: no complete token files" in line and "lost" not in line
 
 
 def test_an_error_of_the_program_keeps_its_traceback(data, tmp_path, monkeypatch):

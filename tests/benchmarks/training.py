@@ -38,6 +38,8 @@ import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from decode import build_gpt2, processor  # noqa: E402
 
+from analysis_computation_profiler import bf16_is_native  # noqa: E402
+
 KQV = import_module("transformer_KQV_300_M")
 T, CONTESTANTS = 1024, ("released", "transformers", "script")
 
@@ -185,7 +187,7 @@ def row(name, steps):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    native = bf16_is_native(torch.device("cpu"))
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16" if native else "fp32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=20)
