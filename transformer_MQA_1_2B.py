@@ -393,6 +393,8 @@ class GPT_MQA(nn.Module):
         (B, T), window, was_training = idx.shape, self.config.n_positions, self.training
         if T == 0:
             raise ValueError("the prompt is empty; start from one token at least, such as the end-of-text token")
+        if not temperature >= 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"expected a temperature of at least 0 and a top_k above 0, got {temperature} and {top_k}")
         tokens = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         cache = self.make_cache(B, min(T + max_new_tokens, window)) if use_cache else None
         head = self.wte.weight.t()

@@ -530,6 +530,13 @@ def test_an_empty_prompt_is_refused(variant):
         variant.build().generate(torch.empty(1, 0, dtype=torch.int64), 3)
 
 
+@pytest.mark.parametrize(("temperature", "top_k"), [(-0.5, None), (math.nan, None), (1.0, 0), (0, -1)])
+@one_variant
+def test_sampling_that_makes_no_sense_is_refused(variant, temperature, top_k):
+    with pytest.raises(ValueError, match=f"got {temperature} and {top_k}"):
+        variant.build().generate(tokens(1, 3), 3, temperature, top_k)
+
+
 # ---- size and initialisation
 
 
