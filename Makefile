@@ -44,7 +44,7 @@ export PARAGRAPHS
 RUNS := $(foreach seed,42 43,$(foreach run,KQV:kqv QK:qk KV_1:kv K:k GQA:gqa MQA:mqa QGQA:qgqa QMQA:qmqa,$(run):padded:true:$(seed)) \
     KQV:kqv:text:false:$(seed) KV_1:kv:text:false:$(seed))
 
-replicate: .venv/installed  ## train all variants at a reduced scale, two seeds each, and tabulate them (an estimated 2 hours on 2 cores)
+replicate: .venv/installed  ## train all variants at a reduced scale, two seeds each, and tabulate them (2 hours on 2 cores)
 	@mkdir -p replicate_data outputs_replicate
 	@$(BIN)/python -c "$$PARAGRAPHS" > replicate_data/stdlib.jsonl
 	$(BIN)/python dataset_download.py --source replicate_data/stdlib.jsonl --tokenizer bytes --target_tokens 20_000_000 --validation_tokens 100_000 --output_dir replicate_data

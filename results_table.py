@@ -285,6 +285,8 @@ def notes(rows, reference):
         if seeds and complete(row) not in ([], seeds):
             lines.append(f"{who}: complete seeds: {listed(seeds)} of QKV, {listed(complete(row))} of the run")
     everyone = [run for row in rows for run in row]
+    if not everyone[0].config.score_padding and everyone[0].config.sequence == "padded":
+        lines.append("The filling was masked in training: a perplexity that includes it says nothing, the text's does.")
     for key, what in UNKNOWN.items():
         if unknown := [run for run in everyone if not run.about.get(key)]:
             lines.append(f"{what} alone: {'all runs' if unknown == everyone else folders(unknown)}.")

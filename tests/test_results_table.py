@@ -119,6 +119,8 @@ def test_each_protocol_has_its_table_and_its_own_qkv(two_seeds, capsys):
     scored, *others = tables(two_seeds, capsys=capsys)
     assert scored["title"] == [*TITLE, "padded rows of 32 tokens, filling scored"]
     assert [t["title"][-1] for t in others] == ["packed rows of 32 tokens", "padded rows of 32 tokens, filling masked"]
+    assert [bool(t["notes"]) for t in (scored, *others)] == [False, False, True]
+    assert "masked in training" in others[1]["notes"][0]
     assert [t["rows"][1]["perplexity_vs_qkv"] for t in others] == [pytest.approx(4), pytest.approx(4)]
     assert [t["published"] for t in (scored, *others)] == [
         "published at 300M", *2 * ["published at 300M, filling scored"],
