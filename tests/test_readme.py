@@ -20,7 +20,7 @@ import lm_eval
 import pytest
 import torch
 from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, script_of
-from test_run_eval import FORMATS, write_task
+from test_run_eval import FORMATS, build, save, write_task
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -96,21 +96,15 @@ def clone(tmp_path_factory):
         (clone / f"texts/{i:03}.txt").write_text(text, encoding="utf-8")
     run(f"python dataset_download.py {TEXTS}", clone)
     run(re.search(r"python dataset_download.py --source stdlib .*", MAKEFILE)[0], clone)  # of `make demo`
-    KQV, KV = script_of("kqv"), script_of("kv")
-    shape = {"vocab_size": 257, "n_positions": 2048, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    for script, name in (
-        (KQV, "a.pt"), (KV, "b.pt"), (KV, "outputs_demo/final_model.pt"),
-        (KV, "outputs_qkv_k_equals_v/final_model.pt"), (KV, "outputs_1.2B_qkv_k_equals_v/checkpoint_step_8000.pt"),
+    for alias, name in (
+        ("kqv", "a.pt"), ("kv", "b.pt"), ("kv", "outputs_demo/final_model.pt"),
+        ("kv", "outputs_qkv_k_equals_v/final_model.pt"), ("kv", "outputs_1.2B_qkv_k_equals_v/checkpoint_step_8000.pt"),
     ):  # fmt: skip
-        config = script.ModelConfig(**shape)
-        model = (script.GPT if script is KQV else script.GPT_QKV_KEqualsV)(config)
-        contents = {"variant": script.VARIANT, "step": 8000, "epoch": 0, "tokens_seen": 1, "train_config": {}}
-        contents |= {"model_state_dict": model.state_dict(), "model_config": script.as_dict(config)}
         (clone / name).parent.mkdir(exist_ok=True)
-        torch.save(contents, clone / name)
+        save(build(alias, n_positions=2048), alias, clone / name)
     (clone / "FOLDER").mkdir()
     write_task(clone / "FOLDER", "piqa", [FORMATS["piqa"](i) for i in range(12)])
-    (task,) = blocks("yaml")  # the README's own, beside the documents; it names them relative to where it is run
+    (task,) = blocks("yaml")  # the README's own in place of that one, on the same documents
     assert "/PATH/OF/lm_eval/" in task and "piqa_train.jsonl" in task
     task = task.replace("/PATH/OF/lm_eval", str(Path(lm_eval.__file__).parent))
     (clone / "FOLDER/piqa.yaml").write_text(task.replace("piqa_", f"{clone}/FOLDER/piqa_"), encoding="utf-8")
