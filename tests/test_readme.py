@@ -195,7 +195,7 @@ CONFIG |= {"use_flash_attention": True, "plain_attention": False}
 
 
 def copied(clone):
-    """The README's way of copying: its four names, then what its command cuts out, as a module of its own."""
+    """The README's way of copying: the names it lists, then what its command cuts out, as a module of its own."""
     (cut,) = [command for command in commands() if command.startswith("sed")]
     (names,) = [text for text in blocks("python") if "FLASH_ATTENTION" in text]
     run(cut, clone)
