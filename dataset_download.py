@@ -6,11 +6,12 @@
     python dataset_download.py --source stdlib --tokenizer bytes --validation_tokens 2e5 --output_dir demo
 
 Under <output_dir>/train and <output_dir>/validation:
-    chunk_NNN.tokens.npy    uint16 [tokens], documents back to back, no separators
-    chunk_NNN.offsets.npy   int64 [documents + 1], document i is tokens[offsets[i]:offsets[i + 1]]
+    chunk_NNN.tokens.npy    uint16 [tokens + documents], each document followed by an end-of-text token
+    chunk_NNN.offsets.npy   int64 [documents + 1], where each document starts; the last entry is the chunk's length
     token_bytes.npy         uint16 [vocab_size], the bytes behind each token id, 0 for the end-of-text id
     tokenizer.tiktoken      the tokenizer's ranks, one a line: base64 of the bytes, a space, the rank
-    metadata.json           where the text came from, totals, SHA-256 of each file, finished or not
+    metadata.json           where the text came from, totals, SHA-256 of each file, finished or not; what it calls
+                            tokens are those of the text, without the end-of-text tokens
 
 The same command continues an interrupted run behind its last complete chunk, and ends with the same files as if
 it had never stopped. --verify reads finished files again and says what is wrong with them.
@@ -27,6 +28,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -447,10 +449,14 @@ def first_line(error: Exception) -> str:
 
 @dataclass
 class Chunk:
-    """Tokens at 2 bytes each, offsets at 8, the rows skipped among them, and where to resume behind them."""
+    """Tokens at 2 bytes each, offsets at 8, the rows skipped among them, and where to resume behind them.
+
+    `text_tokens` counts the tokens without the end-of-text token behind each document.
+    """
 
     tokens: array = field(default_factory=lambda: array("H"))
     offsets: array = field(default_factory=lambda: array("q", [0]))
+    text_tokens: int = 0
     skipped: int = 0
     resume: dict | None = None
 
@@ -474,10 +480,12 @@ def split_chunks(
             refuse_many_skipped(metadata, skipped, rows)
             continue
         chunk.tokens.frombytes(ids.tobytes())
+        chunk.tokens.append(metadata["eos_id"])
         chunk.offsets.append(len(chunk.tokens))
+        chunk.text_tokens += len(ids)
         total += len(ids)
         progress(len(ids))
-        if len(chunk.tokens) >= metadata["chunk_tokens"] and total < target:
+        if chunk.text_tokens >= metadata["chunk_tokens"] and total < target:
             yield chunk
             chunk = Chunk()
     if total == 0:
@@ -540,7 +548,7 @@ def write_chunk(folder: Path, name: str, chunk: Chunk, token_bytes: np.ndarray) 
     return {
         "name": name,
         "documents": len(offsets) - 1,
-        "tokens": len(tokens),
+        "tokens": chunk.text_tokens,
         "bytes": sum(int(token_bytes[ids].sum()) for ids in slices(tokens)),
         "skipped_documents": chunk.skipped,
         "tokens_sha256": write_array(folder / f"{name}.tokens.npy", tokens),
@@ -568,8 +576,58 @@ def read_metadata(folder: Path) -> dict | None:
 
 def chunk_files(folder: Path, entry: dict) -> dict[str, tuple[Path, int]]:
     """The files of a chunk by kind, with their lengths."""
-    lengths = {"tokens": entry["tokens"], "offsets": entry["documents"] + 1}
+    lengths = {"tokens": entry["tokens"] + entry["documents"], "offsets": entry["documents"] + 1}
     return {kind: (folder / f"{entry['name']}.{kind}.npy", length) for kind, length in lengths.items()}
+
+
+def is_old_format(folder: Path, metadata: dict) -> bool:
+    """Whether a chunk has no end-of-text token at its end, as earlier versions of this script left them all."""
+    for entry in metadata["chunks"]:
+        try:
+            tokens = np.load(chunk_files(folder, entry)["tokens"][0], mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            continue  # missing or damaged: reported as that
+        if len(tokens) == entry["tokens"] and metadata["eos_id"] not in tokens[-1:]:
+            return True
+    return False
+
+
+def old_format(output: Path, split: str) -> str:
+    return (
+        f"{output / split} has the token files of an earlier version, without an end-of-text token behind each "
+        f"document: make them anew with: rm -r {shlex.quote(str(output))} && {preparing_command(output)}"
+    )
+
+
+def preparing_command(output: Path) -> str:
+    """The command that prepares a folder like this one, out of its metadata."""
+    recorded = {split: read_metadata(output / split) for split in ("validation", "train")}
+    known = recorded["train"] or recorded["validation"]
+    source, config = known["source"], ""
+    if not Path(source).is_absolute():
+        source, _, config = source.partition(":")
+    carved_from_hub = known["validation_from_train"] and known["revision"] and source != "stdlib"
+    validation_option = "validation_from_train" if carved_from_hub else "validation_tokens"
+    options = {
+        "source": source,
+        "config": config,
+        "split": known["train_split"].removeprefix("train"),
+        "revision": known["requested_revision"],
+        # a rank file is recorded by its name and hash, without its folder
+        "tokenizer": known["tokenizer"].partition(" sha256:")[0],
+        "target_tokens": recorded["train"] and known["target_tokens"],
+        validation_option: recorded["validation"]["target_tokens"] if recorded["validation"] else 0,
+    }
+    if known["text_column"] != "text":
+        options["text_column"] = known["text_column"]
+    if known["chunk_tokens"] != 100_000_000:
+        options["chunk_tokens"] = known["chunk_tokens"]
+    options["output_dir"] = output
+    words = ["python", "dataset_download.py"]
+    for name, value in options.items():
+        if value not in (None, ""):
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def cut_back(folder: Path, metadata: dict | None) -> dict | None:
@@ -604,6 +662,9 @@ def prepare(args: argparse.Namespace) -> None:
     recorded = {split: read_metadata(output / split) for split in targets}
     names, asked = asked_for(args, recorded["validation"] or recorded["train"])
     refuse_other_arguments(output, recorded, asked, targets)
+    for split, metadata in recorded.items():
+        if metadata and is_old_format(output / split, metadata):
+            raise InputError(old_format(output, split))
     splits = {split: cut_back(output / split, recorded[split]) for split in targets if targets[split]}
     if all(metadata and metadata["finished"] for metadata in splits.values()):
         print("already prepared")
@@ -683,13 +744,16 @@ def refuse_other_arguments(output: Path, recorded: dict, asked: dict, targets: d
 
 
 def bytes_needed(source: Source, splits: dict[str, dict]) -> int:
-    """Disk for what is left to do: 2 bytes a token and 8 a document, at 100 tokens a document and more."""
+    """Disk for what is left to do, at 100 tokens a document and more.
+
+    A token takes 2 bytes; a document 2 for its end-of-text token and 8 for its offset.
+    """
     tokens = sum(metadata["target_tokens"] for metadata in splits.values())
     if source.files and all(path.name.endswith((".txt", ".jsonl", ".py")) for path in source.files):
         # a token is at least a byte of text
         tokens = min(tokens, sum(path.stat().st_size for path in source.files))
     tokens -= sum(metadata["tokens"] for metadata in splits.values())
-    return max(0, 2 * tokens + 8 * tokens // 100)
+    return max(0, 2 * tokens + 10 * tokens // 100)
 
 
 def check_disk(output: Path, source: Source, splits: dict[str, dict]) -> None:
@@ -809,6 +873,8 @@ def verify(output: Path) -> int:
     problems = 0
     for folder in folders:
         metadata, before = read_metadata(folder), problems
+        if is_old_format(folder, metadata):
+            raise InputError(old_format(output, folder.name))
         for problem in verify_split(folder, metadata):
             print(problem)
             problems += 1
@@ -825,7 +891,7 @@ def verify_split(folder: Path, metadata: dict) -> Iterator[str]:
     for entry in metadata["chunks"]:
         files = chunk_files(folder, entry)
         damaged = [line for kind, (path, _) in files.items() for line in verify_file(path, entry[f"{kind}_sha256"])]
-        yield from damaged or verify_chunk(folder, entry, metadata["vocab_size"])
+        yield from damaged or verify_chunk(folder, entry, metadata)
     for key in TOTALS:
         total = sum(entry.get(key, 0) for entry in metadata["chunks"])
         # rows without text behind the last document belong to no chunk
@@ -845,15 +911,23 @@ def verify_file(path: Path, digest: str) -> Iterator[str]:
             yield f"{path} is damaged (another SHA-256 than in metadata.json): {REMEDY}"
 
 
-def verify_chunk(folder: Path, entry: dict, vocab_size: int) -> Iterator[str]:
+def verify_chunk(folder: Path, entry: dict, metadata: dict) -> Iterator[str]:
     """What a SHA-256 cannot tell: whether the content was sound when it was written."""
-    (tokens_path, _), (offsets_path, documents) = chunk_files(folder, entry).values()
+    (tokens_path, length), (offsets_path, documents) = chunk_files(folder, entry).values()
     tokens, offsets = np.load(tokens_path, mmap_mode="r"), np.load(offsets_path)
-    if len(tokens) != entry["tokens"] or any(int(ids.max()) >= vocab_size for ids in slices(tokens)):
-        yield f"{tokens_path}: not {entry['tokens']:,} ids below {vocab_size:,}: {REMEDY}"
-    complete = len(offsets) == documents and offsets[0] == 0 and offsets[-1] == entry["tokens"]
-    if not complete or (np.diff(offsets) < 0).any():
-        yield f"{offsets_path}: not {documents:,} rising offsets from 0 to {entry['tokens']:,}: {REMEDY}"
+    vocab_size = metadata["vocab_size"]
+    if len(tokens) != length or any(int(ids.max()) >= vocab_size for ids in slices(tokens)):
+        yield f"{tokens_path}: not {length:,} ids below {vocab_size:,}: {REMEDY}"
+        return
+    complete = len(offsets) == documents and offsets[0] == 0 and offsets[-1] == length
+    if not complete or (np.diff(offsets) <= 0).any():
+        yield f"{offsets_path}: not {documents:,} rising offsets from 0 to {length:,}: {REMEDY}"
+        return
+    # the end-of-text id stands behind each document, and nowhere else
+    ends = tokens[offsets[1:] - 1] == metadata["eos_id"]
+    separators = sum(int((ids == metadata["eos_id"]).sum()) for ids in slices(tokens))
+    if not ends.all() or separators != entry["documents"]:
+        yield f"{tokens_path}: not an end-of-text token behind each of {entry['documents']:,} documents: {REMEDY}"
 
 
 def report(folder: Path, metadata: dict) -> None:
@@ -861,7 +935,7 @@ def report(folder: Path, metadata: dict) -> None:
     documents, tokens, size = metadata["documents"], metadata["tokens"], metadata["bytes"]
     kept = 0
     for chunk in metadata["chunks"]:
-        lengths = np.diff(np.load(folder / f"{chunk['name']}.offsets.npy"))
+        lengths = np.diff(np.load(folder / f"{chunk['name']}.offsets.npy")) - 1  # without the end-of-text tokens
         kept += int(np.minimum(lengths, ROW_TOKENS).sum())
     if skipped := metadata.get("skipped_documents"):
         print(f"{folder}: {skipped:,} rows without a string under '{metadata['text_column']}' were skipped")

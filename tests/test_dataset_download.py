@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -67,7 +68,7 @@ def refused(capsys, *arguments, **options):
 
 
 def read_split(folder):
-    """Metadata and the list of documents (uint16 arrays), with every promise of the layout checked."""
+    """Metadata and the documents (uint16 arrays, end-of-text tokens taken off), every promise of the layout checked."""
     metadata = json.loads((folder / "metadata.json").read_text())
     assert set(metadata) == KEYS
     token_bytes = np.load(folder / "token_bytes.npy")
@@ -81,10 +82,11 @@ def read_split(folder):
             assert hashlib.sha256(path.read_bytes()).hexdigest() == chunk[f"{kind}_sha256"]
         tokens, offsets = np.load(paths["tokens"]), np.load(paths["offsets"])
         assert tokens.dtype == np.uint16 and offsets.dtype == np.int64
-        assert offsets[0] == 0 and offsets[-1] == len(tokens) == chunk["tokens"]
-        assert (np.diff(offsets) >= 0).all() and len(offsets) == chunk["documents"] + 1
+        assert offsets[0] == 0 and offsets[-1] == len(tokens) == chunk["tokens"] + chunk["documents"]
+        assert (np.diff(offsets) > 0).all() and len(offsets) == chunk["documents"] + 1
         assert token_bytes[tokens].sum() == chunk["bytes"]
-        documents += np.split(tokens, offsets[1:-1])
+        assert np.flatnonzero(tokens == metadata["eos_id"]).tolist() == (offsets[1:] - 1).tolist()
+        documents += [document[:-1] for document in np.split(tokens, offsets[1:-1])]
     for total in ("documents", "tokens", "bytes"):
         assert metadata[total] == sum(chunk[total] for chunk in metadata["chunks"])
     expected = {"metadata.json", "token_bytes.npy", "tokenizer.tiktoken"}
@@ -427,7 +429,7 @@ def test_small_disk_is_refused(corpus, tmp_path, capsys, monkeypatch):
     packed = tmp_path / "corpus.jsonl.zst"
     packed.write_bytes(zstandard.ZstdCompressor().compress(corpus.read_bytes()))
     message = refused(capsys, packed, tmp_path / "out")
-    assert "20.8 GB are needed" in message and "3.0 GB are free" in message
+    assert "21.0 GB are needed" in message and "3.0 GB are free" in message
     assert not (tmp_path / "out").exists()
     run(packed, tmp_path / "out", "--target_tokens", "1e9")
     run(corpus, tmp_path / "small")  # the size of the source bounds what it can take
@@ -611,6 +613,24 @@ def test_split_revision_and_text_column(hub, tmp_path, capsys):
     assert texts_of(tmp_path / "local/train") == ["a", "b"]
     message = refused(capsys, tmp_path / "texts.jsonl", tmp_path / "local")
     assert "text_column content" in message and "asks for text" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--validation_tokens", "50"),
+        ("--validation_tokens", "0", "--config", "small", "--revision", "v1"),
+        ("--validation_from_train", "50", "--split", "english", "--chunk_tokens", "900", "--text_column", "text"),
+    ],
+)
+def test_the_preparing_command_is_recorded(options, hub, tmp_path, capsys):
+    hub.contents["owner/name"] = {"train": random_texts(40), "english": random_texts(40), "validation": ["a"]}
+    main(["--source", "owner/name", "--tokenizer", "bytes", "--output_dir", str(tmp_path / "out"), *options])
+    python, script, *arguments = shlex.split(dataset_download.preparing_command(tmp_path / "out"))
+    assert (python, script) == ("python", "dataset_download.py")
+    capsys.readouterr()
+    main(arguments)
+    assert "already prepared" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--config", "--split", "--revision"])
