@@ -4,6 +4,7 @@
     python dataset_download.py --source HuggingFaceFW/fineweb-edu --config sample-10BT --output_dir fineweb
     python dataset_download.py --source my_texts --target_tokens 4e6 --validation_tokens 1e5
     python dataset_download.py --source stdlib --tokenizer bytes --validation_tokens 2e5 --output_dir demo
+    python dataset_download.py --source site-packages --split_paragraphs --tokenizer bytes --output_dir packages
 
 Under <output_dir>/train and <output_dir>/validation:
     chunk_NNN.tokens.npy    uint16 [tokens + documents], each document followed by an end-of-text token
@@ -27,6 +28,7 @@ import io
 import json
 import os
 import platform
+import random
 import re
 import shlex
 import shutil
@@ -37,6 +39,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -49,9 +52,12 @@ ALTERNATIVES = """data to use in its place:
     python dataset_download.py --source DKYoon/SlimPajama-6B --target_tokens 5e9
     python dataset_download.py --source HuggingFaceFW/fineweb-edu --config sample-10BT"""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.zst", ".parquet")
+# sources that need no download: Python code that is installed with this interpreter
+INSTALLED = ("stdlib", "site-packages")
 # pydoc_data is a single generated string, long enough to be most of a small validation split
-STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
+INSTALLED_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 MAX_VOCABULARY = 65_535
 TOTALS = ("documents", "tokens", "bytes", "skipped_documents")
@@ -178,7 +184,7 @@ class Source:
 
     name: str
     revision: str | None
-    read: Callable[[str, dict | None], "FileRows | HubRows"]
+    read: Callable[[str, dict | None], "FileRows | ParagraphRows | HubRows"]
     has_validation: bool = False
     files: tuple[Path, ...] = ()
     fallback_for: str | None = None
@@ -212,22 +218,38 @@ def source_names(args: argparse.Namespace) -> list[str]:
     """What metadata calls the source: the names to try, best first. A hub configuration follows a colon."""
     source, suffix = args.source, f":{args.config}" if args.config else ""
     if source is None:
-        return [name + suffix for name in PAPER_SOURCES]
-    if HUB_NAME.fullmatch(source) and not source.endswith(SUFFIXES) and not Path(source).exists():
-        return [source + suffix]
+        names = [name + suffix for name in PAPER_SOURCES]
+    elif HUB_NAME.fullmatch(source) and not source.endswith(SUFFIXES) and not Path(source).exists():
+        names = [source + suffix]
+    else:
+        names = None
+    if names and args.split_paragraphs:
+        raise InputError(f"--split_paragraphs: {names[0]} is on the hub, and only a local source fits in memory")
+    if names:
+        return names
     for option in ("config", "split", "revision"):
         if value := getattr(args, option):
             raise InputError(f"--{option} {value}: only a hub source, --source owner/name, has such a thing")
-    return ["stdlib"] if source == "stdlib" else [str(Path(source).resolve())]
+    return [source] if source in INSTALLED else [str(Path(source).resolve())]
 
 
-def open_source(names: list[str], revision: str | None, column: str, train_split: str) -> Source:
+def open_source(
+    names: list[str], revision: str | None, column: str, train_split: str, split_paragraphs: bool
+) -> Source:
     """Open the first name that resolves. `revision` pins a hub dataset; None takes the newest."""
-    path = Path(names[0])
-    if names != ["stdlib"] and not path.is_absolute():
+    if names[0] not in INSTALLED and not Path(names[0]).is_absolute():
         return open_hub_source(names, revision, column, train_split)
-    files = stdlib_files() if names == ["stdlib"] else corpus_files(path)
-    read = lambda split, place: FileRows(files, column, place)  # noqa: E731
+    if names[0] in INSTALLED:
+        files, digest = installed_files(names[0])
+        revision = platform.python_version() if names == ["stdlib"] else f"sha256:{digest}"
+    else:
+        files = corpus_files(Path(names[0]))
+    # both splits come out of one reading of the corpus
+    paragraphs = cache(lambda: distinct_paragraphs(files, column))
+
+    def read(split: str, place: dict | None) -> FileRows | ParagraphRows:
+        return ParagraphRows(paragraphs(), place) if split_paragraphs else FileRows(files, column, place)
+
     return Source(names[0], revision, read, files=tuple(files))
 
 
@@ -344,13 +366,31 @@ def is_transient(error: Exception) -> bool:
 
 
 def stdlib_files() -> list[Path]:
-    """The .py files of this Python's standard library, in a fixed order that mixes its packages."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in root.rglob("*.py") if STDLIB_SKIPPED.isdisjoint(path.relative_to(root).parts)]
-    # some old modules are not UTF-8
-    files = [path for path in files if "\ufffd" not in path.read_bytes().decode(errors="replace")]
-    # validation is the first files: by name, that would be asyncio alone
-    return sorted(files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+    return installed_files("stdlib")[0]
+
+
+def installed_files(name: str) -> tuple[list[Path], str]:
+    """The .py files of the standard library or of the installed packages, and a hash of their names and contents.
+
+    In a fixed order that mixes the packages: validation is the first files, and by name that would be one package.
+    """
+    paths = sysconfig.get_paths()
+    folders = [paths["stdlib"]] if name == "stdlib" else [paths["purelib"], paths["platlib"]]
+    found = {}
+    for root in {Path(folder).resolve() for folder in folders}:
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).parts
+            if INSTALLED_SKIPPED.isdisjoint(parts) and not any(part.startswith(".") for part in parts):
+                found[path.relative_to(root).as_posix()] = path
+    order = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
+    files, digest = [], hashlib.sha256()
+    for relative in order:
+        content = found[relative].read_bytes()
+        # some old modules are not UTF-8
+        if "\ufffd" not in content.decode(errors="replace"):
+            files.append(found[relative])
+            digest.update(f"{relative}\0{hashlib.sha256(content).hexdigest()}\n".encode())
+    return files, digest.hexdigest()[:16]
 
 
 def corpus_files(path: Path) -> list[Path]:
@@ -384,6 +424,42 @@ class FileRows:
                 self.row += 1
                 yield text
             self.file, self.row = self.file + 1, 0
+
+
+class ParagraphRows:
+    """The paragraphs of a corpus in their fixed order."""
+
+    def __init__(self, paragraphs: list[str], place: dict | None):
+        self.paragraphs, self.row = paragraphs, place["row"] if place else 0
+
+    def place(self) -> dict:
+        return {"row": self.row}
+
+    def __iter__(self) -> Iterator[str]:
+        for text in islice(self.paragraphs, self.row, None):
+            self.row += 1
+            yield text
+
+
+def distinct_paragraphs(files: list[Path], column: str) -> list[str]:
+    """Every paragraph of the files once, in a random order that is always the same.
+
+    A paragraph is what stands between blank lines. The whole corpus is held in memory.
+    """
+    found, rows, skipped = set(), 0, 0
+    for path in files:
+        for text in read_file(path, column):
+            rows += 1
+            if text is None:
+                skipped += 1
+                refuse_many_skipped(str(path), column, skipped, rows)
+                continue
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+            found.update(part.strip("\n") for part in text.split("\n\n"))
+    found.discard("")
+    if skipped:
+        warn(f"{skipped:,} rows without a string under '{column}' were skipped")
+    return random.Random(0).sample(sorted(found), len(found))
 
 
 def read_file(path: Path, column: str) -> Iterator[str | None]:
@@ -477,7 +553,7 @@ def split_chunks(
         if ids is None:
             skipped += 1
             chunk.skipped += 1
-            refuse_many_skipped(metadata, skipped, rows)
+            refuse_many_skipped(metadata["source"], metadata["text_column"], skipped, rows)
             continue
         chunk.tokens.frombytes(ids.tobytes())
         chunk.tokens.append(metadata["eos_id"])
@@ -498,11 +574,11 @@ def split_chunks(
     yield chunk
 
 
-def refuse_many_skipped(metadata: dict, skipped: int, rows: int) -> None:
+def refuse_many_skipped(source: str, column: str, skipped: int, rows: int) -> None:
     if skipped > MAX_SKIPPED * max(rows, 1_000):
         raise InputError(
-            f"{metadata['source']}: {skipped:,} of the first {rows:,} rows have no string under "
-            f"'{metadata['text_column']}'; over {MAX_SKIPPED:.0%} is too many: name the right --text_column"
+            f"{source}: {skipped:,} of the first {rows:,} rows have no string under '{column}'; over "
+            f"{MAX_SKIPPED:.0%} is too many: name the right --text_column"
         )
 
 
@@ -606,7 +682,7 @@ def preparing_command(output: Path) -> str:
     source, config = known["source"], ""
     if not Path(source).is_absolute():
         source, _, config = source.partition(":")
-    carved_from_hub = known["validation_from_train"] and known["revision"] and source != "stdlib"
+    carved_from_hub = known["validation_from_train"] and known["revision"] and source not in INSTALLED
     validation_option = "validation_from_train" if carved_from_hub else "validation_tokens"
     options = {
         "source": source,
@@ -620,13 +696,15 @@ def preparing_command(output: Path) -> str:
     }
     if known["text_column"] != "text":
         options["text_column"] = known["text_column"]
+    if known.get("split_paragraphs"):
+        options["split_paragraphs"] = True
     if known["chunk_tokens"] != 100_000_000:
         options["chunk_tokens"] = known["chunk_tokens"]
     options["output_dir"] = output
     words = ["python", "dataset_download.py"]
     for name, value in options.items():
         if value not in (None, ""):
-            words += [f"--{name}", str(value)]
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return shlex.join(words)
 
 
@@ -672,7 +750,7 @@ def prepare(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(args.tokenizer)
         earlier = recorded["validation"] or recorded["train"] or {}
         revision = earlier.get("revision", asked.get("revision", args.revision))
-        source = open_source(names, revision, args.text_column, asked["train_split"])
+        source = open_source(names, revision, args.text_column, asked["train_split"], args.split_paragraphs)
         for split, known in splits.items():
             splits[split] = known or new_metadata(args, asked, source, tokenizer, split, targets[split])
         check_disk(output, source, splits)
@@ -696,6 +774,7 @@ def asked_for(args: argparse.Namespace, earlier: dict | None) -> tuple[list[str]
         "requested_revision": args.revision,
         "train_split": args.split or "train",
         "text_column": args.text_column,
+        "split_paragraphs": args.split_paragraphs,
         "tokenizer": tokenizer_name(args.tokenizer),
         "chunk_tokens": args.chunk_tokens,
     }
@@ -749,7 +828,7 @@ def bytes_needed(source: Source, splits: dict[str, dict]) -> int:
     A token takes 2 bytes; a document 2 for its end-of-text token and 8 for its offset.
     """
     tokens = sum(metadata["target_tokens"] for metadata in splits.values())
-    if source.files and all(path.name.endswith((".txt", ".jsonl", ".py")) for path in source.files):
+    if source.files and all(path.name.endswith((*TEXT_SUFFIXES, ".jsonl")) for path in source.files):
         # a token is at least a byte of text
         tokens = min(tokens, sum(path.stat().st_size for path in source.files))
     tokens -= sum(metadata["tokens"] for metadata in splits.values())
@@ -968,7 +1047,11 @@ def main(argv: list[str] | None = None) -> None:
         prog="dataset_download.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--source", help="hub name, stdlib, a .txt, .jsonl, .jsonl.zst or .parquet file, a folder of them")
+    add(
+        "--source",
+        help="owner/name on the hub; a .txt, .md, .rst, .py, .jsonl, .jsonl.zst or .parquet file, or a folder of "
+        "them; stdlib or site-packages, the source of Python's standard library or of the installed packages",
+    )
     add("--config", help="configuration of a hub source")
     add("--split", help="split of a hub source to train on (default: train)")
     add(
@@ -979,6 +1062,12 @@ def main(argv: list[str] | None = None) -> None:
         "--text_column",
         default="text",
         help="where the rows of .jsonl, .parquet and hub sources keep their text",
+    )
+    add(
+        "--split_paragraphs",
+        action="store_true",
+        help="make each paragraph of a local source a document, drop duplicates, and put them in a fixed random order "
+        "(holds the corpus in memory)",
     )
     add("--tokenizer", default="gpt2", help="gpt2, bytes or PATH.tiktoken")
     add("--target_tokens", type=positive_token_count, default=10_000_000_000, help="for training")

@@ -1,6 +1,7 @@
 """dataset_download.py through its command line, against numpy, tiktoken and hashlib."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -47,6 +48,7 @@ KEYS = {
     "fallback_for",
     "validation_from_train",
     "skipped_documents",
+    "split_paragraphs",
     "tokenizer_sha256",
 }
 TEXTS = ["Hello world.", "", "zwei\n\nZeilen", "<|endoftext|>", "nul\0 \U0001f600", "x" * 300, "last"]
@@ -116,7 +118,7 @@ def write_source(kind, folder, texts):
             below = folder / f"part_{number // 3}"
             below.mkdir(exist_ok=True)
             (below / f"{number:03d}.txt").write_bytes(text.encode())
-        (folder / "README.md").write_text("of no known kind: left out")
+        (folder / "table.csv").write_text("of no known kind: left out")
         return folder
     if kind == "jsonl":
         return write_jsonl(folder / "texts.jsonl", texts)
@@ -176,6 +178,109 @@ def test_standard_library(tmp_path):
     assert not set(filter(None, validation)) & set(train)
     for text in filter(None, train):
         compile(text, "document", "exec")
+
+
+def test_any_utf8_text(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    texts = ["# a\n", "import os\r\n", "Title\n=====\n", "plain", "é\n\n\n"]
+    for name, text in zip(["1.md", "2.py", "3.rst", "4.txt", "5.py"], texts, strict=True):
+        (source / name).write_bytes(text.encode())
+    run(source, tmp_path / "out")
+    assert texts_of(tmp_path / "out/train") == texts
+    run(source / "3.rst", tmp_path / "one")
+    assert texts_of(tmp_path / "one/train") == texts[2:3]
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """An environment with three packages, and the files of it that are read, in their order."""
+    root = tmp_path / "environment"
+    contents = {f"{package}/{name}.py": f"# {package}.{name}\n\nimport os\n" for package in "abc" for name in "xyz"}
+    for name, text in contents.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for name in ("a/tests/test_x.py", "b/.hidden.py", "b/data.txt", "b/x.pyc"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("left out")
+    (root / "c/latin1.py").write_bytes(b"# caf\xe9")
+    paths = {"purelib": str(root), "platlib": str(root)}
+    monkeypatch.setattr("sysconfig.get_paths", lambda: paths)
+    order = sorted(contents, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    return SimpleNamespace(root=root, texts=[contents[name] for name in order])
+
+
+def test_installed_packages(packages, tmp_path, capsys):
+    run("site-packages", tmp_path / "out", validation=30)
+    metadata, _ = read_split(tmp_path / "out/train")
+    assert texts_of(tmp_path / "out/validation") + texts_of(tmp_path / "out/train") == packages.texts
+    assert metadata["source"] == "site-packages" and metadata["revision"].startswith("sha256:")
+    run("site-packages", tmp_path / "same", validation=30)
+    assert read_split(tmp_path / "same/train")[0] == metadata
+    # another environment is another corpus: it gets another revision, and never goes on with what was begun
+    path = tmp_path / "out/train/metadata.json"
+    path.write_text(json.dumps(metadata | {"finished": False}))
+    (packages.root / "a/x.py").write_text("import sys\n")
+    assert "a/x.py was changed" in refused(capsys, "site-packages", tmp_path / "out", validation=30)
+    run("site-packages", tmp_path / "other", validation=30)
+    assert read_split(tmp_path / "other/train")[0]["revision"] != metadata["revision"]
+
+
+def paragraphs_of(texts):
+    """The recipe that made the corpus of the committed results, on texts with Unix line ends."""
+    paragraphs = sorted({part.strip("\n") for text in texts for part in text.split("\n\n")} - {""})
+    return random.Random(0).sample(paragraphs, len(paragraphs))
+
+
+def test_paragraphs_of_the_standard_library(tmp_path):
+    run("stdlib", tmp_path / "out", "--split_paragraphs", validation=100_000)
+    texts = [path.read_text(encoding="utf-8") for path in dataset_download.stdlib_files()]
+    found = texts_of(tmp_path / "out/validation") + texts_of(tmp_path / "out/train")
+    assert found == paragraphs_of(texts)
+    assert read_split(tmp_path / "out/train")[0]["split_paragraphs"] is True
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    texts=st.lists(st.text(st.sampled_from("\nab é"), max_size=30), min_size=1, max_size=9),
+    line_end=st.sampled_from(["\n", "\r\n", "\r"]),
+    stop=st.integers(0, 30),
+    chunk=st.integers(1, 20),
+)
+def test_paragraphs(texts, line_end, stop, chunk):
+    """In the order of the recipe, whatever the line ends, and when the run is stopped and started again."""
+    expected = paragraphs_of(texts)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        source, output = write_jsonl(Path(folder) / "t.jsonl", [t.replace("\n", line_end) for t in texts]), Path(folder)
+        options = ("--split_paragraphs", "--chunk_tokens", chunk)
+        replace, calls = os.replace, iter(range(1_000))
+
+        def stop_later(before, after):
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            replace(before, after)
+
+        patch.setattr(os, "replace", stop_later)
+        if not expected:
+            with pytest.raises(SystemExit):
+                run(source, output / "out", *options)
+            return
+        for _ in range(2):
+            with contextlib.suppress(SystemExit):
+                run(source, output / "out", *options)
+        assert texts_of(output / "out/train") == expected
+
+
+def test_paragraphs_and_documents_are_different_data(corpus, tmp_path, capsys):
+    run(corpus, tmp_path / "out")
+    message = refused(capsys, corpus, tmp_path / "out", "--split_paragraphs")
+    assert "split_paragraphs False" in message and "asks for True" in message
+    message = refused(capsys, "owner/name", tmp_path / "hub", "--split_paragraphs")
+    assert "--split_paragraphs" in message and "local" in message
+    write_jsonl(tmp_path / "none.jsonl", ["a", *[None] * 11])
+    message = refused(capsys, tmp_path / "none.jsonl", tmp_path / "none", "--split_paragraphs")
+    assert "11 of the first 12 rows" in message
 
 
 def test_layout_with_gpt2_ranks(tmp_path):
@@ -467,7 +572,7 @@ def test_bad_files(tmp_path, capsys):
         "deep.jsonl": "line 1: not valid JSON",
         "latin1.txt": "not valid UTF-8 at byte 3",
         "corpus.csv": "unknown kind of file",
-        "empty": "no .txt, .jsonl, .jsonl.zst, .parquet file",
+        "empty": "no .txt, .md, .rst, .py, .jsonl, .jsonl.zst, .parquet file",
         "column.parquet": "no 'text' among content",
         "torn.parquet": "not a readable parquet file",
         "torn.jsonl.zst": "Truncated",
