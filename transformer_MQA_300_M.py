@@ -111,8 +111,8 @@ def causal_attention(q, k, v, config):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return flash_attn_func(q, k, v, causal=True).transpose(1, 2)
     if T == 1:
-        # Decode: one query sees every position. The query heads that share a KV head become several queries of
-        # that head, so that each cached number is read once for all of them.
+        # decode: one query sees every position. The query heads that share a KV head become several queries
+        # of that head, so that each cached number is read once for all of them.
         q = q.reshape(B, n_kv_head, n_head // n_kv_head, head_dim)
         if q.is_cuda or q.dtype != torch.bfloat16 or n_kv_head < n_head:
             y = F.scaled_dot_product_attention(q, k, v)
@@ -194,10 +194,10 @@ class GPT_MQA(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, input_ids, labels=None, cache: KVCache | None = None):
-        """int64 [B, T] -> (logits [B, T, vocab_size], None), or (None, mean loss in nats) given labels [B, T].
+        """int64 [B, T] -> (logits [B, T, vocab_size], None), or (None, mean loss in nats) given labels.
 
-        Labels are the inputs and are shifted in here; -100 is not scored. With a cache, the T tokens follow those
-        in it and join them. ValueError if they do not fit n_positions or the cache.
+        Labels are the inputs and are shifted in here; -100 is not scored. With a cache, the T tokens follow
+        those in it and join them. ValueError if they do not fit n_positions or the cache.
         """
         hidden = self.hidden_states(input_ids, cache)
         if labels is None:
@@ -212,7 +212,7 @@ class GPT_MQA(nn.Module):
         if past + T > self.config.n_positions:
             raise ValueError(f"{past + T} tokens do not fit n_positions, {self.config.n_positions}")
         if cache and (cache.batch_size != B or past + T > cache.max_length):
-            raise ValueError(f"{B} x {past + T} tokens, in a cache of {cache.batch_size} x {cache.max_length}")
+            raise ValueError(f"{B} x {past + T} tokens in a cache of {cache.batch_size} x {cache.max_length}")
         x = self.wte(input_ids) + self.wpe(torch.arange(past, past + T, device=input_ids.device))
         for block in self.h:
             x = block(x, cache)
@@ -221,7 +221,7 @@ class GPT_MQA(nn.Module):
         return self.ln_f(x)
 
     def token_losses(self, hidden, labels):
-        """Cross-entropy in nats of each token given those before it: [B, T - 1], 0 where the label is -100."""
+        """Cross-entropy in nats of each token but the first: [B, T - 1], 0 where the label is -100."""
         x, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         losses = []
         for x_chunk, target in zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
@@ -231,12 +231,12 @@ class GPT_MQA(nn.Module):
 
     def make_cache(self, batch_size: int, max_length: int | None = None, dtype=None) -> KVCache:
         """An empty cache, by default for n_positions tokens and in the dtype of the forward pass."""
-        device, max_length = self.wte.weight.device, self.config.n_positions if max_length is None else max_length
+        device, dtype = self.wte.weight.device, dtype or self.wte.weight.dtype
+        max_length = self.config.n_positions if max_length is None else max_length
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"expected at least one row and one position, got {batch_size} x {max_length}")
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else self.wte.weight.dtype
+        if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
+            dtype = torch.get_autocast_dtype(device.type)
         return KVCache(self.config, batch_size, max_length, dtype, device)
 
     @torch.no_grad()
@@ -248,7 +248,8 @@ class GPT_MQA(nn.Module):
         """
         (B, T), window = idx.shape, self.config.n_positions
         if T == 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"expected a prompt, temperature >= 0, top_k > 0; got {T} tokens, {temperature}, {top_k}")
+            given = f"a prompt of {T} tokens, temperature {temperature}, top_k {top_k}"
+            raise ValueError(f"expected a prompt of some tokens, temperature >= 0, top_k > 0; got {given}")
         tokens = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         cache = self.make_cache(B, min(T + max_new_tokens, window)) if use_cache else None
         with eval_mode(self):
@@ -282,8 +283,8 @@ LOSS_CHUNK = 2048  # positions whose logits exist at the same time
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of x [N, C] @ weight.T [C, V] against targets [N], where those are not -100.
 
-    The logits of a whole micro batch, 6 x 2,048 x 50,304 in fp32, would take 2.5 GB and their gradient as much
-    again. So the gradients are computed in the forward pass, chunk by chunk, while the logits of a chunk exist.
+    The logits of a micro batch, 6 x 2,048 x 50,304 in fp32, would take 2.5 GB, and their gradient as much. So the
+    gradients are computed in the forward pass, chunk by chunk, while the logits of a chunk exist.
     """
 
     @staticmethod
@@ -335,10 +336,11 @@ class TokenDataset(Dataset):
             self.token_bytes = np.load(self.path / name).astype(np.int64)  # the length of each token's text
             require(self.token_bytes.shape == (self.vocab_size,), f"expected {self.vocab_size} numbers")
             for chunk in self.chunks:
-                name, n_documents, n_tokens = chunk["name"], chunk["documents"], chunk["documents"] + chunk["tokens"]
+                name, n_documents = chunk["name"], chunk["documents"]
+                n_tokens = chunk["tokens"] + n_documents
                 tokens = np.load(self.path / f"{name}.tokens.npy", mmap_mode="r")
                 offsets = np.load(self.path / f"{name}.offsets.npy", mmap_mode="r")
-                require(len(tokens) != chunk["tokens"], "of an older format; delete it, and prepare the data anew")
+                require(len(tokens) != chunk["tokens"], "an older format; delete it and prepare it again")
                 whole = (len(tokens), tokens.dtype, len(offsets)) == (n_tokens, np.uint16, n_documents + 1)
                 require(whole, "damaged, not of the type and length that metadata.json says")
                 rising = offsets[0] == 0 and offsets[-1] == n_tokens and (np.diff(offsets) > 0).all()
@@ -374,7 +376,7 @@ class TokenDataset(Dataset):
         else:  # without its end-of-text token
             text = tokens[offsets[row] : offsets[row + 1] - 1][: self.seq_length]
         known = len(text) == 0 or text.max() < self.vocab_size
-        require(known, f"{self.path}/{self.chunks[chunk]['name']}: a token beyond the vocabulary, {self.vocab_size}")
+        require(known, f"{self.path}/{self.chunks[chunk]['name']}.tokens.npy: a token beyond the vocabulary")
         input_ids = np.full(self.seq_length, self.eos_id, dtype=np.int64)
         input_ids[: len(text)] = text
         return torch.from_numpy(input_ids), torch.arange(self.seq_length) < len(text)
@@ -388,8 +390,8 @@ class TokenDataset(Dataset):
 def shuffled_batches(n_rows, batch_size, seed, rows_seen, rank, world_size):
     """Endless micro batches of row numbers for one rank, from row `rows_seen` of the run on.
 
-    Epoch e reads the rows in a permutation that depends on (seed, e) alone, and ranks take micro batches in turn.
-    So neither the world size nor a resume changes the global batch of a step.
+    Epoch e reads the rows in a permutation that depends on (seed, e) alone, and ranks take micro batches in
+    turn. So neither the world size nor a resume changes the global batch of a step.
     """
     epoch = None
     for first in count(rows_seen + rank * batch_size, world_size * batch_size):
@@ -401,12 +403,11 @@ def shuffled_batches(n_rows, batch_size, seed, rows_seen, rank, world_size):
             batch.append(int(permutation[position % n_rows]))
         yield batch
 
-def get_dataloader(
-    data_path, batch_size, seq_length, sequence="padded", seed=None, rows_seen=0, rank=RANK, world_size=WORLD_SIZE
-) -> DataLoader:
-    """This rank's batches (input_ids int64 [B, T], is_text bool [B, T]) of TokenDataset's rows, taken in turn.
+def get_dataloader(data_path, batch_size, seq_length, sequence="padded", seed=None, rows_seen=0,
+                   rank=RANK, world_size=WORLD_SIZE) -> DataLoader:  # fmt: skip
+    """This rank's batches (input_ids int64 [B, T], is_text bool [B, T]) of TokenDataset's rows.
 
-    Without a seed: every row once, in order. With one: shuffled and endless, from row `rows_seen` of the run on.
+    Without a seed: every row once, in order. With one: shuffled and endless, from row `rows_seen` of the run.
     ValueError for an unknown `sequence`, a rank out of range, data that cannot be read.
     """
     if not 0 <= rank < world_size:
@@ -428,7 +429,7 @@ def evaluate(model, val_loader, max_batches: int | None = None, stop_signals=())
 
     Each rank scores its share and the sums are added, so the world size does not change the result. Returns
     loss, perplexity: nats a token over all positions, padding included (the paper's protocol), and its exp;
-    text_loss, text_perplexity: over text only; bits_per_byte: of its UTF-8 text; padding_fraction: of positions.
+    text_loss, text_perplexity: over text only; bits_per_byte: of its UTF-8; padding_fraction: of positions.
     None if a signal arrives meanwhile; RunError if there is nothing to score.
     """
     if max_batches is not None and max_batches < 1:
@@ -453,7 +454,7 @@ def evaluate(model, val_loader, max_batches: int | None = None, stop_signals=())
     nats, text_nats, positions, text_positions, text_bytes, padding, total, stopped = sums.tolist()
     if stopped:
         return None
-    require(text_positions, f"{val_loader.dataset.path}: no document of two tokens or more, nothing to evaluate")
+    require(text_positions, f"{val_loader.dataset.path}: no document of two tokens or more, nothing to score")
     loss, text_loss = nats / positions, text_nats / text_positions
     results = {"loss": loss, "perplexity": float(np.exp(loss))}
     results |= {"text_loss": text_loss, "text_perplexity": float(np.exp(text_loss))}
@@ -464,7 +465,7 @@ def evaluate(model, val_loader, max_batches: int | None = None, stop_signals=())
 # Training
 
 def get_lr(step: int, config: TrainingConfig) -> float:
-    """The learning rate of update number `step`, from 0 on: linear warm-up, then from learning_rate to min_lr."""
+    """The rate of update number `step`, from 0 on: linear warm-up, then from learning_rate to min_lr."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
@@ -524,9 +525,9 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
     if WORLD_SIZE > 1:
         ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     n_parameters = sum(p.numel() for p in model.parameters())
-    print0(f"{PAPER_NAME}: {n_parameters:,} parameters, {config.precision} on {device}; {config.total_steps:,} steps of")
-    print0(f"{config.tokens_per_step:,} tokens: {config.micro_batch_size} rows of {config.seq_length} x "
-           f"{accumulation_steps} accumulation steps x {WORLD_SIZE} processes")  # fmt: skip
+    print0(f"{PAPER_NAME}: {n_parameters:,} parameters, {config.precision} on {device}")
+    batch = f"{config.micro_batch_size} rows x {accumulation_steps} accumulation steps x {WORLD_SIZE} ranks"
+    print0(f"{config.total_steps:,} steps of {batch}, {config.tokens_per_step:,} tokens")
 
     skipped, seconds, timed_steps, stopping = 0, 0.0, 0, False
     with lock, stop_signals() as received:
@@ -546,14 +547,14 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             complete = last_step and not stopping
             if (complete or stopping or step % config.save_interval == 0) and step != saved_at:
                 if RANK == 0:
-                    progress = {"step": step, "epoch": rows_seen // len(train_set), "evaluated_at": evaluated_at}
-                    save_checkpoint(output_dir, run | progress, model, optimizer, config, complete)
+                    run |= {"step": step, "epoch": rows_seen // len(train_set), "evaluated_at": evaluated_at}
+                    save_checkpoint(output_dir, run, model, optimizer, config, complete)
                     write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
                 saved_at = step
             if complete or stopping:
                 break
 
-            # forward and backward over this rank's share of the global batch; gradients are of the summed loss
+            # forward and backward over this rank's share of the global batch; gradients of the summed loss
             t0 = time.perf_counter()
             loss_sum, n_scored = torch.zeros(2, device=device)
             for micro_step in range(accumulation_steps):
@@ -572,17 +573,17 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 loss_sum += loss.detach() * n
                 n_scored += n
 
-            # the mean over the scored tokens of the global batch; DDP has averaged the gradients over the ranks
+            # the mean over the scored tokens of the global batch; DDP has averaged over the ranks
             totals = torch.stack([loss_sum, n_scored, loss_sum.new_tensor(len(received))])
             if WORLD_SIZE > 1:
                 dist.all_reduce(totals)
             for p in model.parameters():
                 p.grad.mul_(WORLD_SIZE / totals[1])
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            loss, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # the one host sync
+            loss, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # one host sync
             require(n_scored, f"step {step + 1}: nothing to score in a global batch of {config.train_data}")
             loss, stopping = loss / n_scored, stopped > 0
-            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}; not saved. Lower learning_rate?")
+            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower learning_rate?")
 
             # update, unless the gradient norm is too large or not a number
             lr = get_lr(step, config)
@@ -612,19 +613,19 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
     return 0 if complete else (received or [signal.SIGTERM])[0]
 
 def accumulation_for(config, world_size) -> int:
-    """Gradient accumulation steps of each process: any world size shares the micro batches of a global batch."""
+    """Gradient accumulation steps of each process; every world size shares the same global batch."""
     total = config.gradient_accumulation * config.num_gpus
-    divisors = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
-    require(total % world_size == 0, f"{world_size} processes cannot share {total} micro batches; use {divisors}")
+    sizes = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+    require(total % world_size == 0, f"{world_size} ranks cannot share {total} micro batches; use {sizes}")
     return total // world_size
 
 def mfu(model, config, device, tokens_per_second) -> dict:
     """Model FLOPs utilisation: the share of the dense bf16 peak of all GPUs, if it is known."""
-    peaks = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "L40S": 362}
+    peaks = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((1e12 * peak for name, peak in peaks.items() if name in gpu), None)  # the first name that fits
+    peak = next((1e12 * peak for name, peak in peaks.items() if name in gpu), None)  # the first that fits
     n_parameters = sum(p.numel() for p in model.parameters())
-    flops = 6 * n_parameters + 12 * model.config.n_layer * model.config.n_embd * config.seq_length  # a token
+    flops = 6 * n_parameters + 12 * model.config.n_layer * model.config.n_embd * config.seq_length
     return {"mfu": flops * tokens_per_second / (peak * WORLD_SIZE)} if peak else {}
 
 # -----------------------------------------------------------------------------
@@ -635,7 +636,7 @@ CANNOT_CHANGE_THE_RESULT = (  # may differ when a run resumes, if the rows in a 
     "compile", "log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints",
     "sample_tokens", "wandb",
 )  # fmt: skip
-NEVER_CHANGES = {"variant", "init_from", "training text", "validation text", "seq_length", "rows in a global batch"}
+NEVER_CHANGES = {"variant", "init_from", "training text", "validation text", "seq_length", "global batch"}
 WAYS_ON = "use another --output_dir, or --resume never to move the old run aside"
 
 def describe_run(model_config, config, train_set, val_set, init_from) -> dict:
@@ -647,11 +648,11 @@ def describe_run(model_config, config, train_set, val_set, init_from) -> dict:
     require(same, f"{val_set.path}: its tokenizer is not that of {train_set.path}; prepare both alike")
     if val_set.chunks == train_set.chunks:
         print0("warning: val_data is the text of train_data, so its perplexity is of text seen in training")
-    configs = {"model_config": asdict(model_config), "train_config": asdict(config)}
+    run = {"variant": VARIANT, "model_config": asdict(model_config), "train_config": asdict(config)}
     if N_KV_GROUPS is None:  # as in the release
-        del configs["model_config"]["n_kv_groups"]
-    run = {"variant": VARIANT, "init_from": init_from and str(init_from), "changes": []} | configs
-    return run | {"tokenizer": train_set.tokenizer, "train_data": train_set.chunks, "val_data": val_set.chunks}
+        del run["model_config"]["n_kv_groups"]
+    data = {"train_data": train_set.chunks, "val_data": val_set.chunks, "tokenizer": train_set.tokenizer}
+    return run | data | {"init_from": init_from and str(init_from), "changes": []}
 
 def facts_of(run) -> dict:
     """All that can change the result of a run."""
@@ -660,10 +661,10 @@ def facts_of(run) -> dict:
     for name, split in {"training text": "train_data", "validation text": "val_data"}.items():
         facts[name] = hashlib.sha256(json.dumps(run[split]).encode()).hexdigest()[:12]
     rows = config["micro_batch_size"] * config["gradient_accumulation"] * config["num_gpus"]
-    return facts | {"variant": run["variant"], "init_from": run["init_from"], "rows in a global batch": rows}
+    return facts | {"variant": run["variant"], "init_from": run["init_from"], "global batch": rows}
 
 def find_start(output_dir, resume, run, total_steps, accept_changes):
-    """(checkpoint or None to start at step 0, whether the run is finished, what it is to record); writes nothing.
+    """(checkpoint or None to start at step 0, whether all is done, what to record of the run); writes nothing.
 
     RunError if output_dir holds a run that these settings would not continue as it began.
     """
@@ -677,16 +678,19 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
     before, now = facts_of(recorded), facts_of(run)
     changed = {key for key in now if key in before and before[key] != now[key]}
     changes = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in sorted(changed))
-    more = "start from its weights with --init_from, or --accept_changes, where the place in the data stays the same"
+    more = "or start from its weights with --init_from"
+    if not changed & NEVER_CHANGES:
+        more += ", or go on all the same with --accept_changes"
     accepted = not changed or (accept_changes and not changed & NEVER_CHANGES)
     require(accepted, f"{place}: a run with other settings, {changes}; {WAYS_ON}, {more}")
     run = run | {"changes": recorded.get("changes", []) + [f"step {step}: {changes}"] * bool(changes)}
-    finals = [record["step"] for record in read_metrics(output_dir / "metrics.jsonl") if record["kind"] == "final"]
-    finished = step == total_steps and step in finals and (output_dir / "final_model.pt").exists()
+    records = read_metrics(output_dir / "metrics.jsonl")
+    kinds = [record["kind"] for record in records if record["step"] == step]
+    finished = step == total_steps and "final" in kinds and (output_dir / "final_model.pt").exists()
     return path, finished, run
 
 def find_checkpoint(output_dir, resume):
-    """(path, contents) of what `resume` means: never, the path of a checkpoint, or auto: the newest whole one.
+    """(path, contents) of what `resume` says: never, the path of a checkpoint, or auto, the newest whole one.
 
     (None, its run.yaml) for a run that ended before its first checkpoint, (None, None) for no run.
     """
@@ -710,7 +714,7 @@ def find_checkpoint(output_dir, resume):
         return None, None
 
 def lock_output_dir(output_dir, move_aside):
-    """Keep other runs out of the folder; the kernel releases the lock when this process ends, however it ends."""
+    """Keep other runs out of the folder; the kernel releases the lock when this process ends."""
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(output_dir / "run.lock").acquire(timeout=0)
@@ -729,7 +733,7 @@ def checkpoints(output_dir) -> list:
     return sorted(((int(name[1]), output_dir / name[0]) for name in names if name), reverse=True)
 
 def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
-    """checkpoint_step_N.pt and, at the end, final_model.pt; then delete what keep_checkpoints does not keep."""
+    """Write checkpoint_step_N.pt, at the end final_model.pt, and delete what keep_checkpoints does not keep."""
     step = contents["step"]
     contents |= {"tokens_seen": step * config.tokens_per_step, "model_state_dict": model.state_dict()}
     if complete:
@@ -748,7 +752,8 @@ def write_samples(output_dir, step, model, val_set, config, autocast):
         with autocast:
             idx = model.generate(prompts.to(model.wte.weight.device), config.sample_tokens, 0.8, top_k=50)
         texts = [f"{val_set.decode(row[:32])} [...] {val_set.decode(row[32:])}\n" for row in idx.tolist()]
-        write_atomically(output_dir / f"samples_step_{step}.txt", lambda f: f.write("\n".join(texts).encode()))
+        path = output_dir / f"samples_step_{step}.txt"
+        write_atomically(path, lambda file: file.write("\n".join(texts).encode()))
     except Exception as error:  # the checkpoint is saved, and no sample is worth the run
         print0(f"warning: no samples at step {step}: {error}")
 
@@ -776,7 +781,7 @@ def read_checkpoint(path, to_resume=False) -> dict:
         contents = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         # released checkpoints carry DDP's prefix, and the causal mask of each layer
         weights = {name.removeprefix("module."): w for name, w in contents["model_state_dict"].items()}
-        contents["model_state_dict"] = {name: w for name, w in weights.items() if not name.endswith(".attn.bias")}
+        contents["model_state_dict"] = {n: w for n, w in weights.items() if not n.endswith(".attn.bias")}
     except Exception as error:  # a file of another kind can fail in any way
         raise RunError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
     variant = contents.get("variant", VARIANT)  # released checkpoints do not say
@@ -815,7 +820,7 @@ def load_model(path, device="cpu") -> GPT_MQA:
 # Logging and processes
 
 class Logger:
-    """Rank 0's account of a run: its settings as YAML, metrics.jsonl, the progress bar and, if asked for, wandb."""
+    """Rank 0's account of a run: its settings as YAML, metrics.jsonl, the progress bar, wandb if asked for."""
 
     def __init__(self, output_dir, run, config, step, finished):
         self.config, self.path, self.wandb = config, output_dir / "metrics.jsonl", None
@@ -825,7 +830,7 @@ class Logger:
             return
         for leftover in output_dir.glob("*.tmp"):  # of a killed run
             leftover.unlink()
-        # a killed run has logged steps beyond its last checkpoint; they are about to be taken, and logged, again
+        # a killed run has logged steps beyond its last checkpoint; they are taken, and logged, again
         kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if 0 < step >= record["step"]]
         texts = {"metrics.jsonl": "".join(kept), "run.yaml": yaml.safe_dump(run, sort_keys=False)}
         for name in ("model_config", "train_config"):
@@ -836,8 +841,9 @@ class Logger:
             try:  # no failure of wandb is worth the run
                 import wandb
 
-                options = {"dir": output_dir, "mode": config.wandb, "settings": wandb.Settings(init_timeout=30)}
-                self.wandb = wandb.init(project="qkv-variants", name=output_dir.name, config=run, **options)
+                options = {"dir": output_dir, "mode": config.wandb, "config": run}
+                options["settings"] = wandb.Settings(init_timeout=30)
+                self.wandb = wandb.init(project="qkv-variants", name=output_dir.name, **options)
             except Exception as error:
                 print0(f"warning: wandb is not used: {error}")
 
@@ -855,14 +861,14 @@ class Logger:
             print0(f"warning: wandb is not used any more: {error}")
             self.wandb = None
         self.bar.update(step - self.bar.n)
-        text = f"perplexity {results['perplexity']:.3f}"
         if kind == "train":
-            left = (self.config.total_steps - step) * self.config.tokens_per_step / results["tokens_per_second"]
-            text = f"loss {results['loss']:.4f}, {results['tokens_per_second']:,.0f} tokens/s"
+            speed = results["tokens_per_second"]
+            left = (self.config.total_steps - step) * self.config.tokens_per_step / speed
+            text = f"loss {results['loss']:.4f}, {speed:,.0f} tokens/s"
+            self.bar.set_postfix_str(text)  # the bar itself shows the time left
             text += f", {tqdm.format_interval(left)} left"
-            self.bar.set_postfix_str(text)
         else:
-            text += f", over text only {results['text_perplexity']:.3f}"
+            text = f"perplexity {results['perplexity']:.3f}, over text only {results['text_perplexity']:.3f}"
         if kind != "train" or self.bar.disable:
             print0(f"step {step} of {self.config.total_steps}, {kind}: {text}")
 
@@ -884,7 +890,7 @@ class Logger:
                f"QKV takes {4 * c.n_layer * c.n_positions * c.n_embd:,}")  # fmt: skip
 
 def print0(text):
-    """Print on rank 0, above the progress bar; a closed pipe or a full disk behind stdout never ends a run."""
+    """Print on rank 0, above the progress bar; a closed pipe or a full disk there never ends a run."""
     try:
         if RANK == 0:
             tqdm.write(text)
@@ -933,10 +939,11 @@ def errors_on_all_ranks():
 
 @contextmanager
 def stop_signals():
-    """SIGTERM, SIGHUP (a closed terminal) and Ctrl-C only join the list it yields: the step in hand is finished."""
+    """SIGTERM, SIGHUP (a closed terminal) and Ctrl-C join the list it yields, and the step in hand ends."""
     received = []
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        handlers[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
         yield received
     finally:
@@ -970,7 +977,7 @@ class ModelConfig:
     dropout: NonNegativeFloat = Field(0.1, lt=1, description="on the outputs of attention and MLP")
     layer_norm_epsilon: PositiveFloat = Field(1e-5, description="of every LayerNorm")
     initializer_range: PositiveFloat = Field(0.02, description="standard deviation of every initial weight")
-    use_flash_attention: bool = Field(True, description="flash-attn where it is installed and fits: CUDA, bf16")
+    use_flash_attention: bool = Field(True, description="flash-attn, if it is installed and fits: CUDA, bf16")
 
     def __post_init__(self):
         self.n_inner = self.n_inner or 4 * self.n_embd
@@ -986,12 +993,12 @@ class ModelConfig:
 class TrainingConfig:
     train_data: str = Field(description="folder of a split that dataset_download.py wrote")
     val_data: str = Field(description="folder of the split to evaluate on")
-    sequence: Literal["padded", "packed"] = Field(description="padded: a document a row (paper); packed: all text")
-    score_padding: bool = Field(description="padded rows: the padding counts in the training loss, as published")
+    sequence: Literal["padded", "packed"] = Field(description="padded: a document a row; packed: full rows")
+    score_padding: bool = Field(description="the padding counts in the training loss, as published")
     seq_length: PositiveInt = Field(ge=2, description="tokens in a row")
     micro_batch_size: PositiveInt = Field(description="rows in one forward and backward pass")
     gradient_accumulation: PositiveInt = Field(description="such passes of each GPU in a step")
-    num_gpus: PositiveInt = Field(description="GPUs of the published run; other world sizes share the same batch")
+    num_gpus: PositiveInt = Field(description="GPUs of the published run; any world size shares its batch")
     target_tokens: PositiveInt = Field(description="tokens to train on, padding included")
     learning_rate: PositiveFloat = Field(description="at the end of the warm-up")
     min_lr: NonNegativeFloat = Field(description="at the last step")
@@ -1017,7 +1024,8 @@ class TrainingConfig:
         self.rows_per_step = self.micro_batch_size * self.gradient_accumulation * self.num_gpus
         self.tokens_per_step = self.rows_per_step * self.seq_length
         self.total_steps = steps = self.target_tokens // self.tokens_per_step
-        require(steps, f"target_tokens: expected at least a step, {self.tokens_per_step}, got {self.target_tokens}")
+        one = f"one step ({self.tokens_per_step} tokens) at least"
+        require(steps, f"target_tokens: expected {one}, got {self.target_tokens}")
         fits = self.min_lr <= self.learning_rate
         require(fits, f"min_lr: expected at most learning_rate ({self.learning_rate}), got {self.min_lr}")
         fits = self.warmup_steps <= steps
@@ -1031,25 +1039,23 @@ def load_config(cls, path, overrides):
     load = YAML(typ="safe", pure=True).load  # YAML 1.2: a key stands once, 2e-4 is a number, 010 is ten
     place = path
     try:
-        values = load(Path(path).read_text(encoding="utf-8"))
+        values = dict(load(Path(path).read_text(encoding="utf-8")))
         for key, _, value in (override.partition("=") for override in overrides):
-            place = f"command line: {key}={value}"
             if key in cls.__annotations__:
+                place = f"{path} with {key}={value}"
                 values[key] = load(value)
-        place = f"{path} and the command line" if overrides else path
         return cls(**values)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
-        expected = " or ".join(e["msg"].removeprefix("Input should be ") for e in error.errors() if e["loc"][:1] == first["loc"][:1])
-        problem = f"{key}: expected {expected}, got {first['input']!r}"
-        if first["type"] == "missing":
-            problem = f"{key}: missing, expected a value"
-        if first["type"] == "unexpected_keyword_argument":
-            problem = f"{key}: unknown key; expected one of {', '.join(cls.__annotations__)}"
         if first["type"] == "value_error":  # of __post_init__: values that do not go together
-            problem = str(first["ctx"]["error"])
-        raise RunError(f"{place}: {problem}") from error
+            raise RunError(f"{place}: {first['ctx']['error']}") from error
+        expected = first["msg"].replace("Input should be", "expected") + f", got {first['input']!r}"
+        if first["type"] == "missing":
+            expected = "missing, expected a value"
+        if first["type"] == "unexpected_keyword_argument":
+            expected = f"unknown key; expected one of {', '.join(cls.__annotations__)}"
+        raise RunError(f"{place}: {key}: {expected}") from error
     except (OSError, ValueError, TypeError, YAMLError) as error:
         raise RunError(f"{place}: expected YAML, a file of 'key: value' lines: {error}") from error
 
@@ -1057,24 +1063,26 @@ def load_config(cls, path, overrides):
 # Command line
 
 def main(arguments=None):
-    """Exit status 0: complete; 2: ended by what the last line says; 128 + n: saved and stopped by signal n."""
+    """Exit status 0: complete; 2: ended by what the last line says; 128 + n: saved, stopped by signal n."""
     configs, layout = Path(__file__).resolve().parent / "configs", argparse.RawDescriptionHelpFormatter
     known = ModelConfig.__pydantic_fields__ | TrainingConfig.__pydantic_fields__
     types = ModelConfig.__annotations__ | TrainingConfig.__annotations__
     fields = "\n".join(f"  {key} ({types[key]}): {field.description}" for key, field in known.items())
-    parser = argparse.ArgumentParser(description=__doc__, epilog=f"settings:\n{fields}", formatter_class=layout)
+    epilog = f"settings:\n{fields}"
+    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=layout)
     parser.add_argument("--model_config", default=configs / f"model_config_{SIZE}.yaml")
     parser.add_argument("--train_config", default=configs / f"train_config_{SIZE}.yaml")
     parser.add_argument("--output_dir", default=OUTPUT_DIR, type=Path)
     parser.add_argument("--resume", default="auto", help="auto (the newest checkpoint), never, or a path")
-    parser.add_argument("--init_from", help="begin at step 0 with the weights of a checkpoint or final_model.pt")
+    parser.add_argument("--init_from", help="begin at step 0 with the weights of another run")
     parser.add_argument("--accept_changes", action="store_true", help="resume although settings have changed")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="in place of what the configs say")
     options = parser.parse_intermixed_args(arguments)
     try:
         for setting in options.settings:
             known_key = "=" in setting and setting.partition("=")[0] in known
-            require(known_key, f"command line: {setting}: expected KEY=VALUE with a KEY out of {', '.join(known)}")
+            expected = f"KEY=VALUE with a KEY out of {', '.join(known)}"
+            require(known_key, f"command line: {setting}: expected {expected}")
         model_config = load_config(ModelConfig, options.model_config, options.settings)
         config = load_config(TrainingConfig, options.train_config, options.settings)
         how = (options.output_dir, options.resume, options.init_from, options.accept_changes)
@@ -1087,12 +1095,12 @@ def main(arguments=None):
         sys.exit(128 + number)
 
 def explain(error, output_dir) -> int:
-    """Print one line about what ended the run and return the exit status; an error of the program is raised again."""
+    """Print one line about what ended the run, return the exit status; raise errors of the program again."""
     on_all_ranks = isinstance(error, RunError)  # so that the line of rank 0 will do
     if isinstance(error, OSError) and not error.filename:
         error = f"{output_dir}: {error}"
     elif isinstance(error, torch.OutOfMemoryError):
-        error = f"{error} Halve micro_batch_size and double gradient_accumulation: the global batch stays the same."
+        error = f"{error} Halve micro_batch_size, double gradient_accumulation: the global batch is the same."
     elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         error, on_all_ranks = f"lost another process of this run; start again to resume ({error})", True
     elif isinstance(error, RuntimeError):
