@@ -284,8 +284,8 @@ LOSS_CHUNK = 2048  # positions whose logits exist at the same time
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of x [N, C] @ weight.T [C, V] against targets [N], where those are not -100.
 
-    The logits of a micro batch, 6 x 2,048 x 50,304 in fp32, would take 2.5 GB, and their gradient as much. So the
-    gradients are computed in the forward pass, chunk by chunk, while the logits of a chunk exist.
+    The logits of a micro batch, 6 x 2,048 x 50,304 in fp32, would take 2.5 GB and their gradient as much. So
+    the gradients are computed in the forward pass, chunk by chunk, while the logits of a chunk exist.
     """
 
     @staticmethod
@@ -665,7 +665,7 @@ def facts_of(run) -> dict:
     return facts | {"variant": run["variant"], "init_from": run["init_from"], "global batch": rows}
 
 def find_start(output_dir, resume, run, total_steps, accept_changes):
-    """(checkpoint or None to start at step 0, whether all is done, what to record of the run); writes nothing.
+    """(checkpoint or None to start at step 0, whether all is done, what to record). Writes nothing.
 
     RunError if output_dir holds a run that these settings would not continue as it began.
     """
@@ -734,7 +734,7 @@ def checkpoints(output_dir) -> list:
     return sorted(((int(name[1]), output_dir / name[0]) for name in names if name), reverse=True)
 
 def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
-    """Write checkpoint_step_N.pt, at the end final_model.pt, and delete what keep_checkpoints does not keep."""
+    """Write checkpoint_step_N.pt, at the end final_model.pt, and delete all that keep_checkpoints omits."""
     step = contents["step"]
     contents |= {"tokens_seen": step * config.tokens_per_step, "model_state_dict": model.state_dict()}
     if complete:
@@ -821,7 +821,7 @@ def load_model(path, device="cpu") -> GPT_GQA:
 # Logging and processes
 
 class Logger:
-    """Rank 0's account of a run: its settings as YAML, metrics.jsonl, the progress bar, wandb if asked for."""
+    """Rank 0's account of a run: its settings as YAML, metrics.jsonl, the progress bar, wandb if asked."""
 
     def __init__(self, output_dir, run, config, step, finished):
         self.config, self.path, self.wandb = config, output_dir / "metrics.jsonl", None
