@@ -5,8 +5,8 @@
 #   bash runs/replicate.sh             # two runs at a time, a thread each
 #   JOBS=8 bash runs/replicate.sh
 #
-# Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under way, and the same command goes on
-# from there. Runs that are complete in outputs_replicate are not repeated.
+# Ctrl-C (or SIGTERM to the process group) saves a checkpoint of each run under way, and the same command goes
+# on from there. Runs that are complete in outputs_replicate are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,8 +16,8 @@ mkdir -p outputs_replicate
 
 
 # -----------------------------------------------------------------------------
-# Data: paragraphs of the standard library, in bytes, a document each. In rows of 256 tokens some are truncated and
-# some padded, as documents are in the paper's rows of 2,048.
+# Data: paragraphs of the standard library, in bytes, a document each. In rows of 256 tokens some are truncated
+# and some padded, as documents are in the paper's rows of 2,048.
 
 "$PYTHON" dataset_download.py --source stdlib --split_paragraphs --tokenizer bytes \
     --target_tokens 20_000_000 --validation_tokens 100_000 --output_dir replicate_data

@@ -5,7 +5,7 @@
 #   JOBS=8 bash runs/scaling.sh
 #
 # A run whose metrics in results/scaling hold its final evaluation is not repeated, so a fresh clone goes on
-# where the committed results end. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under
+# where the committed results end. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of each run under
 # way, and the same command goes on from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -124,4 +124,4 @@ grid() {
 
 grid | xargs -P "${JOBS:-2}" -L 1 bash -euc 'train "$@"' train
 
-"$PYTHON" results_table.py results/scaling --scaling --output_dir results/scaling
+"$PYTHON" scaling_table.py results/scaling --output_dir results/scaling
