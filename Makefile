@@ -36,10 +36,10 @@ scaling: .venv/installed  ## learning rates, tokens per parameter and row length
 
 lint: .venv/installed  ## run ruff, and check that the training scripts are in step
 	$(BIN)/ruff check .
-	$(BIN)/python tests/sync_scripts.py
+	$(BIN)/python dev/sync_scripts.py
 
 sync: .venv/installed  ## carry the shared text of transformer_KQV_300_M.py to the other training scripts
-	$(BIN)/python tests/sync_scripts.py --write
+	$(BIN)/python dev/sync_scripts.py --write
 
 clean:  ## remove what `make demo` wrote
 	rm -rf demo_data outputs_demo

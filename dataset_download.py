@@ -4,13 +4,15 @@
     python dataset_download.py --source HuggingFaceFW/fineweb-edu --config sample-10BT --output_dir fineweb
     python dataset_download.py --source my_texts --target_tokens 4e6 --validation_tokens 1e5
     python dataset_download.py --source stdlib --tokenizer bytes --validation_tokens 2e5 --output_dir demo
+    python dataset_download.py --source site-packages --split_paragraphs --tokenizer bytes --output_dir packages
 
 Under <output_dir>/train and <output_dir>/validation:
-    chunk_NNN.tokens.npy    uint16 [tokens], documents back to back, no separators
-    chunk_NNN.offsets.npy   int64 [documents + 1], document i is tokens[offsets[i]:offsets[i + 1]]
+    chunk_NNN.tokens.npy    uint16 [tokens + documents], each document followed by an end-of-text token
+    chunk_NNN.offsets.npy   int64 [documents + 1], where each document starts; the last entry is the chunk's length
     token_bytes.npy         uint16 [vocab_size], the bytes behind each token id, 0 for the end-of-text id
     tokenizer.tiktoken      the tokenizer's ranks, one a line: base64 of the bytes, a space, the rank
-    metadata.json           where the text came from, totals, SHA-256 of each file, finished or not
+    metadata.json           where the text came from, totals, SHA-256 of each file, finished or not; what it calls
+                            tokens are those of the text, without the end-of-text tokens
 
 The same command continues an interrupted run behind its last complete chunk, and ends with the same files as if
 it had never stopped. --verify reads finished files again and says what is wrong with them.
@@ -26,7 +28,9 @@ import io
 import json
 import os
 import platform
+import random
 import re
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -35,6 +39,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -47,9 +52,12 @@ ALTERNATIVES = """data to use in its place:
     python dataset_download.py --source DKYoon/SlimPajama-6B --target_tokens 5e9
     python dataset_download.py --source HuggingFaceFW/fineweb-edu --config sample-10BT"""
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-SUFFIXES = (".txt", ".jsonl", ".jsonl.zst", ".parquet")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.zst", ".parquet")
+# sources that need no download: Python code that is installed with this interpreter
+INSTALLED = ("stdlib", "site-packages")
 # pydoc_data is a single generated string, long enough to be most of a small validation split
-STDLIB_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
+INSTALLED_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 MAX_VOCABULARY = 65_535
 TOTALS = ("documents", "tokens", "bytes", "skipped_documents")
@@ -60,6 +68,7 @@ LONG_TEXT = 500_000
 # where no token of GPT-2 reaches across: before white space, and before the last character of a run of it
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 CUT = re.compile(f"(?<=[^{SPACE}])[{SPACE}]|(?<=[{SPACE}])[{SPACE}](?=[^{SPACE}])")
+BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 64)
 MAX_SKIPPED = 0.01  # of the rows of a split, or of 1,000 where it has fewer so far
 ROW_TOKENS = 2_048  # the paper's protocol: a document a row, cut or filled to this length
@@ -176,7 +185,7 @@ class Source:
 
     name: str
     revision: str | None
-    read: Callable[[str, dict | None], "FileRows | HubRows"]
+    read: Callable[[str, dict | None], "FileRows | ParagraphRows | HubRows"]
     has_validation: bool = False
     files: tuple[Path, ...] = ()
     fallback_for: str | None = None
@@ -210,22 +219,38 @@ def source_names(args: argparse.Namespace) -> list[str]:
     """What metadata calls the source: the names to try, best first. A hub configuration follows a colon."""
     source, suffix = args.source, f":{args.config}" if args.config else ""
     if source is None:
-        return [name + suffix for name in PAPER_SOURCES]
-    if HUB_NAME.fullmatch(source) and not source.endswith(SUFFIXES) and not Path(source).exists():
-        return [source + suffix]
+        names = [name + suffix for name in PAPER_SOURCES]
+    elif HUB_NAME.fullmatch(source) and not source.endswith(SUFFIXES) and not Path(source).exists():
+        names = [source + suffix]
+    else:
+        names = None
+    if names and args.split_paragraphs:
+        raise InputError(f"--split_paragraphs: {names[0]} is on the hub, and only a local source fits in memory")
+    if names:
+        return names
     for option in ("config", "split", "revision"):
         if value := getattr(args, option):
             raise InputError(f"--{option} {value}: only a hub source, --source owner/name, has such a thing")
-    return ["stdlib"] if source == "stdlib" else [str(Path(source).resolve())]
+    return [source] if source in INSTALLED else [str(Path(source).resolve())]
 
 
-def open_source(names: list[str], revision: str | None, column: str, train_split: str) -> Source:
+def open_source(
+    names: list[str], revision: str | None, column: str, train_split: str, split_paragraphs: bool
+) -> Source:
     """Open the first name that resolves. `revision` pins a hub dataset; None takes the newest."""
-    path = Path(names[0])
-    if names != ["stdlib"] and not path.is_absolute():
+    if names[0] not in INSTALLED and not Path(names[0]).is_absolute():
         return open_hub_source(names, revision, column, train_split)
-    files = stdlib_files() if names == ["stdlib"] else corpus_files(path)
-    read = lambda split, place: FileRows(files, column, place)  # noqa: E731
+    if names[0] in INSTALLED:
+        files, digest = installed_files(names[0])
+        revision = platform.python_version() if names == ["stdlib"] else f"sha256:{digest}"
+    else:
+        files = corpus_files(Path(names[0]))
+    # both splits come out of one reading of the corpus
+    paragraphs = cache(lambda: distinct_paragraphs(files, column))
+
+    def read(split: str, place: dict | None) -> FileRows | ParagraphRows:
+        return ParagraphRows(paragraphs(), place) if split_paragraphs else FileRows(files, column, place)
+
     return Source(names[0], revision, read, files=tuple(files))
 
 
@@ -342,28 +367,71 @@ def is_transient(error: Exception) -> bool:
 
 
 def stdlib_files() -> list[Path]:
-    """The .py files of this Python's standard library, in a fixed order that mixes its packages."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in root.rglob("*.py") if STDLIB_SKIPPED.isdisjoint(path.relative_to(root).parts)]
-    # some old modules are not UTF-8
-    files = [path for path in files if "\ufffd" not in path.read_bytes().decode(errors="replace")]
-    # validation is the first files: by name, that would be asyncio alone
-    return sorted(files, key=lambda path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest())
+    return installed_files("stdlib")[0]
+
+
+def installed_files(name: str) -> tuple[list[Path], str]:
+    """The .py files of the standard library or of the installed packages, and a hash of their names and contents.
+
+    In a fixed order that mixes the packages: validation is the first files, and by name that would be one package.
+    """
+    paths = sysconfig.get_paths()
+    folders = [paths["stdlib"]] if name == "stdlib" else [paths["purelib"], paths["platlib"]]
+    found = {}
+    for root in {Path(folder).resolve() for folder in folders}:
+        for path in root.rglob("*.py"):
+            parts = path.relative_to(root).parts
+            if INSTALLED_SKIPPED.isdisjoint(parts) and not any(part.startswith(".") for part in parts):
+                found[path.relative_to(root).as_posix()] = path
+    order = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
+    files, digest = [], hashlib.sha256()
+    for relative in order:
+        content = found[relative].read_bytes()
+        # some old modules are not UTF-8
+        if "\ufffd" not in content.decode(errors="replace"):
+            files.append(found[relative])
+            digest.update(f"{relative}\0{hashlib.sha256(content).hexdigest()}\n".encode())
+    return files, digest.hexdigest()[:16]
 
 
 def corpus_files(path: Path) -> list[Path]:
-    """The file itself, or every file of a known kind below the folder, sorted."""
+    """The file itself, or every file of a known kind below the folder, sorted. Hidden files are left out."""
     known = ", ".join(SUFFIXES)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+        files, hidden, others = walk(path)
         if not files:
             raise InputError(f"{path}: no {known} file in this folder")
-        return files
+        if hidden or others:
+            warn(f"{path}: {len(files):,} files are read; left out: {hidden:,} hidden, {others:,} of other kinds")
+        return sorted(files)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if not path.name.endswith(SUFFIXES):
         raise InputError(f"{path}: unknown kind of file, not {known}")
     return [path]
+
+
+def walk(root: Path) -> tuple[list[Path], int, int]:
+    """The files of a known kind below a folder, how many entries are hidden, how many files of other kinds."""
+    files, hidden, others = [], 0, 0
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk passes over a folder that it may not read
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        for name in (*folders, *names):
+            path = Path(folder, name)
+            if name.startswith("."):
+                hidden += 1
+            elif path.is_symlink() and not path.is_file():
+                kind = "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"
+                raise InputError(f"{path}: {kind}: remove it, or put in its place what it stands for")
+            elif path.is_file() and name.endswith(SUFFIXES):
+                files.append(path)
+            elif name in names:
+                others += 1
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return files, hidden, others
 
 
 class FileRows:
@@ -384,6 +452,42 @@ class FileRows:
             self.file, self.row = self.file + 1, 0
 
 
+class ParagraphRows:
+    """The paragraphs of a corpus in their fixed order."""
+
+    def __init__(self, paragraphs: list[str], place: dict | None):
+        self.paragraphs, self.row = paragraphs, place["row"] if place else 0
+
+    def place(self) -> dict:
+        return {"row": self.row}
+
+    def __iter__(self) -> Iterator[str]:
+        for text in islice(self.paragraphs, self.row, None):
+            self.row += 1
+            yield text
+
+
+def distinct_paragraphs(files: list[Path], column: str) -> list[str]:
+    """Every paragraph of the files once, in a random order that is always the same.
+
+    A paragraph is what stands between blank lines. The whole corpus is held in memory.
+    """
+    found, rows, skipped = set(), 0, 0
+    for path in files:
+        for text in read_file(path, column):
+            rows += 1
+            if text is None:
+                skipped += 1
+                refuse_many_skipped(str(path), column, skipped, rows)
+                continue
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+            found.update(part.strip("\n") for part in text.split("\n\n"))
+    found.discard("")
+    if skipped:
+        warn(f"{skipped:,} rows without a string under '{column}' were skipped")
+    return random.Random(0).sample(sorted(found), len(found))
+
+
 def read_file(path: Path, column: str) -> Iterator[str | None]:
     """Yield the documents of a file: its whole text, or the text column of each row."""
     try:
@@ -396,10 +500,10 @@ def read_file(path: Path, column: str) -> Iterator[str | None]:
             with pyarrow.input_stream(str(path), compression="zstd") as stream:
                 yield from read_json_lines(path, io.BufferedReader(stream), column)
         elif path.name.endswith(".jsonl"):
-            with path.open("rb") as lines:
+            with path.open("rb") as lines:  # json takes a byte order mark off
                 yield from read_json_lines(path, lines, column)
         else:
-            yield path.read_bytes().decode()
+            yield path.read_bytes().decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not valid UTF-8 at byte {error.start:,}") from error
     except OSError as error:
@@ -447,21 +551,26 @@ def first_line(error: Exception) -> str:
 
 @dataclass
 class Chunk:
-    """Tokens at 2 bytes each, offsets at 8, the rows skipped among them, and where to resume behind them."""
+    """Tokens at 2 bytes each, offsets at 8, the rows skipped among them, and where to resume behind them.
+
+    `text_tokens` counts the tokens without the end-of-text token behind each document.
+    """
 
     tokens: array = field(default_factory=lambda: array("H"))
     offsets: array = field(default_factory=lambda: array("q", [0]))
+    text_tokens: int = 0
     skipped: int = 0
     resume: dict | None = None
 
 
 def split_chunks(
-    encoded: Iterator[tuple], metadata: dict, leave_one: bool, progress: Callable[[int], object]
+    encoded: Iterator[tuple], metadata: dict, leave_some: bool, progress: Callable[[int], object]
 ) -> Iterator[Chunk]:
     """Yield chunks from where metadata stands, up to the document that reaches the target or to the end.
 
     The last one holds no document where only rows without text are left. InputError, before it is yielded, for
-    a split without any token, and with `leave_one` when no document comes after the split.
+    a split without any token, and with `leave_some` when no text comes after the split, or less than its last
+    document took beyond the target: a document is never cut in two, and one may be longer than all the others.
     """
     total, target, skipped = metadata["tokens"], metadata["target_tokens"], metadata["skipped_documents"]
     rows, chunk = metadata["documents"] + skipped, Chunk()
@@ -471,13 +580,15 @@ def split_chunks(
         if ids is None:
             skipped += 1
             chunk.skipped += 1
-            refuse_many_skipped(metadata, skipped, rows)
+            refuse_many_skipped(metadata["source"], metadata["text_column"], skipped, rows)
             continue
         chunk.tokens.frombytes(ids.tobytes())
+        chunk.tokens.append(metadata["eos_id"])
         chunk.offsets.append(len(chunk.tokens))
+        chunk.text_tokens += len(ids)
         total += len(ids)
         progress(len(ids))
-        if len(chunk.tokens) >= metadata["chunk_tokens"] and total < target:
+        if chunk.text_tokens >= metadata["chunk_tokens"] and total < target:
             yield chunk
             chunk = Chunk()
     if total == 0:
@@ -485,16 +596,26 @@ def split_chunks(
             f"{metadata['source']} has no text for the {metadata['split']} split: {skipped:,} of {rows:,} rows have "
             f"no string under '{metadata['text_column']}'"
         )
-    if leave_one and all(ids is None for ids, _ in encoded):
-        raise nothing_left(metadata["source"], total)
+    if leave_some:
+        beyond, left = total - target, 0
+        while left < max(1, beyond) and (row := next(encoded, None)):
+            left += 0 if row[0] is None else len(row[0])
+        if left == 0:
+            raise nothing_left(metadata["source"], total)
+        if left < beyond:
+            raise InputError(
+                f"{metadata['source']}: validation would end with a document that takes it to {total:,} tokens, where "
+                f"{target:,} were asked for, and leave {left:,} for training: divide the document, put it last, or "
+                "prepare without validation, --validation_tokens 0"
+            )
     yield chunk
 
 
-def refuse_many_skipped(metadata: dict, skipped: int, rows: int) -> None:
+def refuse_many_skipped(source: str, column: str, skipped: int, rows: int) -> None:
     if skipped > MAX_SKIPPED * max(rows, 1_000):
         raise InputError(
-            f"{metadata['source']}: {skipped:,} of the first {rows:,} rows have no string under "
-            f"'{metadata['text_column']}'; over {MAX_SKIPPED:.0%} is too many: name the right --text_column"
+            f"{source}: {skipped:,} of the first {rows:,} rows have no string under '{column}'; over "
+            f"{MAX_SKIPPED:.0%} is too many: name the right --text_column"
         )
 
 
@@ -516,6 +637,13 @@ def write_atomically(path: Path, write: Callable) -> str:
     finally:
         temporary.unlink(missing_ok=True)
     return digest
+
+
+def remove_temporary_files(output: Path) -> None:
+    """Delete what a killed run was writing."""
+    for pattern in ("source_files.json.tmp", "validation/*.tmp", "train/*.tmp"):
+        for path in output.glob(pattern):
+            path.unlink()
 
 
 def write_array(path: Path, values: np.ndarray) -> str:
@@ -540,7 +668,7 @@ def write_chunk(folder: Path, name: str, chunk: Chunk, token_bytes: np.ndarray) 
     return {
         "name": name,
         "documents": len(offsets) - 1,
-        "tokens": len(tokens),
+        "tokens": chunk.text_tokens,
         "bytes": sum(int(token_bytes[ids].sum()) for ids in slices(tokens)),
         "skipped_documents": chunk.skipped,
         "tokens_sha256": write_array(folder / f"{name}.tokens.npy", tokens),
@@ -568,8 +696,60 @@ def read_metadata(folder: Path) -> dict | None:
 
 def chunk_files(folder: Path, entry: dict) -> dict[str, tuple[Path, int]]:
     """The files of a chunk by kind, with their lengths."""
-    lengths = {"tokens": entry["tokens"], "offsets": entry["documents"] + 1}
+    lengths = {"tokens": entry["tokens"] + entry["documents"], "offsets": entry["documents"] + 1}
     return {kind: (folder / f"{entry['name']}.{kind}.npy", length) for kind, length in lengths.items()}
+
+
+def is_old_format(folder: Path, metadata: dict) -> bool:
+    """Whether a chunk has no end-of-text token at its end, as earlier versions of this script left them all."""
+    for entry in metadata["chunks"]:
+        try:
+            tokens = np.load(chunk_files(folder, entry)["tokens"][0], mmap_mode="r")
+        except (OSError, ValueError, EOFError):
+            continue  # missing or damaged: reported as that
+        if len(tokens) == entry["tokens"] and metadata["eos_id"] not in tokens[-1:]:
+            return True
+    return False
+
+
+def old_format(output: Path, split: str) -> str:
+    return (
+        f"{output / split} has the token files of an earlier version, without an end-of-text token behind each "
+        f"document: make them anew with: rm -r {shlex.quote(str(output))} && {preparing_command(output)}"
+    )
+
+
+def preparing_command(output: Path) -> str:
+    """The command that prepares a folder like this one, out of its metadata."""
+    recorded = {split: read_metadata(output / split) for split in ("validation", "train")}
+    known = recorded["train"] or recorded["validation"]
+    source, config = known["source"], ""
+    if not Path(source).is_absolute():
+        source, _, config = source.partition(":")
+    carved_from_hub = known["validation_from_train"] and known["revision"] and source not in INSTALLED
+    validation_option = "validation_from_train" if carved_from_hub else "validation_tokens"
+    options = {
+        "source": source,
+        "config": config,
+        "split": known["train_split"].removeprefix("train"),
+        "revision": known["requested_revision"],
+        # a rank file is recorded by its name and hash, without its folder
+        "tokenizer": known["tokenizer"].partition(" sha256:")[0],
+        "target_tokens": recorded["train"] and known["target_tokens"],
+        validation_option: recorded["validation"]["target_tokens"] if recorded["validation"] else 0,
+    }
+    if known["text_column"] != "text":
+        options["text_column"] = known["text_column"]
+    if known.get("split_paragraphs"):
+        options["split_paragraphs"] = True
+    if known["chunk_tokens"] != 100_000_000:
+        options["chunk_tokens"] = known["chunk_tokens"]
+    options["output_dir"] = output
+    words = ["python", "dataset_download.py"]
+    for name, value in options.items():
+        if value not in (None, ""):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 def cut_back(folder: Path, metadata: dict | None) -> dict | None:
@@ -604,6 +784,9 @@ def prepare(args: argparse.Namespace) -> None:
     recorded = {split: read_metadata(output / split) for split in targets}
     names, asked = asked_for(args, recorded["validation"] or recorded["train"])
     refuse_other_arguments(output, recorded, asked, targets)
+    for split, metadata in recorded.items():
+        if metadata and is_old_format(output / split, metadata):
+            raise InputError(old_format(output, split))
     splits = {split: cut_back(output / split, recorded[split]) for split in targets if targets[split]}
     if all(metadata and metadata["finished"] for metadata in splits.values()):
         print("already prepared")
@@ -611,13 +794,14 @@ def prepare(args: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(args.tokenizer)
         earlier = recorded["validation"] or recorded["train"] or {}
         revision = earlier.get("revision", asked.get("revision", args.revision))
-        source = open_source(names, revision, args.text_column, asked["train_split"])
+        source = open_source(names, revision, args.text_column, asked["train_split"], args.split_paragraphs)
         for split, known in splits.items():
             splits[split] = known or new_metadata(args, asked, source, tokenizer, split, targets[split])
         check_disk(output, source, splits)
         with locked(output):
             if recorded != {split: read_metadata(output / split) for split in targets}:
                 raise InputError(f"{output}: another process has just written here: run the same command again")
+            remove_temporary_files(output)
             check_source_files(output, source, fresh=not earlier)
             prepare_splits(output, source, tokenizer, splits)
     for split, metadata in splits.items():
@@ -635,6 +819,7 @@ def asked_for(args: argparse.Namespace, earlier: dict | None) -> tuple[list[str]
         "requested_revision": args.revision,
         "train_split": args.split or "train",
         "text_column": args.text_column,
+        "split_paragraphs": args.split_paragraphs,
         "tokenizer": tokenizer_name(args.tokenizer),
         "chunk_tokens": args.chunk_tokens,
     }
@@ -683,13 +868,16 @@ def refuse_other_arguments(output: Path, recorded: dict, asked: dict, targets: d
 
 
 def bytes_needed(source: Source, splits: dict[str, dict]) -> int:
-    """Disk for what is left to do: 2 bytes a token and 8 a document, at 100 tokens a document and more."""
+    """Disk for what is left to do, at 100 tokens a document and more.
+
+    A token takes 2 bytes; a document 2 for its end-of-text token and 8 for its offset.
+    """
     tokens = sum(metadata["target_tokens"] for metadata in splits.values())
-    if source.files and all(path.name.endswith((".txt", ".jsonl", ".py")) for path in source.files):
+    if source.files and all(path.name.endswith((*TEXT_SUFFIXES, ".jsonl")) for path in source.files):
         # a token is at least a byte of text
         tokens = min(tokens, sum(path.stat().st_size for path in source.files))
     tokens -= sum(metadata["tokens"] for metadata in splits.values())
-    return max(0, 2 * tokens + 8 * tokens // 100)
+    return max(0, 2 * tokens + 10 * tokens // 100)
 
 
 def check_disk(output: Path, source: Source, splits: dict[str, dict]) -> None:
@@ -746,9 +934,9 @@ def prepare_splits(output: Path, source: Source, tokenizer: Tokenizer, splits: d
             resume = metadata.get("resume") or {"place": None, "skip": rows_read}
             name = "validation" if split == "validation" and not carved else metadata["train_split"]
             encoded = encode_rows(source.read(name, resume["place"]), tokenizer, resume["skip"])
-        leave_one = carved and not halves and split == "validation"
+        leave_some = carved and not halves and split == "validation"
         try:
-            prepare_split(output / split, metadata, encoded, tokenizer, leave_one)
+            prepare_split(output / split, metadata, encoded, tokenizer, leave_some)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -772,7 +960,7 @@ def cut_single_document(source: Source, split: str, tokenizer: Tokenizer, valida
 
 
 def prepare_split(
-    folder: Path, metadata: dict, encoded: Iterator[tuple], tokenizer: Tokenizer, leave_one: bool
+    folder: Path, metadata: dict, encoded: Iterator[tuple], tokenizer: Tokenizer, leave_some: bool
 ) -> None:
     """Write a split. Metadata is rewritten behind each chunk, so that it never names a file not there."""
     split, target = metadata["split"], metadata["target_tokens"]
@@ -781,7 +969,7 @@ def prepare_split(
     before, started = metadata["tokens"], time.monotonic()
     # disable=None: no bar where stderr is not a terminal
     with tqdm(desc=split, total=target, initial=before, unit="token", unit_scale=True, disable=None) as bar:
-        for chunk in split_chunks(encoded, metadata, leave_one, bar.update):
+        for chunk in split_chunks(encoded, metadata, leave_some, bar.update):
             if len(chunk.offsets) == 1:
                 metadata["skipped_documents"] += chunk.skipped
                 break
@@ -809,6 +997,8 @@ def verify(output: Path) -> int:
     problems = 0
     for folder in folders:
         metadata, before = read_metadata(folder), problems
+        if is_old_format(folder, metadata):
+            raise InputError(old_format(output, folder.name))
         for problem in verify_split(folder, metadata):
             print(problem)
             problems += 1
@@ -825,7 +1015,7 @@ def verify_split(folder: Path, metadata: dict) -> Iterator[str]:
     for entry in metadata["chunks"]:
         files = chunk_files(folder, entry)
         damaged = [line for kind, (path, _) in files.items() for line in verify_file(path, entry[f"{kind}_sha256"])]
-        yield from damaged or verify_chunk(folder, entry, metadata["vocab_size"])
+        yield from damaged or verify_chunk(folder, entry, metadata)
     for key in TOTALS:
         total = sum(entry.get(key, 0) for entry in metadata["chunks"])
         # rows without text behind the last document belong to no chunk
@@ -845,15 +1035,23 @@ def verify_file(path: Path, digest: str) -> Iterator[str]:
             yield f"{path} is damaged (another SHA-256 than in metadata.json): {REMEDY}"
 
 
-def verify_chunk(folder: Path, entry: dict, vocab_size: int) -> Iterator[str]:
+def verify_chunk(folder: Path, entry: dict, metadata: dict) -> Iterator[str]:
     """What a SHA-256 cannot tell: whether the content was sound when it was written."""
-    (tokens_path, _), (offsets_path, documents) = chunk_files(folder, entry).values()
+    (tokens_path, length), (offsets_path, documents) = chunk_files(folder, entry).values()
     tokens, offsets = np.load(tokens_path, mmap_mode="r"), np.load(offsets_path)
-    if len(tokens) != entry["tokens"] or any(int(ids.max()) >= vocab_size for ids in slices(tokens)):
-        yield f"{tokens_path}: not {entry['tokens']:,} ids below {vocab_size:,}: {REMEDY}"
-    complete = len(offsets) == documents and offsets[0] == 0 and offsets[-1] == entry["tokens"]
-    if not complete or (np.diff(offsets) < 0).any():
-        yield f"{offsets_path}: not {documents:,} rising offsets from 0 to {entry['tokens']:,}: {REMEDY}"
+    vocab_size = metadata["vocab_size"]
+    if len(tokens) != length or any(int(ids.max()) >= vocab_size for ids in slices(tokens)):
+        yield f"{tokens_path}: not {length:,} ids below {vocab_size:,}: {REMEDY}"
+        return
+    complete = len(offsets) == documents and offsets[0] == 0 and offsets[-1] == length
+    if not complete or (np.diff(offsets) <= 0).any():
+        yield f"{offsets_path}: not {documents:,} rising offsets from 0 to {length:,}: {REMEDY}"
+        return
+    # the end-of-text id stands behind each document, and nowhere else
+    ends = tokens[offsets[1:] - 1] == metadata["eos_id"]
+    separators = sum(int((ids == metadata["eos_id"]).sum()) for ids in slices(tokens))
+    if not ends.all() or separators != entry["documents"]:
+        yield f"{tokens_path}: not an end-of-text token behind each of {entry['documents']:,} documents: {REMEDY}"
 
 
 def report(folder: Path, metadata: dict) -> None:
@@ -861,10 +1059,13 @@ def report(folder: Path, metadata: dict) -> None:
     documents, tokens, size = metadata["documents"], metadata["tokens"], metadata["bytes"]
     kept = 0
     for chunk in metadata["chunks"]:
-        lengths = np.diff(np.load(folder / f"{chunk['name']}.offsets.npy"))
+        lengths = np.diff(np.load(folder / f"{chunk['name']}.offsets.npy")) - 1  # without the end-of-text tokens
         kept += int(np.minimum(lengths, ROW_TOKENS).sum())
     if skipped := metadata.get("skipped_documents"):
         print(f"{folder}: {skipped:,} rows without a string under '{metadata['text_column']}' were skipped")
+    if tokens >= 2 * metadata["target_tokens"]:
+        asked = f"{metadata['target_tokens']:,} tokens were asked for"
+        print(f"{folder}: {asked}, and the last document, which is not cut, made them {tokens:,}")
     if tokens < metadata["target_tokens"]:
         print(f"{folder}: the source ended before {metadata['target_tokens']:,} tokens")
     print(
@@ -876,17 +1077,19 @@ def report(folder: Path, metadata: dict) -> None:
 
 def token_count(text: str) -> int:
     """A whole number of tokens, as in 4000000, 4_000_000 or 4e6."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
     if number < 0 or not number.is_integer():
-        raise ValueError(f"{text} is not a number of tokens")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of tokens, such as 4000000 or 4e6")
     return int(number)
 
 
 def positive_token_count(text: str) -> int:
-    number = token_count(text)
-    if number == 0:
-        raise ValueError("no tokens")
-    return number
+    if token_count(text) == 0:
+        raise argparse.ArgumentTypeError("at least one token is needed")
+    return token_count(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -894,7 +1097,11 @@ def main(argv: list[str] | None = None) -> None:
         prog="dataset_download.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--source", help="hub name, stdlib, a .txt, .jsonl, .jsonl.zst or .parquet file, a folder of them")
+    add(
+        "--source",
+        help="owner/name on the hub; a .txt, .md, .rst, .py, .jsonl, .jsonl.zst or .parquet file, or a folder of "
+        "them; stdlib or site-packages, the source of Python's standard library or of the installed packages",
+    )
     add("--config", help="configuration of a hub source")
     add("--split", help="split of a hub source to train on (default: train)")
     add(
@@ -905,6 +1112,12 @@ def main(argv: list[str] | None = None) -> None:
         "--text_column",
         default="text",
         help="where the rows of .jsonl, .parquet and hub sources keep their text",
+    )
+    add(
+        "--split_paragraphs",
+        action="store_true",
+        help="make each paragraph of a local source a document, drop duplicates, and put them in a fixed random order "
+        "(holds the corpus in memory)",
     )
     add("--tokenizer", default="gpt2", help="gpt2, bytes or PATH.tiktoken")
     add("--target_tokens", type=positive_token_count, default=10_000_000_000, help="for training")

@@ -1,10 +1,12 @@
 """dataset_download.py through its command line, against numpy, tiktoken and hashlib."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -46,6 +48,7 @@ KEYS = {
     "fallback_for",
     "validation_from_train",
     "skipped_documents",
+    "split_paragraphs",
     "tokenizer_sha256",
 }
 TEXTS = ["Hello world.", "", "zwei\n\nZeilen", "<|endoftext|>", "nul\0 \U0001f600", "x" * 300, "last"]
@@ -67,7 +70,7 @@ def refused(capsys, *arguments, **options):
 
 
 def read_split(folder):
-    """Metadata and the list of documents (uint16 arrays), with every promise of the layout checked."""
+    """Metadata and the documents (uint16 arrays, end-of-text tokens taken off), every promise of the layout checked."""
     metadata = json.loads((folder / "metadata.json").read_text())
     assert set(metadata) == KEYS
     token_bytes = np.load(folder / "token_bytes.npy")
@@ -81,10 +84,11 @@ def read_split(folder):
             assert hashlib.sha256(path.read_bytes()).hexdigest() == chunk[f"{kind}_sha256"]
         tokens, offsets = np.load(paths["tokens"]), np.load(paths["offsets"])
         assert tokens.dtype == np.uint16 and offsets.dtype == np.int64
-        assert offsets[0] == 0 and offsets[-1] == len(tokens) == chunk["tokens"]
-        assert (np.diff(offsets) >= 0).all() and len(offsets) == chunk["documents"] + 1
+        assert offsets[0] == 0 and offsets[-1] == len(tokens) == chunk["tokens"] + chunk["documents"]
+        assert (np.diff(offsets) > 0).all() and len(offsets) == chunk["documents"] + 1
         assert token_bytes[tokens].sum() == chunk["bytes"]
-        documents += np.split(tokens, offsets[1:-1])
+        assert np.flatnonzero(tokens == metadata["eos_id"]).tolist() == (offsets[1:] - 1).tolist()
+        documents += [document[:-1] for document in np.split(tokens, offsets[1:-1])]
     for total in ("documents", "tokens", "bytes"):
         assert metadata[total] == sum(chunk[total] for chunk in metadata["chunks"])
     expected = {"metadata.json", "token_bytes.npy", "tokenizer.tiktoken"}
@@ -114,7 +118,7 @@ def write_source(kind, folder, texts):
             below = folder / f"part_{number // 3}"
             below.mkdir(exist_ok=True)
             (below / f"{number:03d}.txt").write_bytes(text.encode())
-        (folder / "README.md").write_text("of no known kind: left out")
+        (folder / "table.csv").write_text("of no known kind: left out")
         return folder
     if kind == "jsonl":
         return write_jsonl(folder / "texts.jsonl", texts)
@@ -174,6 +178,157 @@ def test_standard_library(tmp_path):
     assert not set(filter(None, validation)) & set(train)
     for text in filter(None, train):
         compile(text, "document", "exec")
+
+
+def test_any_utf8_text(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    texts = ["# a\n", "import os\r\n", "Title\n=====\n", "plain", "é\n\n\n"]
+    for name, text in zip(["1.md", "2.py", "3.rst", "4.txt", "5.py"], texts, strict=True):
+        (source / name).write_bytes(text.encode())
+    run(source, tmp_path / "out")
+    assert texts_of(tmp_path / "out/train") == texts
+    run(source / "3.rst", tmp_path / "one")
+    assert texts_of(tmp_path / "one/train") == texts[2:3]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_jsonl(source / "b.jsonl", ["from json", "\ufeffkept: a character of the text"])
+    for name, text in {"a.txt": b"from text", "b.jsonl": (source / "b.jsonl").read_bytes()}.items():
+        (source / name).write_bytes(b"\xef\xbb\xbf" + text)
+    run(source, tmp_path / "out")
+    assert texts_of(tmp_path / "out/train") == ["from text", "from json", "\ufeffkept: a character of the text"]
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
+    source = tmp_path / "source"
+    (source / ".cache").mkdir(parents=True)
+    (source / "below.txt").mkdir()
+    for name in (".hidden.txt", ".cache/a.txt", "c.csv", "below.txt/d.TXT", "a.txt", "below.txt/b.txt"):
+        (source / name).write_text(name)
+    (source / "link.txt").symlink_to("a.txt")
+    run(source, tmp_path / "out")
+    assert texts_of(tmp_path / "out/train") == ["a.txt", "below.txt/b.txt", "a.txt"]
+    assert "3 files are read; left out: 2 hidden, 2 of other kinds" in capsys.readouterr().err
+    run(source / ".hidden.txt", tmp_path / "hidden")  # named, and so meant
+    assert texts_of(tmp_path / "hidden/train") == [".hidden.txt"]
+
+
+@pytest.mark.parametrize("target, reason", [("nowhere", "a link to nothing"), ("..", "a link to a folder")])
+@pytest.mark.parametrize("name", ["link.txt", "link"])
+def test_links_that_would_be_passed_over_are_refused(name, target, reason, tmp_path, capsys):
+    source = write_source("txt", tmp_path / "source", TEXTS)
+    (source / "part_0" / name).symlink_to(target)
+    message = refused(capsys, source, tmp_path / "out")
+    assert str(source / "part_0" / name) in message and reason in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path, capsys, monkeypatch):
+    source = write_source("txt", tmp_path / "source", TEXTS)
+    scandir = os.scandir
+
+    def no_permission(path):  # root may read anything, so the system cannot be asked to refuse
+        if str(path).endswith("part_1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", no_permission)
+    message = refused(capsys, source, tmp_path / "out")
+    assert "Permission denied" in message and "part_1" in message
+
+
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """An environment with three packages, and the files of it that are read, in their order."""
+    root = tmp_path / "environment"
+    contents = {f"{package}/{name}.py": f"# {package}.{name}\n\nimport os\n" for package in "abc" for name in "xyz"}
+    for name, text in contents.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for name in ("a/tests/test_x.py", "b/.hidden.py", "b/data.txt", "b/x.pyc"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text("left out")
+    (root / "c/latin1.py").write_bytes(b"# caf\xe9")
+    paths = {"purelib": str(root), "platlib": str(root)}
+    monkeypatch.setattr("sysconfig.get_paths", lambda: paths)
+    order = sorted(contents, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    return SimpleNamespace(root=root, texts=[contents[name] for name in order])
+
+
+def test_installed_packages(packages, tmp_path, capsys):
+    run("site-packages", tmp_path / "out", validation=30)
+    metadata, _ = read_split(tmp_path / "out/train")
+    assert texts_of(tmp_path / "out/validation") + texts_of(tmp_path / "out/train") == packages.texts
+    assert metadata["source"] == "site-packages" and metadata["revision"].startswith("sha256:")
+    run("site-packages", tmp_path / "same", validation=30)
+    assert read_split(tmp_path / "same/train")[0] == metadata
+    # another environment is another corpus: it gets another revision, and never goes on with what was begun
+    path = tmp_path / "out/train/metadata.json"
+    path.write_text(json.dumps(metadata | {"finished": False}))
+    (packages.root / "a/x.py").write_text("import sys\n")
+    assert "a/x.py was changed" in refused(capsys, "site-packages", tmp_path / "out", validation=30)
+    run("site-packages", tmp_path / "other", validation=30)
+    assert read_split(tmp_path / "other/train")[0]["revision"] != metadata["revision"]
+
+
+def paragraphs_of(texts):
+    """The recipe that made the corpus of the committed results, on texts with Unix line ends."""
+    paragraphs = sorted({part.strip("\n") for text in texts for part in text.split("\n\n")} - {""})
+    return random.Random(0).sample(paragraphs, len(paragraphs))
+
+
+def test_paragraphs_of_the_standard_library(tmp_path):
+    run("stdlib", tmp_path / "out", "--split_paragraphs", validation=100_000)
+    texts = [path.read_text(encoding="utf-8") for path in dataset_download.stdlib_files()]
+    found = texts_of(tmp_path / "out/validation") + texts_of(tmp_path / "out/train")
+    assert found == paragraphs_of(texts)
+    assert read_split(tmp_path / "out/train")[0]["split_paragraphs"] is True
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    texts=st.lists(st.text(st.sampled_from("\nab é"), max_size=30), min_size=1, max_size=9),
+    line_end=st.sampled_from(["\n", "\r\n", "\r"]),
+    stop=st.integers(0, 30),
+    chunk=st.integers(1, 20),
+)
+def test_paragraphs(texts, line_end, stop, chunk):
+    """In the order of the recipe, whatever the line ends, and when the run is stopped and started again."""
+    expected = paragraphs_of(texts)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        source, output = write_jsonl(Path(folder) / "t.jsonl", [t.replace("\n", line_end) for t in texts]), Path(folder)
+        options = ("--split_paragraphs", "--chunk_tokens", chunk)
+        replace, calls = os.replace, iter(range(1_000))
+
+        def stop_later(before, after):
+            if next(calls) == stop:
+                raise KeyboardInterrupt
+            replace(before, after)
+
+        patch.setattr(os, "replace", stop_later)
+        if not expected:
+            with pytest.raises(SystemExit):
+                run(source, output / "out", *options)
+            return
+        for _ in range(2):
+            with contextlib.suppress(SystemExit):
+                run(source, output / "out", *options)
+        assert texts_of(output / "out/train") == expected
+
+
+def test_paragraphs_and_documents_are_different_data(corpus, tmp_path, capsys):
+    run(corpus, tmp_path / "out")
+    message = refused(capsys, corpus, tmp_path / "out", "--split_paragraphs")
+    assert "split_paragraphs False" in message and "asks for True" in message
+    message = refused(capsys, "owner/name", tmp_path / "hub", "--split_paragraphs")
+    assert "--split_paragraphs" in message and "local" in message
+    write_jsonl(tmp_path / "none.jsonl", ["a", *[None] * 11])
+    message = refused(capsys, tmp_path / "none.jsonl", tmp_path / "none", "--split_paragraphs")
+    assert "11 of the first 12 rows" in message
 
 
 def test_layout_with_gpt2_ranks(tmp_path):
@@ -277,6 +432,22 @@ def test_nothing_for_training_is_refused_and_can_be_mended(texts, tmp_path, caps
     write_jsonl(tmp_path / "texts.jsonl", ["a" * 30, "b" * 30])
     run(source, tmp_path / "out", validation=20)
     assert texts_of(tmp_path / "out/train") == ["b" * 30]
+
+
+@pytest.mark.parametrize("left", [9, 899, 900])
+def test_a_document_of_validation_that_is_most_of_the_corpus(left, tmp_path, capsys):
+    texts = ["a" * 1_000, None, "b" * 5, "c" * (left - 5)]
+    write_jsonl(tmp_path / "texts.jsonl", texts)
+    if left < 900:
+        message = refused(capsys, tmp_path / "texts.jsonl", tmp_path / "out", validation=100)
+        assert "1,000 tokens, where 100 were asked for" in message and f"leave {left} for training" in message
+        assert not list(tmp_path.glob("out/*/chunk_*"))
+    else:
+        run(tmp_path / "texts.jsonl", tmp_path / "out", validation=100)
+        assert texts_of(tmp_path / "out/validation") == texts[:1]
+        assert texts_of(tmp_path / "out/train") == texts[2:]
+        said = "100 tokens were asked for, and the last document, which is not cut, made them 1,000"
+        assert f"{tmp_path / 'out/validation'}: {said}" in capsys.readouterr().out
 
 
 def test_restart_after_a_failure_at_any_file(tmp_path, monkeypatch):
@@ -427,7 +598,7 @@ def test_small_disk_is_refused(corpus, tmp_path, capsys, monkeypatch):
     packed = tmp_path / "corpus.jsonl.zst"
     packed.write_bytes(zstandard.ZstdCompressor().compress(corpus.read_bytes()))
     message = refused(capsys, packed, tmp_path / "out")
-    assert "20.8 GB are needed" in message and "3.0 GB are free" in message
+    assert "21.0 GB are needed" in message and "3.0 GB are free" in message
     assert not (tmp_path / "out").exists()
     run(packed, tmp_path / "out", "--target_tokens", "1e9")
     run(corpus, tmp_path / "small")  # the size of the source bounds what it can take
@@ -465,7 +636,7 @@ def test_bad_files(tmp_path, capsys):
         "deep.jsonl": "line 1: not valid JSON",
         "latin1.txt": "not valid UTF-8 at byte 3",
         "corpus.csv": "unknown kind of file",
-        "empty": "no .txt, .jsonl, .jsonl.zst, .parquet file",
+        "empty": "no .txt, .md, .rst, .py, .jsonl, .jsonl.zst, .parquet file",
         "column.parquet": "no 'text' among content",
         "torn.parquet": "not a readable parquet file",
         "torn.jsonl.zst": "Truncated",
@@ -478,19 +649,22 @@ def test_bad_files(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "option",
+    "option, value, reason",
     [
-        ("--target_tokens", "0"),
-        ("--chunk_tokens", "1.5"),
-        ("--validation_tokens", "-1"),
-        ("--target_tokens", "many"),
-        ("--target_tokens", "inf"),
+        ("--target_tokens", "0", "at least one token is needed"),
+        ("--validation_from_train", "0", "at least one token is needed"),
+        ("--chunk_tokens", "1.5", "1.5 is not a whole number of tokens"),
+        ("--validation_tokens", "-1", "-1 is not a whole number of tokens"),
+        ("--target_tokens", "many", "many is not a whole number of tokens"),
+        ("--target_tokens", "inf", "inf is not a whole number of tokens"),
+        ("--target_tokens", "nan", "nan is not a whole number of tokens"),
     ],
 )
-def test_counts_that_are_none(option, corpus, tmp_path, capsys):
+def test_counts_that_are_none(option, value, reason, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(corpus, tmp_path / "out", *option)
-    assert stopped.value.code == 2 and option[0] in capsys.readouterr().err
+        main(["--output_dir", str(tmp_path / "out"), f"{option}={value}"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and option in message and reason in message and "_count" not in message
 
 
 def test_counts_in_any_notation(corpus, tmp_path):
@@ -611,6 +785,24 @@ def test_split_revision_and_text_column(hub, tmp_path, capsys):
     assert texts_of(tmp_path / "local/train") == ["a", "b"]
     message = refused(capsys, tmp_path / "texts.jsonl", tmp_path / "local")
     assert "text_column content" in message and "asks for text" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--validation_tokens", "50"),
+        ("--validation_tokens", "0", "--config", "small", "--revision", "v1"),
+        ("--validation_from_train", "50", "--split", "english", "--chunk_tokens", "900", "--text_column", "text"),
+    ],
+)
+def test_the_preparing_command_is_recorded(options, hub, tmp_path, capsys):
+    hub.contents["owner/name"] = {"train": random_texts(40), "english": random_texts(40), "validation": ["a"]}
+    main(["--source", "owner/name", "--tokenizer", "bytes", "--output_dir", str(tmp_path / "out"), *options])
+    python, script, *arguments = shlex.split(dataset_download.preparing_command(tmp_path / "out"))
+    assert (python, script) == ("python", "dataset_download.py")
+    capsys.readouterr()
+    main(arguments)
+    assert "already prepared" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--config", "--split", "--revision"])

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -104,6 +105,22 @@ def test_signals_at_many_random_moments(number, source, expected, tmp_path):
     for attempt in range(8):
         moments = [chance.uniform(0.3, 1.1) * seconds for _ in range(4)]
         interrupt_until_finished(number, source, tmp_path / f"out_{attempt}", expected, moments)
+
+
+def test_temporary_files_of_a_killed_run_are_removed(source, expected, tmp_path):
+    """A kill while a file is written leaves part of it under another name, and here in a chunk never made again."""
+    output = tmp_path / "out"
+    with start(source, output) as process:
+        begun(process, output)
+        process.kill()
+    (output / "train").mkdir(exist_ok=True)
+    for name in ("validation/chunk_777.tokens.npy.tmp", "train/metadata.json.tmp", "source_files.json.tmp"):
+        (output / name).write_bytes(b"part of it")
+    (output / "notes.tmp").write_bytes(b"of somebody else")
+    run(source, output, *OPTIONS, validation=10_000)
+    assert (output / "notes.tmp").read_bytes() == b"of somebody else"
+    (output / "notes.tmp").unlink()
+    assert files_of(output) == expected
 
 
 def test_control_c_ends_with_one_line(source, expected, tmp_path):
@@ -417,21 +434,28 @@ def test_damage_is_found_and_mended(damage, split, name, tmp_path, capsys):
 
 def test_verify_checks_what_a_hash_cannot(source, tmp_path, capsys):
     output = tmp_path / "out"
-    run(source, output, "--chunk_tokens", 100_000, "--target_tokens", 250_000)
+    run(source, output, "--chunk_tokens", 100_000, "--target_tokens", 400_000)
     folder = output / "train"
     metadata = json.loads((folder / "metadata.json").read_text())
     arrays = {path: np.load(path) for path in folder.glob("chunk_*")}
-    tokens, offsets = folder / "chunk_001.tokens.npy", folder / "chunk_001.offsets.npy"
-    arrays[tokens][-1] = 300
+    # an id that is none, an end-of-text token too many, one that is missing (in three chunks), offsets that fall
+    eos, tokens = metadata["eos_id"], [folder / f"chunk_00{number}.tokens.npy" for number in range(4)]
+    arrays[tokens[0]][-2] = 300
+    arrays[tokens[1]][7] = eos
+    arrays[tokens[2]][-1] = 7
+    offsets = folder / "chunk_003.offsets.npy"
     arrays[offsets][3] = arrays[offsets][5]
-    for path, kind in ((tokens, "tokens_sha256"), (offsets, "offsets_sha256")):
-        metadata["chunks"][1][kind] = dataset_download.write_array(path, arrays[path])
+    for number, path in enumerate([*tokens[:3], offsets]):
+        kind = path.name.split(".")[1]
+        metadata["chunks"][number][f"{kind}_sha256"] = dataset_download.write_array(path, arrays[path])
     metadata["documents"] += 1
     metadata["finished"] = False
     (folder / "metadata.json").write_text(json.dumps(metadata))
     status, lines = verify(output, capsys)
-    assert status == 1 and len(lines) == 4
-    for line, part in zip(lines, ["ids below 257", "rising offsets", "documents", "not finished"], strict=True):
+    separators = "not an end-of-text token behind each"
+    expected = ["ids below 257", separators, separators, "rising offsets", "documents", "not finished"]
+    assert status == 1
+    for line, part in zip(lines, expected, strict=True):
         assert part in line
     shutil.rmtree(folder)
     with pytest.raises(SystemExit) as stopped:
@@ -479,3 +503,29 @@ def test_stopped_at_any_step(stops, chunk):
         run(source, output, "--chunk_tokens", chunk, validation=1_000)
         run(source, Path(folder) / "whole", "--chunk_tokens", chunk, validation=1_000)
         assert files_of(output) == files_of(Path(folder) / "whole")
+
+
+def test_the_old_format_is_refused_with_the_command_that_remakes_it(tmp_path, capsys):
+    """Token files as they were before end-of-text tokens stood behind the documents, made out of today's."""
+    source, output = write_jsonl(tmp_path / "texts.jsonl", random_texts(300)), tmp_path / "out put"
+    run(source, output, "--chunk_tokens", 2_000, "--target_tokens", 9_000, validation=3_000)
+    expected = files_of(output)
+    for path in output.rglob("*.tokens.npy"):
+        tokens = np.load(path)
+        np.save(path, tokens[tokens != 256])
+        offsets = path.with_name(path.name.replace("tokens", "offsets"))
+        np.save(offsets, np.load(offsets) - np.arange(len(np.load(offsets))))
+    before = files_of(output)
+    message = refused(capsys, source, output, "--chunk_tokens", 2_000, "--target_tokens", 9_000, validation=3_000)
+    with pytest.raises(SystemExit) as stopped:
+        dataset_download.main(["--verify", "--output_dir", str(output)])
+    assert stopped.value.code == 2 and capsys.readouterr().err.splitlines() == [message]
+    assert str(output / "validation") in message and "end-of-text token" in message
+    assert files_of(output) == before
+    remove, prepare = message.partition("make them anew with: ")[2].split(" && ")
+    assert shlex.split(remove) == ["rm", "-r", str(output)]
+    shutil.rmtree(output)
+    python, script, *arguments = shlex.split(prepare)
+    assert python == "python" and script == "dataset_download.py"
+    dataset_download.main(arguments)
+    assert files_of(output) == expected
