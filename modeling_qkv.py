@@ -158,7 +158,7 @@ class QKVAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden_states, attention_mask=None, cache=None, **kwargs):
-        """[B, T, n_embd] -> [B, T, n_embd], and the attention weights or None; a cache takes up the T tokens."""
+        """[B, T, n_embd] -> [B, T, n_embd], and the attention weights or None; a cache grows by T tokens."""
         B, T, C = hidden_states.shape
 
         # Project, and split into heads: [B, heads, T, head_dim].
@@ -221,7 +221,7 @@ class QKVBlock(GradientCheckpointingLayer):
 
 
 class QKVPreTrainedModel(PreTrainedModel):
-    """What the library asks of a model. It draws weights as in the paper: N(0, initializer_range), biases 0."""
+    """What the library asks of a model. It draws the paper's weights: N(0, initializer_range), biases 0."""
 
     config_class = QKVConfig
     base_model_prefix = "transformer"
@@ -323,7 +323,7 @@ class QKVForCausalLM(QKVPreTrainedModel, GenerationMixin):
         past_key_values=None,
         **kwargs,
     ):
-        """As QKVModel.forward, but -> logits [B, T, vocab_size], or those of the last logits_to_keep positions.
+        """As QKVModel.forward, -> logits [B, T, vocab_size], or those of the last logits_to_keep positions.
 
         labels: the inputs, shifted in here; -100 is not scored. The loss is their mean cross-entropy in nats.
         """
@@ -356,7 +356,7 @@ class QKVForCausalLM(QKVPreTrainedModel, GenerationMixin):
         return generation_config
 
     def _get_static_cache_init_shape(self):
-        """None makes a static cache wait for its first keys and values. Made ahead, its values get a width."""
+        """None makes a static cache wait for its first keys; made ahead of them, its values get a width."""
         if self.transformer.h[0].attn.value_is_key:
             return None
         return super()._get_static_cache_init_shape()
