@@ -162,16 +162,16 @@ def test_the_golden_losses_are_those_of_a_model_that_learns():
 
 
 def signal_in_step(step, number, monkeypatch):
-    """Let a signal reach this process in the middle of a step, once."""
-    update, updates = torch.optim.AdamW.step, []
+    """Let a signal reach this process in the middle of a step, once; a step has four backward passes."""
+    backward, calls = torch.Tensor.backward, []
 
     def counted(*args, **kwargs):
-        updates.append(1)
-        if len(updates) == step:
+        calls.append(1)
+        if len(calls) == 4 * step:
             signal.raise_signal(number)
-        return update(*args, **kwargs)
+        return backward(*args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    monkeypatch.setattr(torch.Tensor, "backward", counted)
 
 
 def test_a_resumed_run_goes_on_with_rows_it_has_not_seen(data, tmp_path, monkeypatch):
@@ -274,7 +274,7 @@ def test_samples_continue_validation_text(data, whole_run):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_in_hand_and_the_next_start_goes_on(number, data, tmp_path):
     args = arguments(data, tmp_path, "save_interval=1000", ENDLESS)
-    process = to_a_moment("torch.optim:AdamW.step:3:before", tmp_path / "held", args)
+    process = to_a_moment("torch:Tensor.backward:9:before", tmp_path / "held", args)  # the third step: four a step
     wait_until_held(process, tmp_path / "held")
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
@@ -287,7 +287,7 @@ def test_a_signal_saves_the_step_in_hand_and_the_next_start_goes_on(number, data
 
 def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(data, tmp_path):
     args = arguments(data, tmp_path, "save_interval=1000", ENDLESS)
-    held = ["torch.optim:AdamW.step:3:before", str(tmp_path / "held"), str(ROOT / "transformer_KV_1_300_M.py")]
+    held = ["torch:Tensor.backward:5:before", str(tmp_path / "held"), str(ROOT / "transformer_KV_1_300_M.py")]
     process = torchrun(2, TO_A_MOMENT, *held, *args)
     wait_until_held(process, tmp_path / "held")
     process.send_signal(signal.SIGTERM)
