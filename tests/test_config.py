@@ -22,6 +22,7 @@ SCRIPTS = {alias: script_of(alias) for alias in VARIANTS}
 GROUPED = {alias for alias, row in VARIANTS.items() if row["groups"]}
 SCRIPT = SCRIPTS["kqv"]  # owns the text that the scripts share; another test holds the others to it
 CONFIGS = {"model": ROOT / "configs/model_config_demo.yaml", "train": ROOT / "configs/train_config_demo.yaml"}
+ONE_STEP = ("target_tokens=256", "warmup_steps=0")
 examples = settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
@@ -404,7 +405,7 @@ def test_the_resolved_configs_are_what_was_asked_for_and_give_the_same_run_again
 def test_n_inner_is_four_times_the_width_unless_set(data, tmp_path):
     model = altered(tmp_path, "model", n_inner=None)
     settings = [setting for setting in TINY_MODEL if not setting.startswith("n_inner")]
-    run(SCRIPT, tmp_path / "out", *settings, *TINY_RUN, *data, "target_tokens=256", "warmup_steps=0", model=model)
+    run(SCRIPT, tmp_path / "out", *settings, *TINY_RUN, *data, *ONE_STEP, model=model)
     assert read(tmp_path / "out/model_config.yaml")["n_inner"] == 4 * 32
 
 
@@ -412,7 +413,7 @@ def test_numbers_in_scientific_notation_are_numbers_in_the_file_and_on_the_comma
     """PyYAML takes 2e-4 for text."""
     path = altered(tmp_path, "train", learning_rate=..., min_lr=...)
     path.write_text(path.read_text() + "learning_rate: 2e-4\nmin_lr: 0\n")
-    settings = [s for s in TINY_RUN if not s.startswith(("learning_rate", "min_lr"))] + ["target_tokens=256", "warmup_steps=0"]
+    settings = [s for s in TINY_RUN if not s.startswith(("learning_rate", "min_lr"))] + [*ONE_STEP]
     in_file = run(SCRIPT, tmp_path / "a", *TINY_MODEL, *settings, *data, train=path)
     typed = run(SCRIPT, tmp_path / "b", *TINY_MODEL, *settings, *data, "learning_rate=2e-4", "min_lr=0")
     assert in_file == typed
@@ -424,14 +425,14 @@ def test_numbers_in_scientific_notation_are_numbers_in_the_file_and_on_the_comma
 def test_settings_go_before_between_and_after_the_options(data, tmp_path):
     configs = ["--model_config", str(CONFIGS["model"]), "--train_config", str(CONFIGS["train"])]
     output = ["--output_dir", str(tmp_path / "out")]
-    SCRIPT.main(["seed=3", *TINY_MODEL, *configs, *TINY_RUN, "dropout=0.3", *output, *data, "target_tokens=256", "warmup_steps=0"])
+    SCRIPT.main(["seed=3", *TINY_MODEL, *configs, *TINY_RUN, "dropout=0.3", *output, *data, *ONE_STEP])
     assert read(tmp_path / "out/model_config.yaml")["dropout"] == 0.3
     train = read(tmp_path / "out/train_config.yaml")
     assert (train["seed"], train["target_tokens"]) == (3, 256)
 
 
 def test_the_last_of_two_values_counts(data, tmp_path):
-    run(SCRIPT, tmp_path / "out", "seed=3", *TINY_MODEL, *TINY_RUN, *data, "target_tokens=256", "warmup_steps=0", "seed=4")
+    run(SCRIPT, tmp_path / "out", "seed=3", *TINY_MODEL, *TINY_RUN, *data, *ONE_STEP, "seed=4")
     assert read(tmp_path / "out/train_config.yaml")["seed"] == 4
 
 
@@ -634,7 +635,7 @@ def test_data_come_from_the_folder_named(key, observed, other_data):
 
 
 def one_step(data, tmp_path, *settings):
-    return run(SCRIPT, tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, "target_tokens=256", "warmup_steps=0", *settings)
+    return run(SCRIPT, tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, *ONE_STEP, *settings)
 
 
 @pytest.mark.parametrize(("value", "compiled"), [("true", True), ("false", False), ("auto", False)])

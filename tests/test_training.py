@@ -18,10 +18,8 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, TINY_MODEL, TINY_RUN, VARIANTS, prepare, script_of
 
-import transformer_KQV_300_M
-import transformer_KV_1_300_M
+import transformer_KV_1_300_M as KV
 
-KV = transformer_KV_1_300_M
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 TO_A_MOMENT = Path(__file__).with_name("to_a_moment.py")
 ENDLESS = "target_tokens=1000000000000"  # a run that no signal can come too late for
