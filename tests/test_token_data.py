@@ -25,7 +25,10 @@ examples = settings(max_examples=60, deadline=None, derandomize=True)
 
 def documents_of(lengths):
     """Documents of these lengths, whose tokens follow from their number."""
-    return [np.random.default_rng(i).integers(0, EOS, length).astype(np.uint16) for i, length in enumerate(lengths)]
+    documents = []
+    for i, length in enumerate(lengths):
+        documents.append(np.random.default_rng(i).integers(0, EOS, length).astype(np.uint16))
+    return documents
 
 
 def write(folder, documents, chunks=None, finished=True, vocabulary=TOKEN_BYTES):
@@ -37,7 +40,8 @@ def write(folder, documents, chunks=None, finished=True, vocabulary=TOKEN_BYTES)
     for number, count in enumerate(chunks):
         chunk = [np.append(document, eos) for document in islice(left, count)]
         offsets = np.cumsum([0, *map(len, chunk)]).astype(np.int64)
-        entry = {"name": f"chunk_{number:03d}", "documents": count, "tokens": int(offsets[-1]) - count, "bytes": 0}
+        entry = {"name": f"chunk_{number:03d}"}
+        entry |= {"documents": count, "tokens": int(offsets[-1]) - count, "bytes": 0}
         for kind, array in (("tokens", np.concatenate(chunk).astype(np.uint16)), ("offsets", offsets)):
             path = folder / f"{entry['name']}.{kind}.npy"
             np.save(path, array)
@@ -112,7 +116,8 @@ def test_rows_hold_the_documents_at_every_edge(case, sequence):
     seq_length=st.integers(2, 17),
 )
 def test_rows_hold_the_documents_whatever_their_lengths_and_chunks(sequence, chunks, seq_length):
-    check_rows([length for chunk in chunks for length in chunk], [len(chunk) for chunk in chunks], seq_length, sequence)
+    lengths = [length for chunk in chunks for length in chunk]
+    check_rows(lengths, [len(chunk) for chunk in chunks], seq_length, sequence)
 
 
 @examples
@@ -205,7 +210,8 @@ ROWS = 23
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
     """A data set whose padded row i begins with token i."""
-    return write(tmp_path_factory.mktemp("numbered"), [np.full(3, i, np.uint16) for i in range(ROWS)], [9, 14])
+    documents = [np.full(3, i, np.uint16) for i in range(ROWS)]
+    return write(tmp_path_factory.mktemp("numbered"), documents, [9, 14])
 
 
 def order(path, count, batch_size=3, seed=5, **place):
@@ -299,7 +305,7 @@ def change(folder, name, make):
 
 
 def older_format(folder):
-    """As it was before end-of-text tokens: the same metadata, the documents alone, their offsets among them."""
+    """As it was before end-of-text tokens: the same metadata, only the documents, their offsets."""
     for path in folder.glob("*.offsets.npy"):
         offsets = np.load(path)
         name = path.name.replace("offsets", "tokens")
@@ -307,8 +313,9 @@ def older_format(folder):
         np.save(path, offsets - np.arange(len(offsets)))
 
 
-METADATA, TOKENS, OFFSETS = "metadata.json", "chunk_001.tokens.npy", "chunk_001.offsets.npy"
-DAMAGE = {  # what is done to the folder, and the file that the message names
+METADATA, BYTES = "metadata.json", "token_bytes.npy"
+TOKENS, OFFSETS = "chunk_001.tokens.npy", "chunk_001.offsets.npy"
+DAMAGE = {  # what is done to the folder, and what the message names
     "no metadata": (lambda folder: (folder / METADATA).unlink(), METADATA),
     "unfinished": (lambda folder: rewrite(folder, finished=False), "not finished"),
     "metadata cut off": (lambda folder: half(folder / METADATA), METADATA),
@@ -320,32 +327,32 @@ DAMAGE = {  # what is done to the folder, and the file that the message names
     "another eos_id": (lambda folder: rewrite(folder, eos_id=3), "chunk_000.tokens.npy"),
     "eos_id beyond the vocabulary": (lambda folder: rewrite(folder, eos_id=EOS + 1), METADATA),
     "eos_id below zero": (lambda folder: rewrite(folder, eos_id=-1), METADATA),
-    "chunk missing": (lambda folder: (folder / TOKENS).unlink(), TOKENS),
-    "offsets missing": (lambda folder: (folder / OFFSETS).unlink(), OFFSETS),
-    "token_bytes missing": (lambda folder: (folder / "token_bytes.npy").unlink(), "token_bytes.npy"),
-    "tokens cut off": (lambda folder: half(folder / TOKENS), TOKENS),
-    "offsets cut off": (lambda folder: half(folder / OFFSETS), OFFSETS),
-    "tokens empty": (lambda folder: (folder / TOKENS).write_bytes(b""), TOKENS),
-    "offsets empty": (lambda folder: (folder / OFFSETS).write_bytes(b""), OFFSETS),
-    "token_bytes empty": (lambda folder: (folder / "token_bytes.npy").write_bytes(b""), "token_bytes.npy"),
-    "token_bytes short": (lambda folder: change(folder, "token_bytes.npy", lambda a: a[:-1]), "token_bytes.npy"),
-    "token_bytes text": (lambda folder: change(folder, "token_bytes.npy", lambda a: a.astype(str)[:9]), "token_bytes"),
     "tokens no array": (lambda folder: (folder / TOKENS).write_text("tokens"), TOKENS),
-    "tokens of another type": (lambda folder: change(folder, TOKENS, lambda a: a.astype(np.int32)), TOKENS),
-    "tokens in two rows": (lambda folder: change(folder, TOKENS, lambda a: np.stack([a, a], axis=1)), TOKENS),
-    "tokens a number": (lambda folder: change(folder, TOKENS, lambda a: a[0]), TOKENS),
-    "a token more": (lambda folder: change(folder, TOKENS, lambda a: np.append(a, a[-1])), TOKENS),
-    "a token less": (lambda folder: change(folder, TOKENS, lambda a: a[:-1]), TOKENS),
-    "no end of text at the end": (lambda folder: change(folder, TOKENS, lambda a: np.append(a[:-1], a[:1])), TOKENS),
-    "offsets reversed": (lambda folder: change(folder, OFFSETS, lambda a: a[::-1]), OFFSETS),
-    "offsets that fall": (lambda folder: change(folder, OFFSETS, lambda a: a[[0, 2, 1, 3]]), OFFSETS),
-    "offsets that stand": (lambda folder: change(folder, OFFSETS, lambda a: a[[0, 1, 1, 3]]), OFFSETS),
-    "offsets below zero": (lambda folder: change(folder, OFFSETS, lambda a: np.append(-5, a[1:])), OFFSETS),
-    "offsets beyond the tokens": (lambda folder: change(folder, OFFSETS, lambda a: np.append(a[:-1], 99)), OFFSETS),
-    "offsets that are no integers": (lambda folder: change(folder, OFFSETS, lambda a: a.astype(float)), OFFSETS),
-    "an offset less": (lambda folder: change(folder, OFFSETS, lambda a: a[[0, 2, 3]]), OFFSETS),
     "older format": (older_format, "chunk_000"),
 }
+for name in (TOKENS, OFFSETS, BYTES):
+    DAMAGE[f"{name} missing"] = (lambda folder, name=name: (folder / name).unlink(), name)
+    DAMAGE[f"{name} cut off"] = (lambda folder, name=name: half(folder / name), name)
+    DAMAGE[f"{name} empty"] = (lambda folder, name=name: (folder / name).write_bytes(b""), name)
+OTHER_ARRAYS = {  # arrays that are whole, in the place of the right ones
+    "token_bytes short": (BYTES, lambda array: array[:-1]),
+    "token_bytes text": (BYTES, lambda array: array.astype(str)),
+    "tokens of another type": (TOKENS, lambda array: array.astype(np.int32)),
+    "tokens in two columns": (TOKENS, lambda array: np.stack([array, array], axis=1)),
+    "tokens a number": (TOKENS, lambda array: array[0]),
+    "a token more": (TOKENS, lambda array: np.append(array, array[-1])),
+    "a token less": (TOKENS, lambda array: array[:-1]),
+    "no end of text at the end": (TOKENS, lambda array: np.append(array[:-1], array[:1])),
+    "offsets reversed": (OFFSETS, lambda array: array[::-1]),
+    "offsets that fall": (OFFSETS, lambda array: array[[0, 2, 1, 3]]),
+    "offsets that stand": (OFFSETS, lambda array: array[[0, 1, 1, 3]]),
+    "offsets below zero": (OFFSETS, lambda array: np.append(-5, array[1:])),
+    "offsets beyond the tokens": (OFFSETS, lambda array: np.append(array[:-1], 99)),
+    "offsets that are no integers": (OFFSETS, lambda array: array.astype(float)),
+    "an offset less": (OFFSETS, lambda array: array[[0, 2, 3]]),
+}
+for case, (name, make) in OTHER_ARRAYS.items():
+    DAMAGE[case] = (lambda folder, name=name, make=make: change(folder, name, make), name)
 
 
 @each_sequence
@@ -384,7 +391,8 @@ CHUNK_KEYS = ["name", "documents", "tokens", "bytes", "tokens_sha256", "offsets_
 PLACES = [[], ["chunks", 0], *([key] for key in KEYS), *(["chunks", 0, key] for key in CHUNK_KEYS)]
 TEXT = st.text(max_size=5)
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from([0, 1, -1, 61.0])
-JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
+SHORT = {"max_size": 3}
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, **SHORT) | st.dictionaries(TEXT, inner, **SHORT))
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +429,9 @@ def test_whatever_stands_in_metadata_the_rows_are_right_or_refused_in_a_line(ove
 def test_a_token_beyond_the_vocabulary_ends_the_reading_with_the_name_of_its_file(sequence, tmp_path):
     """It is found where it is read: looking through all tokens would take a minute at 10B."""
     folder = write(tmp_path / "train", documents_of([9, 30, 12]), [1, 2])
-    change(folder, TOKENS, lambda tokens: np.where(np.arange(len(tokens)) == 3, EOS + 1, tokens).astype(np.uint16))
+    tokens = np.load(folder / TOKENS)
+    tokens[3] = EOS + 1
+    np.save(folder / TOKENS, tokens)
     loader = SCRIPT.get_dataloader(folder, 1, 8, sequence)
     with pytest.raises(SCRIPT.RunError) as caught:
         list(loader)
@@ -459,7 +469,7 @@ def model_of(dropout=0.0, n_positions=T):
 
 
 def expected_of(model, rows, is_text):
-    """An evaluation in numpy: the log-probability of each token of a row but the first, from the model's logits."""
+    """An evaluation in numpy: the log-probability of each token of a row but the first, from the logits."""
     with torch.no_grad():
         logits = model(torch.from_numpy(rows))[0][:, :-1].double().numpy()
     targets, text = rows[:, 1:], is_text[:, 1:]
@@ -534,7 +544,8 @@ SCRIPT.TokenDataset.__getitem__ = lambda self, i: read.append(int(i)) or whole(s
 SCRIPT.init_distributed()
 for sequence, batch_size, max_batches in CASES:
     read.clear()
-    results = SCRIPT.evaluate(model_of(), SCRIPT.get_dataloader(sys.argv[3], batch_size, T, sequence), max_batches)
+    loader = SCRIPT.get_dataloader(sys.argv[3], batch_size, T, sequence)
+    results = SCRIPT.evaluate(model_of(), loader, max_batches)
     with open(f"{sys.argv[4]}/rank_{SCRIPT.RANK}.jsonl", "a") as file:
         file.write(json.dumps([results, read]) + "\\n")
 SCRIPT.dist.destroy_process_group()
@@ -583,11 +594,13 @@ def test_the_batch_size_does_not_change_an_evaluation(batch_size, sequence, spli
 
 def test_packed_rows_are_text_but_for_the_end_of_each_chunk(tmp_path):
     model = model_of()
-    full = write(tmp_path / "full", documents_of([11, 23, 11]), [2, 1])  # 3 rows of 12 and 1, with the ends of text
+    # with the ends of text, 36 tokens and 12: three rows and one
+    full = write(tmp_path / "full", documents_of([11, 23, 11]), [2, 1])
     results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(full, 2, T, "packed"))
     assert results["padding_fraction"] == 0
     assert results["text_loss"] == results["loss"]
-    tail = write(tmp_path / "tail", documents_of([11, 4, 23, 2]), [2, 2])  # 17 tokens and 27: two rows and three
+    # 17 tokens and 27: two rows and three
+    tail = write(tmp_path / "tail", documents_of([11, 4, 23, 2]), [2, 2])
     results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(tail, 2, T, "packed"))
     assert results["padding_fraction"] == pytest.approx((7 + 9) / 60)
     assert results["text_loss"] != results["loss"]
@@ -631,7 +644,7 @@ ten_million = pytest.param(10_000_000, marks=[pytest.mark.slow, pytest.mark.time
 @pytest.mark.parametrize("total", [60_000, ten_million])
 @each_sequence
 def test_an_evaluation_is_that_of_transformers_on_the_same_tokens(sequence, total, tmp_path):
-    """The size of the paper's validation set, in the slow test: its rows by numpy, its losses by GPT2LMHeadModel."""
+    """Rows by numpy, losses by GPT2LMHeadModel; in the slow test, of the size of the paper's validation set."""
     T, lengths = 256, np.random.default_rng(0).lognormal(5, 1, total // 245).astype(int)
     documents, model = documents_of(lengths), model_of(n_positions=T)
     chunks = [len(documents) // 2, len(documents) - len(documents) // 2]
