@@ -1,20 +1,23 @@
 """Output folders of training runs -> the paper's Tables 4 and 10, over seeds, and the figures.
 
-    python results_table.py                                  # the outputs_* folders here: a table for each kind of run
+    python results_table.py                      # the outputs_* folders here: a table for each kind of run
     python results_table.py outputs_kqv outputs_gqa --format markdown
     python results_table.py outputs_replicate --output_dir results/reduced_scale
 
-A folder of runs is searched one level deep. A table holds runs of one shape and one data protocol; a row, those of one
-variant that differ in the seed alone. A row marked * was trained otherwise than QKV, as the lines below the table say.
+A folder of runs is searched one level deep. A table holds runs of one shape and one data protocol; a row, those
+of one variant that differ in the seed alone. A row marked * was trained otherwise than QKV, as the lines
+below the table say.
 
-    perplexity        of the final evaluation, over every position, filling included: the paper's protocol. A model
-                      that was trained with the filling masked cannot predict it, so this figure is of no use there
+    perplexity        of the final evaluation, over all positions, padding included: the paper's protocol. A
+                      model that was trained with the padding masked cannot predict it: there it says nothing
     text perplexity   over the tokens of the documents alone
     ±                 half of the range over the seeds, beside their mean
     vs QKV            from runs of the same seed, which read the same data in the same order
 
-Incomplete runs are listed below the table and enter no mean. --output_dir writes results_table.md, results_table.json,
-validation_curves.png and pareto.png.
+Incomplete runs are listed below the table and enter no mean. --output_dir writes results_table.md,
+results_table.json, validation_curves.png and pareto.png. Runs over sizes, tokens and rates: scaling_table.py.
+
+Contents: reading, comparing, printing, plotting, command line.
 """
 
 import argparse
@@ -32,11 +35,13 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
+import pydantic
 import torch
 import yaml
+from tabulate import tabulate
 
 import analysis_computation_profiler as profiler
-import transformer_KQV_300_M as script  # what the training scripts share: their configs, logs and checkpoints
+import transformer_KQV_300_M as script  # what the training scripts share
 from analysis_computation_profiler import PERPLEXITY, SIZES, VARIANTS, Variant
 from dataset_download import InputError, write_atomically
 
@@ -45,20 +50,25 @@ PUBLISHED_CHANGE = {  # percent, as Tables 4 and 10 state it
     "1.2B": {"kv": 2.48, "gqa": 0.52, "mqa": 1.06, "qgqa": 3.08, "qmqa": 4.16},
 }
 TABLES = {"300M": ["300M (Table 4)"], "1.2B": ["1.2B (Table 10)"]}
-FIGURES = ("perplexity", "text_perplexity", "text_loss")  # of an evaluation
+FIGURES = ("perplexity", "text_perplexity", "loss", "text_loss")  # of an evaluation
 SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
 GROUPED_BY = {*SHAPE, "n_kv_groups", "sequence", "score_padding", "seq_length"}  # or the variant itself
+FORMER_KEYS = {"plain_attention"}  # of configs, in the folders of earlier runs
 UNKNOWN = {  # what is said of runs that have not recorded it
     "variant": "Variant taken from the folder's name",
     "train_data": "Training data known by path",
     "val_data": "Validation data known by path",
 }
-NO_MATTER = {  # to the weights, but for rounding; the global batch stands in for its three factors
-    "use_flash_attention", "plain_attention", "compile", "micro_batch_size", "gradient_accumulation", "num_gpus",
-    "eval_batches", "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "sample_tokens", "wandb",
-}  # fmt: skip
+# Settings that cannot change the result, but for rounding. The global batch stands in for its three factors,
+# and the contents of the data for their paths.
+CANNOT_CHANGE_THE_RESULT = (
+    "use_flash_attention", "compile", "micro_batch_size", "gradient_accumulation", "num_gpus",
+    "train_data", "val_data", "eval_batches", "log_interval", "eval_interval", "save_interval",
+    "keep_checkpoints", "sample_tokens", "wandb",
+)  # fmt: skip
 
 
+# -----------------------------------------------------------------------------
 # Reading
 
 
@@ -71,34 +81,38 @@ def find_runs(paths):
             raise InputError(f"{path}: no runs found, neither a metrics.jsonl nor a folder with one")
         runs += [Run(folder) for folder in folders]
     if not runs:
-        raise InputError("no runs found: no folder outputs_* with a metrics.jsonl is here; name the runs' folders")
+        raise InputError(
+            "no runs found: no folder outputs_* with a metrics.jsonl is here; name the runs' folders"
+        )
     return runs
 
 
 def is_run(folder):
-    return (folder / "metrics.jsonl").exists()
+    """Whether a training script has written into a folder: its log, or a checkpoint whose log is gone."""
+    return (folder / "metrics.jsonl").exists() or bool(checkpoints(folder))
 
 
 class Run:
     """An output folder: its variant and settings, how far it got and what its evaluations came to."""
 
     def __init__(self, folder):
-        self.folder, self.about = folder, recorded(folder)
+        self.folder = folder
+        self.about = recorded(folder)
         self.alias = alias_of(folder, self.about)
         own = import_module(VARIANTS[self.alias]["script"]["300M"].removesuffix(".py"))
-        try:
-            model = own.read_config(own.ModelConfig, folder / "model_config.yaml", {})
-            self.config = script.read_config(script.TrainingConfig, folder / "train_config.yaml", {})
-        except ValueError as error:  # the RunError of either script
-            raise InputError(str(error)) from error
-        self.variant, self.seed = Variant(self.alias, "300M", **asdict(model)), self.config.seed
-        self.step, self.evaluations = read_evaluations(folder / "metrics.jsonl")
+        model = read_config(own.ModelConfig, folder / "model_config.yaml")
+        self.config = read_config(script.TrainingConfig, folder / "train_config.yaml")
+        self.variant = Variant(self.alias, "300M", **asdict(model))
+        self.seed = self.config.seed
+        self.step, self.evaluations, self.unreadable = read_metrics(folder / "metrics.jsonl")
 
     @cached_property
     def final(self):
         """The evaluation after the last step, or None: then the run is incomplete."""
-        last = ("final", self.config.total_steps)
-        return next((e for e in self.evaluations if (e["kind"], e["step"]) == last), None)
+        for evaluation in self.evaluations:
+            if (evaluation["kind"], evaluation["step"]) == ("final", self.config.total_steps):
+                return evaluation
+        return None
 
     @cached_property
     def size(self):
@@ -111,31 +125,44 @@ class Run:
         return self.config.sequence == "padded" and self.config.score_padding
 
     @property
+    def protocol(self):
+        """What is in a row, and what of it counts in the training loss."""
+        if self.config.sequence == "packed":
+            return "packed"
+        return "padded, padding " + ("scored" if self.config.score_padding else "masked")
+
+    @property
     def place(self):
         """Which table the run belongs to, in the order of the tables."""
-        c, first = self.config, SIZES.index(self.size) if self.size else len(SIZES)
+        first = SIZES.index(self.size) if self.size else len(SIZES)
+        c = self.config
         return first, *shape(self.variant.config), c.seq_length, not self.as_published, c.sequence
 
     @property
     def title(self):
         """Of its table: the shape, and the data protocol."""
-        c, model = self.config, self.variant.config
+        model = self.variant.config
         shape = [
             f"{model.n_layer} layers, d {model.n_embd}, {model.n_head} heads",
-            f"feed-forward {model.n_inner:,}, {model.n_positions:,} positions, vocabulary {model.vocab_size:,}",
+            f"feed-forward {model.n_inner:,}, {model.n_positions:,} positions, "
+            f"vocabulary {model.vocab_size:,}",
         ]
-        filling = "" if c.sequence == "packed" else ", filling " + ("scored" if c.score_padding else "masked")
-        return [*TABLES.get(self.size, shape), f"{c.sequence} rows of {c.seq_length:,} tokens{filling}"]
+        sequence, _, padding = self.protocol.partition(", ")
+        rows = f"{sequence} rows of {self.config.seq_length:,} tokens"
+        return [*TABLES.get(self.size, shape), f"{rows}, {padding}" if padding else rows]
 
     @cached_property
     def setup(self):
-        """What has to be the same if runs are to differ in variant and seed alone; data by its contents, if known."""
+        """What is the same where runs differ in variant and seed alone; data by contents, if known."""
         c = self.config
+        left_out = GROUPED_BY | set(CANNOT_CHANGE_THE_RESULT) | {"seed"}
         settings = asdict(self.variant.config) | asdict(c)
-        settings = {key: value for key, value in settings.items() if key not in GROUPED_BY | NO_MATTER | {"seed"}}
+        settings = {key: value for key, value in settings.items() if key not in left_out}
         for split in ("train_data", "val_data"):
             chunks = self.about.get(split)
-            settings[split] = fingerprint(chunks) if chunks else f"{settings[split]}, contents not recorded,"
+            settings[split] = (
+                fingerprint(chunks) if chunks else f"{getattr(c, split)}, contents not recorded,"
+            )
         return settings | {
             "rows a step": c.rows_per_step,
             "rows evaluated": c.eval_batches * c.micro_batch_size if c.eval_batches else "all",
@@ -145,29 +172,64 @@ class Run:
         """The run in the JSON."""
         evaluated = self.evaluations[-1] if self.evaluations else {}
         return {
-            "folder": self.folder.name, "alias": self.alias, "variant": self.variant.paper, "seed": self.seed,
-            "complete": self.final is not None, "step": self.step, "steps": self.config.total_steps,
-            "evaluated_at": evaluated.get("step"), **{key: evaluated.get(key) for key in FIGURES}, "setup": self.setup,
-        }  # fmt: skip
+            "folder": self.folder.name,
+            "alias": self.alias,
+            "variant": self.variant.paper,
+            "seed": self.seed,
+            "complete": self.final is not None,
+            "step": self.step,
+            "steps": self.config.total_steps,
+            "evaluated_at": evaluated.get("step"),
+            **{key: evaluated.get(key) for key in FIGURES},
+            "setup": self.setup,
+        }
 
 
 def recorded(folder):
     """What a run recorded of itself: its variant, by the name of its script, and the chunks of its data."""
     about = folder / "run.yaml"
     if about.exists():
-        try:
-            return dict(yaml.safe_load(about.read_text(encoding="utf-8")))
-        except (TypeError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{about}: expected a YAML file of 'key: value' lines") from error
-    for path in (*script.checkpoints(folder).values(), folder / "final_model.pt"):
+        return read_yaml(about)
+    for path in (*checkpoints(folder), folder / "final_model.pt"):
         with contextlib.suppress(Exception):  # a damaged file can fail in any way; the next one may be whole
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return {"variant": contents["variant"], "train_data": contents.get("data")}
     return {}
 
 
+def checkpoints(folder):
+    """The checkpoints of a run, the newest first."""
+    numbered = {}
+    for path in folder.glob("checkpoint_step_*.pt"):
+        step = path.stem.removeprefix("checkpoint_step_")
+        if step.isdecimal():
+            numbered[int(step)] = path
+    return [numbered[step] for step in sorted(numbered, reverse=True)]
+
+
+def read_yaml(path):
+    try:
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: expected a YAML file of 'key: value' lines ({reason})") from error
+
+
+def read_config(kind, path):
+    """A ModelConfig or TrainingConfig out of a folder of a run; InputError names the key that is wrong."""
+    values = {key: value for key, value in read_yaml(path).items() if key not in FORMER_KEYS}
+    try:
+        return kind(**values)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or kind.__name__
+        raise InputError(f"{path}: {key}: {first['msg']} (got {first['input']!r})") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def alias_of(folder, about):
-    """The variant by what the run recorded, else by its folder's name: a script's default, or ALIAS_anything."""
+    """The variant as recorded, else by the folder's name: a script's default, or ALIAS_anything."""
     if "variant" in about:
         names = {row["script"]["300M"]: alias for alias, row in VARIANTS.items()}
         name = f"transformer_{about['variant']}_300_M.py"
@@ -176,20 +238,57 @@ def alias_of(folder, about):
         names |= {alias: alias for alias in VARIANTS}
         name = folder.name if folder.name in names else folder.name.partition("_")[0]
     if name not in names:
-        raise InputError(f"{folder}: unknown variant: {about.get('variant', 'not recorded, nor told by this name')}")
+        raise InputError(
+            f"{folder}: unknown variant: {about.get('variant', 'not recorded, nor told by this name')}"
+        )
     return names[name]
 
 
-def read_evaluations(path):
-    """The last step in a metrics.jsonl, and its records of evaluations."""
+def read_metrics(path):
+    """The last step in a metrics.jsonl, its evaluations by step, and the number of lines that cannot be read.
+
+    The log is only ever appended to. A killed run leaves a torn line, which is passed over; resumed, it logs the
+    steps since its checkpoint again, and the last record of a step counts.
+    """
     try:
-        records = script.read_metrics(path)
-        wanted = ("kind", "step", "tokens", *FIGURES)
-        evaluations = [{key: record[key] for key in wanted} for record in records if record["kind"] != "train"]
-        return max((record["step"] for record in records), default=0), evaluations
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: not the metrics of a training script ({reason})") from error
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing, though checkpoints lie beside it") from error
+
+    evaluations = {}
+    last_step, unreadable = 0, 0
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            unreadable += 1
+            continue
+        where = f"{path}, line {number}"
+        if not isinstance(record, dict) or record.get("kind") not in ("train", "val", "final"):
+            raise InputError(
+                f"{where}: not the metrics of a training script: expected a record of a known kind"
+            )
+        last_step = max(last_step, finite(record, "step", where))
+        if record["kind"] != "train":
+            wanted = ("step", "tokens", "padding_fraction", *FIGURES)
+            numbers = {key: finite(record, key, where) for key in wanted}
+            evaluations[record["step"]] = {"kind": record["kind"]} | numbers
+
+    if unreadable == len(lines) and lines:
+        raise InputError(
+            f"{path}: not the metrics of a training script: none of its {len(lines)} lines is JSON"
+        )
+    return last_step, [evaluations[step] for step in sorted(evaluations)], unreadable
+
+
+def finite(record, key, where):
+    """A number of a record; InputError where it is missing, a text, infinite or not a number."""
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(
+            f"{where}: not the metrics of a training script: {key}: expected a number, got {value!r}"
+        )
+    return value
 
 
 @cache
@@ -206,6 +305,7 @@ def fingerprint(chunks):
     return hashlib.sha256(json.dumps(chunks, sort_keys=True).encode()).hexdigest()[:12]
 
 
+# -----------------------------------------------------------------------------
 # Comparing
 
 
@@ -219,19 +319,29 @@ def table_of(runs):
     """The runs of one place, side by side."""
     rows = {}
     for run in runs:
-        same = rows.setdefault((run.variant.paper, *run.setup.items()), [])
-        if twice := [other for other in same if other.seed == run.seed]:
-            who = f"{run.variant.paper}, seed {run.seed}, same settings"
-            raise InputError(f"{twice[0].folder} and {run.folder}: the same run twice ({who}); name one of them")
-        same.append(run)
+        row = rows.setdefault((run.variant.paper, *run.setup.items()), [])
+        refuse_twice(run, row)
+        row.append(run)
     rows, size = list(rows.values()), runs[0].size
+
     # Where QKV was trained in several ways, the one with the most seeds.
-    reference = max((row for row in rows if row[0].alias == "kqv"), key=lambda row: len(complete(row)), default=[])
+    reference = max(
+        (row for row in rows if row[0].alias == "kqv"), key=lambda row: len(complete(row)), default=[]
+    )
     records = [row_record(row, reference, size or "300M") for row in rows]
-    # Both of the paper's tables are of rows with the filling scored.
-    published = "published" + ("" if size else " at 300M") + ("" if runs[0].as_published else ", filling scored")
+    # Both of the paper's tables are of rows with the padding scored.
+    published = (
+        "published" + ("" if size else " at 300M") + ("" if runs[0].as_published else ", padding scored")
+    )
     about = {"title": runs[0].title, "size": size, "published": published}
     return about | {"rows": records, "notes": notes(rows, reference), "runs": runs}
+
+
+def refuse_twice(run, others):
+    for other in others:
+        if other.seed == run.seed:
+            who = f"{run.variant.paper}, seed {run.seed}, same settings"
+            raise InputError(f"{other.folder} and {run.folder}: the same run twice ({who}); name one of them")
 
 
 def complete(row):
@@ -243,17 +353,24 @@ def row_record(row, reference, published_at):
     variant, alias = row[0].variant, row[0].alias
     cached = profiler.cache_account(variant, [])
     record = {
-        "variant": variant.paper + ("*" if differences(row, reference) else ""), "alias": alias, "seeds": complete(row),
-        "parameters": variant.parameters["total"], "cache_bytes_per_token": cached["bytes_per_token"],
+        "variant": variant.paper + ("*" if differences(row, reference) else ""),
+        "alias": alias,
+        "seeds": complete(row),
+        "parameters": variant.parameters["total"],
+        "cache_bytes_per_token": cached["bytes_per_token"],
         "cache_reduction_percent": cached["reduction_percent"],
         "published": PERPLEXITY[published_at].get(alias),
         "published_vs_qkv": PUBLISHED_CHANGE[published_at].get(alias),
-    }  # fmt: skip
+    }
+
+    # Changes are those of a seed, against QKV's run of the same seed.
     finals, of_qkv = ({run.seed: run.final for run in runs if run.final} for runs in (row, reference))
-    pairs = [(final, of_qkv[seed]) for seed, final in finals.items() if seed in of_qkv and row is not reference]
+    pairs = [
+        (final, of_qkv[seed]) for seed, final in finals.items() if seed in of_qkv and row is not reference
+    ]
     for key in FIGURES:
         record |= mean(key, [final[key] for final in finals.values()])
-        change = (lambda a, b: a - b) if key == "text_loss" else (lambda a, b: 100 * (a / b - 1))
+        change = (lambda a, b: 100 * (a / b - 1)) if "perplexity" in key else (lambda a, b: a - b)
         record |= mean(f"{key}_vs_qkv", [change(final[key], other[key]) for final, other in pairs])
     return record
 
@@ -262,7 +379,10 @@ def mean(name, values):
     """The mean, and as the spread half of the range, which one value does not have."""
     if not values:
         return {name: None, f"{name}_spread": None}
-    return {name: fmean(values), f"{name}_spread": (max(values) - min(values)) / 2 if len(values) > 1 else None}
+    return {
+        name: fmean(values),
+        f"{name}_spread": (max(values) - min(values)) / 2 if len(values) > 1 else None,
+    }
 
 
 def differences(row, reference):
@@ -285,11 +405,23 @@ def notes(rows, reference):
         if seeds and complete(row) not in ([], seeds):
             lines.append(f"{who}: complete seeds: {listed(seeds)} of QKV, {listed(complete(row))} of the run")
     everyone = [run for row in rows for run in row]
-    if not everyone[0].config.score_padding and everyone[0].config.sequence == "padded":
-        lines.append("The filling was masked in training: a perplexity that includes it says nothing, the text's does.")
+    if everyone[0].protocol == "padded, padding masked":
+        lines.append(
+            "The padding was masked in training: a perplexity that includes it says nothing, the text's does."
+        )
+    return lines + unknown(everyone)
+
+
+def unknown(runs):
+    """Lines about what runs have not recorded, and about logs that a kill has torn."""
+    lines = []
     for key, what in UNKNOWN.items():
-        if unknown := [run for run in everyone if not run.about.get(key)]:
-            lines.append(f"{what} alone: {'all runs' if unknown == everyone else folders(unknown)}.")
+        without = [run for run in runs if not run.about.get(key)]
+        if without:
+            lines.append(f"{what} alone: {'all runs' if without == runs else folders(without)}.")
+    torn = [run for run in runs if run.unreadable]
+    if torn:
+        lines.append(f"Lines of metrics.jsonl that cannot be read were passed over: {folders(torn)}.")
     return lines
 
 
@@ -301,95 +433,136 @@ def listed(values):
     return ", ".join(map(str, values))
 
 
+# -----------------------------------------------------------------------------
 # Printing
 
 RESULTS = [  # header, key, and how a number is written: its pattern and its unit
-    ("", "variant", "", ""), ("seeds", "seeds", "", ""), ("perplexity", "perplexity", ".3f", ""),
-    ("vs QKV", "perplexity_vs_qkv", "+.2f", " %"), ("{published}", "published", "g", ""),
-    ("vs QKV", "published_vs_qkv", "+g", " %"), ("text perplexity", "text_perplexity", ".3f", ""),
-    ("vs QKV", "text_perplexity_vs_qkv", "+.2f", " %"), ("parameters", "parameters", ",", ""),
-    ("cache, bytes a token", "cache_bytes_per_token", ",", ""), ("saved", "cache_reduction_percent", ".1f", " %"),
-]  # fmt: skip
+    ("", "variant", "", ""),
+    ("seeds", "seeds", "", ""),
+    ("perplexity", "perplexity", ".3f", ""),
+    ("vs QKV", "perplexity_vs_qkv", "+.2f", " %"),
+    ("{published}", "published", "g", ""),
+    ("vs QKV", "published_vs_qkv", "+g", " %"),
+    ("text perplexity", "text_perplexity", ".3f", ""),
+    ("vs QKV", "text_perplexity_vs_qkv", "+.2f", " %"),
+    ("parameters", "parameters", ",", ""),
+    ("cache, bytes a token", "cache_bytes_per_token", ",", ""),
+    ("saved", "cache_reduction_percent", ".1f", " %"),
+]
 INCOMPLETE = [
-    ("incomplete", "variant", "", ""), ("seed", "seed", "", ""), ("step", "step", ",", ""), ("of", "steps", ",", ""),
-    ("evaluated at", "evaluated_at", ",", ""), ("perplexity", "perplexity", ".3f", ""),
-    ("text perplexity", "text_perplexity", ".3f", ""), ("folder", "folder", "", ""),
-]  # fmt: skip
+    ("incomplete", "variant", "", ""),
+    ("seed", "seed", "", ""),
+    ("step", "step", ",", ""),
+    ("of", "steps", ",", ""),
+    ("evaluated at", "evaluated_at", ",", ""),
+    ("perplexity", "perplexity", ".3f", ""),
+    ("text perplexity", "text_perplexity", ".3f", ""),
+    ("folder", "folder", "", ""),
+]
 
 
 def cell(record, key, pattern, unit):
-    """The text of a value, with its spread where it has one."""
-    value, spread = record[key], record.get(f"{key}_spread")
+    """The text of a value, with its spread or its interval where it has one."""
+    value = record[key]
+    if value is None:
+        return ""
     if isinstance(value, list):
         return listed(value)
-    around = "" if spread is None else f" ± {spread:{pattern.lstrip('+')}}"
-    return "" if value is None else f"{value:{pattern}}{around}{unit}"
+    if isinstance(value, dict):
+        return listed(f"{part:{pattern}}" for part in value.values())
+    text = f"{value:{pattern}}"
+    if record.get(f"{key}_spread") is not None:
+        text += f" ± {record[f'{key}_spread']:{pattern.lstrip('+')}}"
+    text += unit
+    if record.get(f"{key}_interval") is not None:
+        low, high = record[f"{key}_interval"]
+        text += f" [{low:{pattern}}, {high:{pattern}}]"
+    return text
 
 
-def document(tables, heading, grid, bullet):
-    """Title, rows, incomplete runs and notes of every table; `grid` lays out rows of cells, a header first."""
+def grid(columns, records, style):
+    """A table in a style of tabulate: the first column to the left, the others to the right."""
+    rows = [[cell(record, *how) for _, *how in columns] for record in records]
+    headers = [header for header, *_ in columns]
+    align = ("left", *["right"] * (len(columns) - 1))
+    return tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align)
+
+
+def document(tables, heading, style, bullet):
+    """Title, rows, incomplete runs and notes of every table."""
     texts = []
     for table in tables:
-        incomplete = [run.record() for run in table["runs"] if not run.final]
         texts.append(heading + ", ".join(table["title"]))
-        for columns, records in ((RESULTS, table["rows"]), (INCOMPLETE, incomplete)):
-            headers = [header.format(published=table["published"]) for header, *_ in columns]
-            cells = [[cell(record, *how) for _, *how in columns] for record in records]
-            texts += [grid([headers, *cells])] if cells else []
-        texts += ["\n".join(bullet + line for line in table["notes"])] if table["notes"] else []
+        columns = [(header.format(published=table["published"]), *how) for header, *how in RESULTS]
+        texts.append(grid(columns, table["rows"], style))
+        incomplete = [run.record() for run in table["runs"] if not run.final]
+        if incomplete:
+            texts.append(grid(INCOMPLETE, incomplete, style))
+        if table["notes"]:
+            texts.append("\n".join(bullet + line for line in table["notes"]))
     return "\n\n".join(texts) + "\n"
 
 
-def aligned(rows):
-    """Columns for a terminal."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def piped(rows):
-    """A table of GitHub's, numbers to the right."""
-    header, *lines = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([header, "|---|" + "---:|" * (len(rows[0]) - 1), *lines])
-
-
 def as_text(tables):
-    return document(tables, "", aligned, "")
+    return document(tables, "", "plain", "")
 
 
 def as_markdown(tables):
-    return document(tables, "### ", piped, "- ").replace("*", "\\*")  # a mark, no emphasis
+    return document(tables, "### ", "pipe", "- ").replace("*", "\\*")  # a mark, no emphasis
 
 
 def as_csv(tables):
     """The rows of all tables, unrounded; `table` says which one a row belongs to."""
-    rows = [{"table": ", ".join(table["title"])} | record for table in tables for record in table["rows"]]
+    return sheet(
+        [{"table": ", ".join(table["title"])} | record for table in tables for record in table["rows"]]
+    )
+
+
+def sheet(rows):
+    """Records as comma-separated values."""
     file = io.StringIO()
-    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer = csv.DictWriter(file, rows[0] if rows else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(row | {"seeds": listed(row["seeds"])} for row in rows)
+    for row in rows:
+        writer.writerow(
+            {key: listed(value) if isinstance(value, list) else value for key, value in row.items()}
+        )
     return file.getvalue()
 
 
 def as_json(tables):
     """Everything, unrounded."""
-    whole = [table | {"runs": [run.record() for run in table["runs"]]} for table in tables]
-    return json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+    return dumped([table | {"runs": [run.record() for run in table["runs"]]} for table in tables])
+
+
+def dumped(records):
+    return json.dumps(records, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_json}
 
 
+# -----------------------------------------------------------------------------
 # Plotting
 
 
-def figure(path, tables, draw):
-    """A PNG with a panel for each table, which draw(axes, table) fills."""
-    figure, axes = profiler.panels(["\n".join(table["title"]) for table in tables])
-    for ax, table in zip(axes, tables, strict=True):
+def figure(path, titles, draw):
+    """A PNG with a panel for each title; draw(axes) fills them."""
+    figure, axes = profiler.panels(titles)
+    for ax in axes:
         ax.title.set_fontsize("medium")
-        draw(ax, table)
+    draw(axes)
     write_atomically(path, partial(figure.savefig, format="png"))
+
+
+def table_figure(path, tables, draw):
+    """A panel for each table, which draw(ax, table) fills."""
+
+    def draw_all(axes):
+        for ax, table in zip(axes, tables, strict=True):
+            draw(ax, table)
+
+    figure(path, ["\n".join(table["title"]) for table in tables], draw_all)
 
 
 def curves(ax, table):
@@ -400,14 +573,16 @@ def curves(ax, table):
         label = run.variant.paper if run.variant.paper not in ax.get_legend_handles_labels()[1] else None
         look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1, "label": label}
         ax.plot(*np.reshape(points, (-1, 2)).T, **look)
-    ax.set_xlabel("training tokens, millions, filling included")
+    ax.set_xlabel("training tokens, millions, padding included")
     ax.set_ylabel("validation loss of the text, nats a token")
     ax.legend(frameon=False)
 
 
 def pareto(ax, table):
-    """The text loss beyond QKV's against the KV cache of a token; the line joins those that no other beats in both."""
-    compared = [row for row in table["rows"] if row["text_loss_vs_qkv"] is not None or row["variant"] == "QKV"]
+    """Text loss beyond QKV's against a token's KV cache; the line joins those that no other beats in both."""
+    compared = [
+        row for row in table["rows"] if row["text_loss_vs_qkv"] is not None or row["variant"] == "QKV"
+    ]
     points = [(row["cache_bytes_per_token"], row["text_loss_vs_qkv"] or 0.0, row) for row in compared]
     front, lowest = [], math.inf
     for size, loss, _ in sorted(points, key=lambda point: point[:2]):
@@ -429,36 +604,47 @@ def pareto(ax, table):
     ax.set_ylabel("text loss beyond QKV's, nats a token")
 
 
+# -----------------------------------------------------------------------------
 # Command line
 
 
-def write_all(folder, tables):
+def write_texts(folder, name, what, forms):
+    """The tables as <name>.md and <name>.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, form in (("results_table.md", as_markdown), ("results_table.json", as_json)):
-        text = form(tables).encode()
-        write_atomically(folder / name, lambda file, text=text: file.write(text))
-    figure(folder / "validation_curves.png", tables, curves)
-    compared = [table for table in tables if any(row["text_loss_vs_qkv"] is not None for row in table["rows"])]
-    if compared:
-        figure(folder / "pareto.png", compared, pareto)
+    for suffix, form in (("md", "markdown"), ("json", "json")):
+        text = forms[form](what).encode()
+        write_atomically(folder / f"{name}.{suffix}", lambda file, text=text: file.write(text))
 
 
-def main(arguments=None):
+def write_all(folder, tables):
+    write_texts(folder, "results_table", tables, FORMATS)
+    table_figure(folder / "validation_curves.png", tables, curves)
+    having = [table for table in tables if any(row["text_loss_vs_qkv"] is not None for row in table["rows"])]
+    if having:
+        table_figure(folder / "pareto.png", having, pareto)
+
+
+def command_line(file, description, report, forms, write, arguments):
+    """Read the runs in the folders named, report on them, write files where asked for, and print."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = profiler.Parser(prog=Path(__file__).name, description=__doc__, formatter_class=form)
+    parser = profiler.Parser(prog=Path(file).name, description=description, formatter_class=form)
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs")
-    parser.add_argument("--format", choices=FORMATS, default="table", help="of what is printed")
+    parser.add_argument("--format", choices=forms, default="table", help="of what is printed")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write tables and figures there")
     options = parser.parse_args(arguments)
     try:
-        tables = compare(find_runs(options.folders))
+        what = report(find_runs(options.folders))
         if options.output_dir:
-            write_all(options.output_dir, tables)
+            write(options.output_dir, what)
     except ModuleNotFoundError as error:
         parser.error(f"{error}; pip install -r requirements.txt")
     except (InputError, OSError) as error:
         parser.error(error)
-    print(FORMATS[options.format](tables), end="")
+    print(forms[options.format](what), end="")
+
+
+def main(arguments=None):
+    command_line(__file__, __doc__, compare, FORMATS, write_all, arguments)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,6 @@ Contents: attention, model, data, evaluation, training, output folder, checkpoin
 
 from __future__ import annotations
 
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the libraries load ends the run without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import base64
 import hashlib
@@ -29,14 +24,14 @@ import math
 import os
 import re
 import resource
-import shutil
+import signal
 import sys
 import time
 import zipfile
 from bisect import bisect_right
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
-from itertools import count, islice, product
+from itertools import count, islice
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +44,8 @@ import yaml
 from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -72,7 +69,6 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 # -----------------------------------------------------------------------------
 # Attention
-
 
 # [variant: attention]
 class CausalSelfAttention(nn.Module):
@@ -104,12 +100,11 @@ class CausalSelfAttention(nn.Module):
         return self.dropout(self.c_proj(y))
 # [end of variant]
 
-
 def causal_attention(q, k, v, config):
     """Attention of the last T of S positions to themselves and all before them.
 
-    q [B, n_head, T, head_dim], k and v [B, n_kv_head, S, head_dim] -> [B, n_head, T, head_dim]. Where there are
-    fewer KV heads than query heads, neighbouring query heads share one.
+    q [B, n_head, T, head_dim], k and v [B, n_kv_head, S, head_dim] -> [B, n_head, T, head_dim]. With fewer KV
+    heads than query heads, neighbouring query heads share one.
     """
     B, n_head, T, head_dim = q.shape
     n_kv_head, S = k.shape[1], k.shape[2]
@@ -117,8 +112,8 @@ def causal_attention(q, k, v, config):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return flash_attn_func(q, k, v, causal=True).transpose(1, 2)
     if T == 1:
-        # Decode: one query sees every position. The query heads that share a KV head become several queries of
-        # that head, so that each cached number is read once for all of them.
+        # decode: one query sees every position. The query heads that share a KV head become several queries
+        # of that head, so that each cached number is read once for all of them.
         q = q.reshape(B, n_kv_head, n_head // n_kv_head, head_dim)
         if q.is_cuda or q.dtype != torch.bfloat16 or n_kv_head < n_head:
             y = F.scaled_dot_product_attention(q, k, v)
@@ -126,15 +121,14 @@ def causal_attention(q, k, v, config):
             scores = (k @ q.mT) / math.sqrt(head_dim)  # [B, n_head, S, 1]
             y = (v.mT @ scores.softmax(dim=-2)).mT
         return y.reshape(B, n_head, 1, head_dim)
-    # is_causal aligns the first query with the first key; behind a past (S > T) the last ones belong together.
+    # is_causal aligns the first query with the first key; after a past (S > T) the last ones belong together
     mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=n_kv_head < n_head)
-
 
 class KVCache:
     """The past of every layer: one [B, n_kv_head, max_length, head_dim] tensor for each name in CACHED.
 
-    `length` positions are filled. The model moves it on once a forward pass, after all layers have appended.
+    `length` positions are filled; the model moves it on once a forward pass, after all layers have appended.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype, device):
@@ -156,10 +150,8 @@ class KVCache:
             stored[:, :, self.length : end] = tensor
         return [stored[:, :, :end].to(new[0].dtype) for stored in self.layers[layer]]
 
-
 # -----------------------------------------------------------------------------
 # Model
-
 
 class MLP(nn.Module):
     def __init__(self, config):
@@ -170,7 +162,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
-
 
 class Block(nn.Module):
     def __init__(self, config, layer):
@@ -184,7 +175,6 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
-
 
 class GPT_GQA(nn.Module):
     """GPT-2 style decoder: learned positions, pre-LayerNorm, output embedding tied to the input embedding."""
@@ -205,30 +195,25 @@ class GPT_GQA(nn.Module):
             nn.init.zeros_(module.bias)
 
     def forward(self, input_ids, labels=None, cache: KVCache | None = None):
-        """int64 [B, T] -> (logits [B, T, vocab_size], None), or (None, mean loss in nats) given labels [B, T].
+        """int64 [B, T] -> (logits [B, T, vocab_size], None), or (None, mean loss in nats) given labels.
 
-        Labels are the inputs and are shifted in here; -100 is not scored. With a cache, the T tokens follow those
-        in it and join them. ValueError where they do not fit n_positions or the cache.
+        Labels are the inputs and are shifted in here; -100 is not scored. With a cache, the T tokens follow
+        those in it and join them. ValueError if they do not fit n_positions or the cache.
         """
         hidden = self.hidden_states(input_ids, cache)
         if labels is None:
             return F.linear(hidden, self.wte.weight), None
-        if torch.is_grad_enabled():
-            hidden, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            loss_sum = ChunkedCrossEntropy.apply(hidden, self.wte.weight, targets)
-        else:
-            loss_sum = self.token_losses(hidden, labels).sum()
-        return None, loss_sum / (labels[:, 1:] != -100).sum().clamp(min=1)
+        hidden, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        loss_sum = ChunkedCrossEntropy.apply(hidden, self.wte.weight, targets)
+        return None, loss_sum / (targets != -100).sum().clamp(min=1)
 
     def hidden_states(self, input_ids, cache=None):
         """The output of the final LayerNorm, [B, T, C]."""
-        B, T = input_ids.shape
-        past = cache.length if cache else 0
+        (B, T), past = input_ids.shape, cache.length if cache else 0
         if past + T > self.config.n_positions:
             raise ValueError(f"{past + T} tokens do not fit n_positions, {self.config.n_positions}")
         if cache and (cache.batch_size != B or past + T > cache.max_length):
-            size = f"{cache.batch_size} x {cache.max_length}"
-            raise ValueError(f"{B} x {past + T} tokens do not fit a cache of {size}")
+            raise ValueError(f"{B} x {past + T} tokens in a cache of {cache.batch_size} x {cache.max_length}")
         x = self.wte(input_ids) + self.wpe(torch.arange(past, past + T, device=input_ids.device))
         for block in self.h:
             x = block(x, cache)
@@ -237,7 +222,7 @@ class GPT_GQA(nn.Module):
         return self.ln_f(x)
 
     def token_losses(self, hidden, labels):
-        """Cross-entropy in nats of each token given those before it: fp32 [B, T - 1], 0 where the label is -100."""
+        """Cross-entropy in nats of each token but the first: [B, T - 1], 0 where the label is -100."""
         x, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         losses = []
         for x_chunk, target in zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
@@ -246,27 +231,26 @@ class GPT_GQA(nn.Module):
         return torch.cat(losses).view(len(labels), -1)
 
     def make_cache(self, batch_size: int, max_length: int | None = None, dtype=None) -> KVCache:
-        """An empty cache, by default for n_positions tokens and in the dtype that the forward pass computes in."""
-        weight, device = self.wte.weight, self.wte.weight.device
+        """An empty cache, by default for n_positions tokens and in the dtype of the forward pass."""
+        device, dtype = self.wte.weight.device, dtype or self.wte.weight.dtype
         max_length = self.config.n_positions if max_length is None else max_length
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"expected at least one row and one position, got {batch_size} x {max_length}")
-        if dtype is None and torch.is_autocast_enabled(device.type):
+        if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(device.type)
-        return KVCache(self.config, batch_size, max_length, dtype or weight.dtype, device)
+        return KVCache(self.config, batch_size, max_length, dtype, device)
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
         """Continue the prompts, int64 [B, T], to [B, T + max_new_tokens]; temperature 0 is greedy.
 
-        Beyond n_positions the model sees the last n_positions tokens. There each step moves every token to another
-        learned position, which no cached key survives, so the window is recomputed.
+        Beyond n_positions the model sees the last n_positions tokens. There each step moves every token to
+        another learned position, which no cached key survives, so the window is recomputed.
         """
         (B, T), window = idx.shape, self.config.n_positions
-        if T == 0:
-            raise ValueError("the prompt is empty; start from the end-of-text token")
-        if not temperature >= 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"expected temperature >= 0 and top_k > 0, got {temperature} and {top_k}")
+        if T == 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
+            given = f"a prompt of {T} tokens, temperature {temperature}, top_k {top_k}"
+            raise ValueError(f"expected a prompt of some tokens, temperature >= 0, top_k > 0; got {given}")
         tokens = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         cache = self.make_cache(B, min(T + max_new_tokens, window)) if use_cache else None
         with eval_mode(self):
@@ -276,19 +260,14 @@ class GPT_GQA(nn.Module):
                 else:
                     hidden = self.hidden_states(tokens[:, max(0, end - window) : end])
                 logits = F.linear(hidden[:, -1], self.wte.weight).float()
-                tokens[:, end] = sample(logits, temperature, top_k)
+                if temperature == 0:
+                    tokens[:, end] = logits.argmax(dim=-1)
+                    continue
+                if top_k is not None:
+                    kth_largest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits[logits < kth_largest] = -math.inf
+                tokens[:, end] = torch.multinomial((logits / temperature).softmax(dim=-1), 1)[:, 0]
         return tokens
-
-
-def sample(logits, temperature, top_k):
-    """A token for each row of [B, vocab_size]: the likeliest at temperature 0, else drawn from the top_k."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    if top_k is not None:
-        kth_largest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth_largest, -math.inf)
-    return torch.multinomial((logits / temperature).softmax(dim=-1), 1)[:, 0]
-
 
 @contextmanager
 def eval_mode(model):
@@ -300,16 +279,13 @@ def eval_mode(model):
     finally:
         model.train(was_training)
 
-
 LOSS_CHUNK = 2048  # positions whose logits exist at the same time
-
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of x [N, C] @ weight.T [C, V] against targets [N], where those are not -100.
 
-    The logits of a whole micro batch, 6 x 2,048 x 50,304 in fp32, would take 2.5 GB and their gradient as much
-    again. So the gradients are computed in the forward pass, chunk by chunk, while the logits of a chunk exist;
-    computing the logits a second time in the backward pass would add 4 % to the arithmetic of a training step.
+    The logits of a micro batch, 6 x 2,048 x 50,304 in fp32, would take 2.5 GB and their gradient as much. So
+    the gradients are computed in the forward pass, chunk by chunk, while the logits of a chunk exist.
     """
 
     @staticmethod
@@ -325,8 +301,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             grad_logits = log_probs.exp_().scatter_add_(1, target, -torch.ones_like(log_probs[:, :1]))
             grad_logits = grad_logits.to(logits.dtype)
             grad_x.append((grad_logits @ weight) * scored)
-            grad_weight_chunk = (grad_logits.t() @ (x_chunk * scored)).to(weight.dtype)
-            grad_weight = grad_weight_chunk if grad_weight is None else grad_weight.add_(grad_weight_chunk)
+            grad_chunk = (grad_logits.t() @ (x_chunk * scored)).to(weight.dtype)
+            grad_weight = grad_chunk if grad_weight is None else grad_weight.add_(grad_chunk)
         ctx.save_for_backward(torch.cat(grad_x), grad_weight)
         return loss_sum
 
@@ -335,10 +311,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad_output, grad_weight * grad_output, None
 
-
 # -----------------------------------------------------------------------------
 # Data
-
 
 class TokenDataset(Dataset):
     """Rows (input_ids int64 [T], is_text bool [T]) of one split of dataset_download.py, memory-mapped.
@@ -352,55 +326,46 @@ class TokenDataset(Dataset):
         if sequence not in ("padded", "packed"):
             raise ValueError(f"sequence: expected padded or packed, got {sequence!r}")
         self.path, self.seq_length, self.packed = Path(data_path), seq_length, sequence == "packed"
-        self.tokens, self.offsets = [], []  # of each chunk
+        self.tokens, self.offsets, sizes = [], [], []  # of each chunk; its size in rows
+        name = "metadata.json"
         try:
-            metadata = json.loads((self.path / "metadata.json").read_text(encoding="utf-8"))
-            self.chunks = metadata["chunks"]  # with the SHA-256 of their files
+            metadata = json.loads((self.path / name).read_text(encoding="utf-8"))
+            done = metadata["finished"] and metadata["documents"] > 0 and metadata["chunks"]
+            require(done, "the preparation is not finished")
+            self.chunks, self.tokenizer = metadata["chunks"], metadata["tokenizer"]
             self.vocab_size, self.eos_id = metadata["vocab_size"], metadata["eos_id"]
-            self.tokenizer = {"name": metadata["tokenizer"], "vocab_size": self.vocab_size}
-            self.tokenizer |= {"sha256": metadata.get("tokenizer_sha256", {}).get("tokenizer.tiktoken")}
-            self.token_bytes = self._load("token_bytes").astype(np.int64)  # of the text behind each token
-            if self.token_bytes.shape != (self.vocab_size,) or not 0 <= self.eos_id < self.vocab_size:
-                raise ValueError("token_bytes.npy does not fit the vocab_size and eos_id of metadata.json")
+            name = "token_bytes.npy"
+            self.token_bytes = np.load(self.path / name).astype(np.int64)  # the length of each token's text
+            require(self.token_bytes.shape == (self.vocab_size,), f"expected {self.vocab_size} numbers")
             for chunk in self.chunks:
-                self._open(chunk["name"], chunk["documents"], chunk["tokens"])
-            finished = metadata["finished"] and metadata["documents"] > 0
+                n_documents, n_tokens = chunk["documents"], chunk["documents"] + chunk["tokens"]
+                name = f"{chunk['name']}.tokens.npy"
+                tokens = np.load(self.path / name, mmap_mode="r")
+                require(tokens.shape != (chunk["tokens"],), "an older format; delete the data and prepare it again")
+                whole = tokens.shape == (n_tokens,) and tokens.dtype == np.uint16
+                require(whole, f"expected {n_tokens} numbers in uint16, found {tokens.shape} in {tokens.dtype}")
+                require(tokens[-1] == self.eos_id, f"ends in token {tokens[-1]}, and eos_id is {self.eos_id}")
+                name = f"{chunk['name']}.offsets.npy"
+                offsets = np.load(self.path / name, mmap_mode="r")
+                whole = offsets.shape == (n_documents + 1,) and offsets.dtype == np.int64
+                rising = whole and offsets[0] == 0 and offsets[-1] == n_tokens and (np.diff(offsets) > 0).all()
+                require(rising, f"expected {n_documents + 1} numbers in int64, rising from 0 to {n_tokens}")
+                self.tokens.append(tokens)
+                self.offsets.append(offsets)
+                sizes.append(math.ceil(n_tokens / seq_length) if self.packed else n_documents)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
-            problem = f"{type(error).__name__}: {error}"
-            raise RunError(f"{self.path}: no complete token files ({problem}); run dataset_download.py") from error
-        if not finished:
-            raise RunError(f"{self.path}: its preparation is not finished; run dataset_download.py again")
-        rows = [len(offsets) - 1 for offsets in self.offsets]
-        if self.packed:
-            rows = [math.ceil(len(tokens) / seq_length) for tokens in self.tokens]
-        self.first_rows = np.cumsum([0, *rows])  # of each chunk
-
-    def _load(self, name):
-        try:
-            return np.load(self.path / f"{name}.npy", mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{name}.npy is damaged: {error}") from error
-
-    def _open(self, name, n_documents, n_text_tokens):
-        """Map a chunk into memory; ValueError where its two files are not what metadata.json says."""
-        tokens, offsets = self._load(f"{name}.tokens"), self._load(f"{name}.offsets")
-        if len(tokens) == offsets[-1] == n_text_tokens:
-            raise ValueError(f"{name} is of an older format; delete {self.path.parent} to prepare the data anew")
-        lengths = (n_text_tokens + n_documents, n_documents + 1)
-        if (len(tokens), len(offsets)) != lengths or tokens.dtype != np.uint16 or tokens[-1] != self.eos_id:
-            raise ValueError(f"{name}.tokens.npy does not have the length, type or last token of metadata.json")
-        if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) < 1).any():
-            raise ValueError(f"{name}.offsets.npy does not rise from 0 to the number of tokens, {len(tokens)}")
-        self.tokens.append(tokens)
-        self.offsets.append(offsets)
+            how = f"run dataset_download.py --output_dir {self.path.parent}"
+            raise RunError(f"{self.path}: no complete token files: {name}: {error}; {how}") from error
+        self.first_rows = np.cumsum([0, *sizes])
 
     def verify(self):
-        """Compare all chunks with their SHA-256: at 10B tokens 20 GB, half a minute from a local disk."""
-        for chunk, kind in product(self.chunks, ("tokens", "offsets")):
-            path = self.path / f"{chunk['name']}.{kind}.npy"
-            with open(path, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != chunk[f"{kind}_sha256"]:
-                    raise RunError(f"{path}: changed since it was prepared; see dataset_download.py --verify")
+        """Compare all chunks with their SHA-256: 20 GB at 10B tokens, half a minute from a local disk."""
+        for chunk in self.chunks:
+            for kind in ("tokens", "offsets"):
+                path = self.path / f"{chunk['name']}.{kind}.npy"
+                with open(path, "rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                require(digest == chunk[f"{kind}_sha256"], f"{path}: changed since it was prepared")
 
     def __len__(self):
         return int(self.first_rows[-1])
@@ -412,32 +377,28 @@ class TokenDataset(Dataset):
         row, tokens, offsets = i - self.first_rows[chunk], self.tokens[chunk], self.offsets[chunk]
         if self.packed:
             text = tokens[row * self.seq_length : (row + 1) * self.seq_length]
-        else:
-            text = tokens[offsets[row] : offsets[row + 1] - 1][: self.seq_length]  # without its end-of-text token
-        if len(text) and text.max() >= self.vocab_size:
-            name, size = self.chunks[chunk]["name"], self.vocab_size
-            raise RunError(f"{self.path}/{name}.tokens.npy: token {text.max()} in a vocabulary of {size}")
+        else:  # without its end-of-text token
+            text = tokens[offsets[row] : offsets[row + 1] - 1][: self.seq_length]
+        known = len(text) == 0 or text.max() < self.vocab_size
+        require(known, f"{self.path}/{self.chunks[chunk]['name']}.tokens.npy: a token beyond the vocabulary")
         input_ids = np.full(self.seq_length, self.eos_id, dtype=np.int64)
         input_ids[: len(text)] = text
         return torch.from_numpy(input_ids), torch.arange(self.seq_length) < len(text)
 
     def decode(self, token_ids) -> str:
         """The text of token ids, by the tokenizer that dataset_download.py keeps beside the data."""
-        pieces = {self.eos_id: b"<|endoftext|>"}
-        for line in (self.path / "tokenizer.tiktoken").read_bytes().splitlines():
-            piece, rank = line.split()
-            pieces[int(rank)] = base64.b64decode(piece)
-        return b"".join(pieces.get(i, b"") for i in token_ids).decode("utf-8", errors="replace")
-
+        lines = (self.path / "tokenizer.tiktoken").read_bytes().splitlines()
+        pieces = {int(rank): base64.b64decode(piece) for piece, rank in map(bytes.split, lines)}
+        return b"".join(pieces.get(i, b"<|endoftext|>") for i in token_ids).decode("utf-8", errors="replace")
 
 def shuffled_batches(n_rows, batch_size, seed, rows_seen, rank, world_size):
     """Endless micro batches of row numbers for one rank, from row `rows_seen` of the run on.
 
-    Epoch e reads the rows in a permutation that depends on (seed, e) alone, and the ranks take the micro batches in
+    Epoch e reads the rows in a permutation that depends on (seed, e) alone, and ranks take micro batches in
     turn. So neither the world size nor a resume changes the global batch of a step.
     """
     epoch = None
-    for first in range(rows_seen + rank * batch_size, sys.maxsize, world_size * batch_size):
+    for first in count(rows_seen + rank * batch_size, world_size * batch_size):
         batch = []
         for position in range(first, first + batch_size):
             if position // n_rows != epoch:
@@ -446,39 +407,34 @@ def shuffled_batches(n_rows, batch_size, seed, rows_seen, rank, world_size):
             batch.append(int(permutation[position % n_rows]))
         yield batch
 
-
-def get_dataloader(
-    data_path, batch_size, seq_length, sequence="padded", seed=None, rows_seen=0, rank=RANK, world_size=WORLD_SIZE
-) -> DataLoader:
+def get_dataloader(data_path, batch_size, seq_length, sequence="padded", seed=None, rows_seen=0,
+                   rank=RANK, world_size=WORLD_SIZE) -> DataLoader:  # fmt: skip
     """This rank's batches (input_ids int64 [B, T], is_text bool [B, T]) of TokenDataset's rows.
 
-    Without a seed: every row once, in order, the ranks taking the batches in turn. With one: shuffled and endless,
-    from row `rows_seen` of the run on. ValueError for data that cannot be read, another `sequence`, a wrong rank.
+    Without a seed: every row once, in order. With one: shuffled and endless, from row `rows_seen` of the run.
+    ValueError for an unknown `sequence`, a rank out of range, data that cannot be read.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
     dataset = TokenDataset(data_path, seq_length, sequence)
-    n_rows = len(dataset)
     if seed is None:
-        firsts = range(rank * batch_size, n_rows, world_size * batch_size)
-        batches = [range(first, min(first + batch_size, n_rows)) for first in firsts]
+        firsts = range(rank * batch_size, len(dataset), world_size * batch_size)
+        batches = [range(first, min(first + batch_size, len(dataset))) for first in firsts]
     else:
-        batches = shuffled_batches(n_rows, batch_size, seed, rows_seen, rank, world_size)
+        batches = shuffled_batches(len(dataset), batch_size, seed, rows_seen, rank, world_size)
     return DataLoader(dataset, batch_sampler=batches, pin_memory=torch.cuda.is_available())
-
 
 # -----------------------------------------------------------------------------
 # Evaluation
 
-
 @torch.no_grad()
 def evaluate(model, val_loader, max_batches: int | None = None, stop_signals=()) -> dict | None:
-    """Score the rows of a get_dataloader loader, or its first max_batches batches, in the precision of the caller.
+    """Score the rows of a get_dataloader loader, or its first max_batches batches, in the caller's precision.
 
     Each rank scores its share and the sums are added, so the world size does not change the result. Returns
-    loss, perplexity: in nats a token over all positions, padding included (the paper's protocol);
-    text_loss, text_perplexity: over text only; bits_per_byte: of its UTF-8 text; padding_fraction: of all positions.
-    None where a signal arrives meanwhile; RunError where there is nothing to score.
+    loss, perplexity: nats a token over all positions, padding included (the paper's protocol), and its exp;
+    text_loss, text_perplexity: over text only; bits_per_byte: of its UTF-8; padding_fraction: of positions.
+    None if a signal arrives meanwhile; RunError if there is nothing to score.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: expected at least 1, got {max_batches}")
@@ -492,51 +448,38 @@ def evaluate(model, val_loader, max_batches: int | None = None, stop_signals=())
             inputs = input_ids.to(device)
             losses = model.token_losses(model.hidden_states(inputs), inputs).cpu().double()
             text = is_text[:, 1:]  # the first token of a row has none before it
-            text_bytes = token_bytes[input_ids[:, 1:]] * text
-            counts = (losses.numel(), text.sum(), text_bytes.sum(), (~is_text).sum(), is_text.numel())
-            sums[:7] += torch.tensor([losses.sum(), (losses * text).sum(), *counts], dtype=torch.float64)
-    sums[7] = len(stop_signals)
+            text_bytes = (token_bytes[input_ids[:, 1:]] * text).sum()
+            counts = losses.numel(), text.sum(), text_bytes, (~is_text).sum(), is_text.numel(), 0
+            sums += torch.tensor([losses.sum(), (losses * text).sum(), *counts], dtype=torch.float64)
+    sums[-1] = len(stop_signals)
     if dist.is_initialized():
         sums = sums.to(device)
         dist.all_reduce(sums)
     nats, text_nats, positions, text_positions, text_bytes, padding, total, stopped = sums.tolist()
     if stopped:
         return None
-    if not text_positions:
-        raise RunError(f"{val_loader.dataset.path}: no document of two tokens or more, so nothing to evaluate")
-    return {
-        "loss": nats / positions,
-        "perplexity": float(np.exp(nats / positions)),
-        "text_loss": text_nats / text_positions,
-        "text_perplexity": float(np.exp(text_nats / text_positions)),
-        "bits_per_byte": text_nats / math.log(2) / text_bytes if text_bytes else math.nan,
-        "padding_fraction": padding / total,
-    }
-
+    require(text_positions, f"{val_loader.dataset.path}: no document of two tokens or more, nothing to score")
+    loss, text_loss = nats / positions, text_nats / text_positions
+    results = {"loss": loss, "perplexity": float(np.exp(loss))}
+    results |= {"text_loss": text_loss, "text_perplexity": float(np.exp(text_loss))}
+    results["bits_per_byte"] = text_nats / math.log(2) / text_bytes if text_bytes else math.nan
+    return results | {"padding_fraction": padding / total}
 
 # -----------------------------------------------------------------------------
 # Training
 
-DENSE_BF16_FLOPS = {  # a second, for the MFU; the first of these that stands in the GPU's name counts
-    "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-    "L40S": 362e12, "RTX 4090": 165e12,
-}  # fmt: skip
-
-
 def get_lr(step: int, config: TrainingConfig) -> float:
-    """The learning rate of update number `step`, from 0 on: linear warm-up, then from learning_rate to min_lr."""
+    """The rate of update number `step`, from 0 on: linear warm-up, then from learning_rate to min_lr."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
     decay = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1}
     return config.min_lr + decay[config.lr_scheduler] * (config.learning_rate - config.min_lr)
 
-
 def train(model_config, config, output_dir, resume="auto", init_from=None, accept_changes=False) -> int:
     """Train to the last step, or until a signal asks to stop; returns 0, or the number of that signal."""
     device = init_distributed()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    score_padding = config.sequence == "padded" and config.score_padding
 
     # data, and what output_dir holds: what does not go together is refused before anything is written
     with errors_on_all_ranks():
@@ -551,30 +494,33 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             lock = lock_output_dir(output_dir, move_aside=resume == "never")
     if dist.is_initialized():
         dist.broadcast_object_list(start)
-    path, finished, changes = start[0]
+    path, finished, run = start[0]
 
     # model and optimizer; one parameter group, since the published recipe decays biases and LayerNorms too
     with errors_on_all_ranks():
         torch.manual_seed(config.seed)
         model = ddp_model = GPT_GQA(model_config).to(device)
-        betas = (config.beta1, config.beta2)
-        optimizer = torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=config.weight_decay, fused=True)
+        recipe = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **recipe)
 
-        # where to start: at a checkpoint of this run, from the weights of another, or from random weights
+        # begin at a checkpoint of this run, or at step 0 with the weights of another, or with random weights
         step, evaluated_at = 0, None
         if path:
+            train_set.verify()
             checkpoint = read_checkpoint(path)
             load_weights(model, checkpoint, path)
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
             step = checkpoint["step"]
-            run |= {"init_from": checkpoint["init_from"], "changes": checkpoint["changes"] + changes}
-            evaluated_at = checkpoint["evaluated_at"] if path.parent == output_dir else None
+            if path.parent == output_dir:
+                evaluated_at = checkpoint["evaluated_at"]
             del checkpoint
-            train_set.verify()
             print0(f"resuming from {path} at step {step} of {config.total_steps}")
         elif init_from:
             load_weights(model, read_checkpoint(init_from), init_from)
-            print0(f"starting at step 0 from the weights of {init_from}")
+            print0(f"starting at step 0 with the weights of {init_from}")
+        saved_at = step
+        if step == config.total_steps and not finished:  # the last evaluation or save is still to be done
+            evaluated_at = saved_at = None
         rows_seen = step * config.rows_per_step
         batches = iter(get_dataloader(config.train_data, *rows, config.seed, rows_seen))
         log = Logger(output_dir, run, config, step, finished)
@@ -582,14 +528,11 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         model.compile()
     if WORLD_SIZE > 1:
         ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    print0(
-        f"{PAPER_NAME}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.precision} on {device}\n"
-        f"{config.total_steps:,} steps of {config.tokens_per_step:,} tokens: {config.micro_batch_size} rows of "
-        f"{config.seq_length} x {accumulation_steps} accumulation steps x {WORLD_SIZE} processes"
-    )
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print0(f"{PAPER_NAME}: {n_parameters:,} parameters, {config.precision} on {device}")
+    batch = f"{config.micro_batch_size} rows x {accumulation_steps} accumulation steps x {WORLD_SIZE} ranks"
+    print0(f"{config.total_steps:,} steps of {batch}, {config.tokens_per_step:,} tokens")
 
-    ended = step == config.total_steps and not finished  # at the new total, or cut off between evaluation and save
-    saved_at, evaluated_at = (None, None) if ended else (step, evaluated_at)
     skipped, seconds, timed_steps, stopping = 0, 0.0, 0, False
     with lock, stop_signals() as received:
         while True:  # one extra turn, so that the last evaluation and save are not written twice
@@ -599,9 +542,8 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             if (last_step or step % config.eval_interval == 0) and step != evaluated_at and not stopping:
                 with autocast:
                     results = evaluate(model, val_loader, config.eval_batches, received)
-                if results is None:
-                    stopping = True
-                else:
+                stopping = results is None
+                if results:
                     log("final" if last_step else "val", step, results)
                     evaluated_at = step
 
@@ -609,19 +551,21 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             complete = last_step and not stopping
             if (complete or stopping or step % config.save_interval == 0) and step != saved_at:
                 if RANK == 0:
-                    progress = {"step": step, "epoch": rows_seen // len(train_set), "evaluated_at": evaluated_at}
-                    save_checkpoint(output_dir, run | progress, model, optimizer, config, complete)
-                    write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
+                    run |= {"step": step, "epoch": rows_seen // len(train_set), "evaluated_at": evaluated_at}
+                    save_checkpoint(output_dir, run, model, optimizer, config, complete)
+                    if config.sample_tokens:
+                        write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
                 saved_at = step
             if complete or stopping:
                 break
 
-            # forward and backward over this rank's share of the global batch; gradients are of the summed loss
+            # forward and backward over this rank's share of the global batch; gradients of the summed loss
             t0 = time.perf_counter()
             loss_sum, n_scored = torch.zeros(2, device=device)
             for micro_step in range(accumulation_steps):
                 input_ids, is_text = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-                labels = input_ids if score_padding else input_ids.masked_fill(~is_text, -100)
+                score_all = config.sequence == "padded" and config.score_padding
+                labels = input_ids if score_all else input_ids.masked_fill(~is_text, -100)
                 # dropout is a function of the seed and the place in the data, whatever the world size
                 row = rows_seen + (micro_step * WORLD_SIZE + RANK) * config.micro_batch_size
                 torch.manual_seed(int(np.random.SeedSequence((config.seed, row)).generate_state(1)[0]))
@@ -634,19 +578,17 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 loss_sum += loss.detach() * n
                 n_scored += n
 
-            # the mean over the scored tokens of the global batch; DDP has averaged the gradients over the ranks
+            # the mean over the scored tokens of the global batch; DDP has averaged over the ranks
             totals = torch.stack([loss_sum, n_scored, loss_sum.new_tensor(len(received))])
             if WORLD_SIZE > 1:
                 dist.all_reduce(totals)
             for p in model.parameters():
                 p.grad.mul_(WORLD_SIZE / totals[1])
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            loss_sum, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # the one host sync
-            if n_scored == 0:
-                raise RunError(f"step {step + 1}: nothing to score: only padding and first tokens in these rows")
-            loss = loss_sum / n_scored
-            if not math.isfinite(loss):
-                raise RunError(f"step {step + 1}: the loss is {loss}; no checkpoint has seen it. Lower learning_rate?")
+            loss, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # one host sync
+            require(n_scored, f"step {step + 1}: nothing to score in a global batch of {config.train_data}")
+            loss, stopping = loss / n_scored, stopped > 0
+            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower learning_rate?")
 
             # update, unless the gradient norm is too large or not a number
             lr = get_lr(step, config)
@@ -656,144 +598,128 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 optimizer.step()
                 skipped = 0
             else:
-                skipped += 1
                 print0(f"warning: step {step + 1}: update skipped, its gradient norm is {grad_norm}")
-                if skipped == 10:
-                    raise RunError(f"step {step + 1}: 10 updates skipped in a row. Lower learning_rate?")
+                skipped += 1
+                require(skipped < 10, f"step {step + 1}: 10 updates skipped in a row. Lower learning_rate?")
             optimizer.zero_grad(set_to_none=True)
             step += 1
             rows_seen += config.rows_per_step
-            stopping = stopped > 0
 
             # once in a while: log
             seconds += time.perf_counter() - t0
             timed_steps += 1
             if step % config.log_interval == 0 or step == config.total_steps:
-                results = {"loss": loss, "perplexity": float(np.exp(loss)), "learning_rate": lr, "grad_norm": grad_norm}
                 speed = timed_steps * config.tokens_per_step / seconds
-                log("train", step, results | {"tokens_per_second": speed} | mfu(model, config, device, speed))
+                results = {"loss": loss, "perplexity": float(np.exp(loss)), "learning_rate": lr}
+                results |= {"grad_norm": grad_norm, "tokens_per_second": speed}
+                log("train", step, results | mfu(model, config, device, speed))
                 seconds, timed_steps = 0.0, 0
     log.close(model, step, device, complete)
     return 0 if complete else (received or [signal.SIGTERM])[0]
 
-
-def accumulation_for(config, world_size):
-    """Gradient accumulation steps of each process, so that every world size trains on the same global batch."""
+def accumulation_for(config, world_size) -> int:
+    """Gradient accumulation steps of each process; every world size shares the same global batch."""
     total = config.gradient_accumulation * config.num_gpus
-    if total % world_size:
-        divisors = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
-        raise RunError(f"{world_size} processes cannot share the {total} micro batches of a step; use {divisors}")
+    sizes = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+    require(total % world_size == 0, f"{world_size} ranks cannot share {total} micro batches; use {sizes}")
     return total // world_size
 
-
 def mfu(model, config, device, tokens_per_second) -> dict:
-    """Model FLOPs utilisation, the share of the dense bf16 peak of all GPUs; empty where the peak is not known."""
+    """Model FLOPs utilisation: the share of the dense bf16 peak of all GPUs, if it is known."""
+    peaks = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for name, peak in DENSE_BF16_FLOPS.items():
-        if name in gpu:
-            n_parameters = sum(p.numel() for p in model.parameters())
-            attention = 12 * model.config.n_layer * model.config.n_embd * config.seq_length
-            return {"mfu": (6 * n_parameters + attention) * tokens_per_second / (peak * WORLD_SIZE)}
-    return {}
-
+    peak = next((1e12 * peak for name, peak in peaks.items() if name in gpu), None)  # the first that fits
+    n_parameters = sum(p.numel() for p in model.parameters())
+    flops = 6 * n_parameters + 12 * model.config.n_layer * model.config.n_embd * config.seq_length
+    return {"mfu": flops * tokens_per_second / (peak * WORLD_SIZE)} if peak else {}
 
 # -----------------------------------------------------------------------------
-# Output folder: what it holds decides whether a run may start there, and at which step
+# Output folder: what it holds decides whether a run may start there; checkpoints
 
-CANNOT_CHANGE_THE_RESULT = (  # these may differ when a run resumes; of the first three only the product counts
+CANNOT_CHANGE_THE_RESULT = (  # may differ when a run resumes, if the rows in a global batch stay the same
     "micro_batch_size", "gradient_accumulation", "num_gpus", "train_data", "val_data", "use_flash_attention",
     "compile", "log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints",
     "sample_tokens", "wandb",
 )  # fmt: skip
-WAYS_ON = "use another --output_dir, or --resume never, which moves the old run aside"
-
+NEVER_CHANGES = {"variant", "init_from", "training text", "validation text", "seq_length", "global batch"}
+WAYS_ON = "use another --output_dir, or --resume never to move the old run aside"
 
 def describe_run(model_config, config, train_set, val_set, init_from) -> dict:
-    """What a run is, as its files record it; RunError where model, data and settings do not go together."""
-    if config.seq_length > model_config.n_positions:
-        raise RunError(f"seq_length: expected at most n_positions, {model_config.n_positions}, got {config.seq_length}")
-    if train_set.vocab_size > model_config.vocab_size:
-        raise RunError(f"vocab_size: {train_set.path} needs {train_set.vocab_size}, got {model_config.vocab_size}")
-    if val_set.tokenizer != train_set.tokenizer:
-        raise RunError(f"{val_set.path}: its tokenizer is not that of {train_set.path}; prepare both alike")
+    """What a run is, as its files record it; RunError if model and data do not go together."""
+    longest, size = model_config.n_positions, train_set.vocab_size
+    require(config.seq_length <= longest, f"seq_length: expected at most {longest}, got {config.seq_length}")
+    require(size <= model_config.vocab_size, f"vocab_size: {train_set.path} needs {size}")
+    same = (val_set.tokenizer, val_set.vocab_size) == (train_set.tokenizer, size)
+    require(same, f"{val_set.path}: its tokenizer is not that of {train_set.path}; prepare both alike")
     if val_set.chunks == train_set.chunks:
-        print0("warning: val_data is the same text as train_data: its perplexity is of text seen in training")
-    run = {"variant": VARIANT, "model_config": as_dict(model_config), "train_config": as_dict(config)}
+        print0("warning: val_data is the text of train_data, so its perplexity is of text seen in training")
+    run = {"variant": VARIANT, "model_config": asdict(model_config), "train_config": asdict(config)}
+    if N_KV_GROUPS is None:  # as in the release
+        del run["model_config"]["n_kv_groups"]
     data = {"train_data": train_set.chunks, "val_data": val_set.chunks, "tokenizer": train_set.tokenizer}
     return run | data | {"init_from": init_from and str(init_from), "changes": []}
 
+def facts_of(run) -> dict:
+    """All that can change the result of a run."""
+    config = run["model_config"] | run["train_config"]
+    facts = {key: value for key, value in config.items() if key not in CANNOT_CHANGE_THE_RESULT}
+    for name, split in {"training text": "train_data", "validation text": "val_data"}.items():
+        facts[name] = hashlib.sha256(json.dumps(run[split]).encode()).hexdigest()[:12]
+    rows = config["micro_batch_size"] * config["gradient_accumulation"] * config["num_gpus"]
+    return facts | {"variant": run["variant"], "init_from": run["init_from"], "global batch": rows}
 
 def find_start(output_dir, resume, run, total_steps, accept_changes):
-    """Where a run starts: (checkpoint or None for step 0, whether all is done already, accepted changes).
+    """(checkpoint or None to start at step 0, whether all is done, what to record). Writes nothing.
 
-    Writes nothing. RunError where output_dir holds a run that these settings would not continue as it began.
+    RunError if output_dir holds a run that these settings would not continue as it began.
     """
     path, recorded = find_checkpoint(output_dir, resume)
     if recorded is None:
-        return None, False, []
+        return None, False, run
     place, step = path or output_dir, recorded.get("step", 0)
-    if recorded["variant"] != VARIANT:
-        raise RunError(f"{place}: a run of transformer_{recorded['variant']}_300_M.py; {WAYS_ON}")
-    if recorded["init_from"] != run["init_from"] and (run["init_from"] or not path):
-        before, now = (origin["init_from"] or "random weights" for origin in (recorded, run))
-        raise RunError(f"{place}: began with {before}, not with {now}; {WAYS_ON}")
-    for split in ("train_data", "val_data"):
-        if recorded[split] != run[split]:
-            raise RunError(f"{place}: made with other data than is in {run['train_config'][split]}; {WAYS_ON}")
-    if step > total_steps:
-        raise RunError(f"{place}: at step {step}, these settings end at {total_steps}; {WAYS_ON}")
-
-    # every other setting that can change the result; a change of the tokens in a step would lose the place in the data
-    before, now = settings_of(recorded), settings_of(run)
-    changed = [key for key in now if key in before and before[key] != now[key]]
-    changes = [f"{key} {before[key]} -> {now[key]}" for key in changed]
-    if changed and (not accept_changes or {"seq_length", "rows in a global batch"} & {*changed}):
-        more = "or --init_from to start from its weights, or --accept_changes to go on all the same"
-        raise RunError(f"{place}: this would change {', '.join(changes)}; {WAYS_ON}, {more}")
-    records = [(record["kind"], record["step"]) for record in read_metrics(output_dir / "metrics.jsonl")]
-    finished = step == total_steps and ("final", step) in records and (output_dir / "final_model.pt").exists()
-    return path, finished, [f"step {step}: {change}" for change in changes]
-
-
-def settings_of(run) -> dict:
-    """The settings of a run that can change its result."""
-    config = run["model_config"] | run["train_config"]
-    rows = config["micro_batch_size"] * config["gradient_accumulation"] * config["num_gpus"]
-    decisive = {key: value for key, value in config.items() if key not in CANNOT_CHANGE_THE_RESULT}
-    return decisive | {"rows in a global batch": rows}
-
+    require(step <= total_steps, f"{place}: at step {step}, these settings end at {total_steps}; {WAYS_ON}")
+    if path and not run["init_from"]:
+        run = run | {"init_from": recorded["init_from"]}
+    before, now = facts_of(recorded), facts_of(run)
+    changed = {key for key in now if key in before and before[key] != now[key]}
+    changes = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in sorted(changed))
+    more = "or start from its weights with --init_from"
+    if not changed & NEVER_CHANGES:
+        more += ", or go on all the same with --accept_changes"
+    accepted = not changed or (accept_changes and not changed & NEVER_CHANGES)
+    require(accepted, f"{place}: a run with other settings, {changes}; {WAYS_ON}, {more}")
+    run = run | {"changes": recorded.get("changes", []) + [f"step {step}: {changes}"] * bool(changes)}
+    records = read_metrics(output_dir / "metrics.jsonl")
+    kinds = [record["kind"] for record in records if record["step"] == step]
+    finished = step == total_steps and "final" in kinds and (output_dir / "final_model.pt").exists()
+    return path, finished, run
 
 def find_checkpoint(output_dir, resume):
-    """(path, contents) of what `resume` means: never, the path of a checkpoint, or auto, the newest whole one.
+    """(path, contents) of what `resume` says: never, the path of a checkpoint, or auto, the newest whole one.
 
-    (None, what the YAML files say) for a run that ended before its first checkpoint; (None, None) for no run.
+    (None, its run.yaml) for a run that ended before its first checkpoint, (None, None) for no run.
     """
     if resume == "never":
         return None, None
     if resume != "auto":
         contents = read_checkpoint(resume, to_resume=True)
-        if later := [path for step, path in checkpoints(output_dir) if step > contents["step"]]:
-            raise RunError(f"{later[0]}: is beyond {resume}; delete it, or use another --output_dir")
+        later = [path.name for step, path in checkpoints(output_dir) if step > contents["step"]]
+        require(not later, f"{output_dir}: holds {', '.join(later)}, beyond {resume}; {WAYS_ON}")
         return Path(resume), contents
     for _, path in checkpoints(output_dir):
         try:
             return path, read_checkpoint(path, to_resume=True)
         except RunError as error:
             print0(f"warning: passed over {error}")
-    if checkpoints(output_dir) or (output_dir / "final_model.pt").exists():
-        raise RunError(f"{output_dir}: holds a run and no checkpoint that can be resumed; {WAYS_ON}")
-    if not (output_dir / "run.yaml").exists():
-        return None, None
-    names = ("run", "model_config", "train_config")
+    unusable = checkpoints(output_dir) or (output_dir / "final_model.pt").exists()
+    require(not unusable, f"{output_dir}: holds a run and no checkpoint to resume it from; {WAYS_ON}")
     try:
-        run, *configs = (yaml.safe_load((output_dir / f"{name}.yaml").read_text("utf-8")) for name in names)
-        return None, {"init_from": None} | run | dict(zip(names[1:], configs, strict=True))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise RunError(f"{output_dir}: the settings of the run in it cannot be read ({error}); {WAYS_ON}") from error
-
+        return None, yaml.safe_load((output_dir / "run.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None, None
 
 def lock_output_dir(output_dir, move_aside):
-    """Keep other runs out of the folder; the kernel releases the lock when this process ends, however it ends."""
+    """Keep other runs out of the folder; the kernel releases the lock when this process ends."""
     output_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(output_dir / "run.lock").acquire(timeout=0)
@@ -801,38 +727,43 @@ def lock_output_dir(output_dir, move_aside):
         raise RunError(f"{output_dir}: another run is writing to it; use another --output_dir") from error
     if not move_aside or os.listdir(output_dir) == ["run.lock"]:
         return lock
-    numbered = (Path(f"{output_dir}.old_{number}") for number in count(1))
-    aside = next(path for path in numbered if not path.exists())
-    print0(f"moving the run in {output_dir} to {aside}")
+    aside = next(path for n in count(1) if not (path := Path(f"{output_dir}.old_{n}")).exists())
     output_dir.rename(aside)
+    print0(f"moved the run in {output_dir} to {aside}")
     return lock_output_dir(output_dir, move_aside=False)
-
-
-# -----------------------------------------------------------------------------
-# Checkpoints
-
 
 def checkpoints(output_dir) -> list:
     """(step, path) of each checkpoint in a folder, the newest first."""
-    matches = (re.fullmatch(r"checkpoint_step_(\d+)\.pt", path.name) for path in Path(output_dir).glob("*.pt"))
-    return sorted(((int(match[1]), output_dir / match[0]) for match in matches if match), reverse=True)
+    names = (re.fullmatch(r"checkpoint_step_(\d+)\.pt", path.name) for path in output_dir.glob("*.pt"))
+    return sorted(((int(name[1]), output_dir / name[0]) for name in names if name), reverse=True)
 
-
-def save_checkpoint(output_dir, run, model, optimizer, config, complete):
-    """checkpoint_step_N.pt and, at the end, final_model.pt; then delete what keep_checkpoints does not keep."""
-    step = run["step"]
-    run |= {"tokens_seen": step * config.tokens_per_step, "model_state_dict": model.state_dict()}
+def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
+    """Write checkpoint_step_N.pt, at the end final_model.pt, and delete all that keep_checkpoints omits."""
+    step = contents["step"]
+    contents |= {"tokens_seen": step * config.tokens_per_step, "model_state_dict": model.state_dict()}
     if complete:
-        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(run, file))
-    run |= {"rows_seen": step * config.rows_per_step, "optimizer_state_dict": optimizer.state_dict()}
-    write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(run, file))
-    older = [path for saved, path in checkpoints(output_dir) if saved <= step]
-    for path in older[config.keep_checkpoints or sys.maxsize :]:
+        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(contents, file))
+    contents |= {"rows_seen": step * config.rows_per_step, "optimizer_state_dict": optimizer.state_dict()}
+    write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(contents, file))
+    kept = [path for saved, path in checkpoints(output_dir) if saved <= step]
+    for path in kept[config.keep_checkpoints or len(kept) :]:
         path.unlink()
 
+def write_samples(output_dir, step, model, val_set, config, autocast):
+    """Continue the beginnings of three rows of the validation data through the KV cache."""
+    prompts = torch.stack([val_set[len(val_set) * third // 3][0][:32] for third in range(3)])
+    torch.manual_seed(config.seed)
+    try:
+        with autocast:
+            idx = model.generate(prompts.to(model.wte.weight.device), config.sample_tokens, 0.8, top_k=50)
+        texts = [f"{val_set.decode(row[:32])} [...] {val_set.decode(row[32:])}\n" for row in idx.tolist()]
+        path = output_dir / f"samples_step_{step}.txt"
+        write_atomically(path, lambda file: file.write("\n".join(texts).encode()))
+    except Exception as error:  # the checkpoint is saved, and no sample is worth the run
+        print0(f"warning: no samples at step {step}: {error}")
 
 def write_atomically(path, write):
-    """write(file) to a temporary file, flush it to disk and rename it: `path` never holds half a file."""
+    """Write to a temporary file, flush it to disk and rename it: `path` never holds half a file."""
     partial = path.with_name(f"{path.name}.tmp")
     try:
         with open(partial, "wb") as file:
@@ -842,104 +773,82 @@ def write_atomically(path, write):
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         partial.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free / 1e6
-        raise RunError(f"{path}: not written, {free:,.0f} MB are free; older files are whole ({error})") from error
-
+        raise RunError(f"{path}: not saved; is the disk full? Older files are whole ({error})") from error
 
 def read_checkpoint(path, to_resume=False) -> dict:
-    """The contents of a checkpoint or final_model.pt, ours or a released one; RunError where it is damaged.
+    """The contents of a checkpoint or final_model.pt, ours or a released one; RunError if it is damaged.
 
-    To resume from it, it must hold the place in the data, and every byte is checked against the CRCs of the file.
+    To resume, it must hold the place in the data, and its bytes are checked against the CRCs in the file.
     """
     try:
-        if to_resume and (damaged := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"its part {damaged} is damaged")
+        damaged = zipfile.ZipFile(path).testzip() if to_resume else None
+        require(damaged is None, f"the CRC of {damaged} is wrong")
         contents = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         # released checkpoints carry DDP's prefix, and the causal mask of each layer
         weights = {name.removeprefix("module."): w for name, w in contents["model_state_dict"].items()}
-        contents["model_state_dict"] = {name: w for name, w in weights.items() if not name.endswith(".attn.bias")}
-        contents["model_config"] = dict(contents["model_config"])
+        contents["model_state_dict"] = {n: w for n, w in weights.items() if not n.endswith(".attn.bias")}
     except Exception as error:  # a file of another kind can fail in any way
         raise RunError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
-    if to_resume and not {"rows_seen", "optimizer_state_dict"} <= contents.keys():
-        raise RunError(f"{path}: holds weights without a place in the data; start from them with --init_from")
+    variant = contents.get("variant", VARIANT)  # released checkpoints do not say
+    require(variant == VARIANT, f"{path}: not {PAPER_NAME}; load it with transformer_{variant}_300_M.py")
+    whole = not to_resume or {"rows_seen", "optimizer_state_dict"} <= contents.keys()
+    require(whole, f"{path}: holds weights and no place in the data; start from them with --init_from")
     return contents
 
-
 def load_weights(model, contents, path):
-    """Copy the weights of a checkpoint into the model; RunError where it is of another variant or configuration."""
-    if contents.get("variant", VARIANT) != VARIANT:
-        raise RunError(f"{path}: not {PAPER_NAME}; load it with transformer_{contents['variant']}_300_M.py")
+    """Copy the weights of a checkpoint into the model; RunError if its configuration is another."""
     for key, value in asdict(model.config).items():
-        recorded = contents["model_config"].get(key, value)
-        if recorded != value and key not in ("dropout", "initializer_range", "use_flash_attention"):
-            raise RunError(f"{path}: made with {key} {recorded}, the configuration asks for {value}")
+        saved = contents["model_config"].get(key, value)
+        same = saved == value or key in ("dropout", "initializer_range", "use_flash_attention")
+        require(same, f"{path}: made with {key} {saved}, and the configuration asks for {value}")
     try:
         model.load_state_dict(contents["model_state_dict"])
     except RuntimeError as error:
-        raise RunError(f"{path}: its weights are not those of {PAPER_NAME}: {error}") from error
-
+        raise RunError(f"{path}: not the weights of {PAPER_NAME} in this configuration") from error
 
 def load_model(path, device="cpu") -> GPT_GQA:
     """The model in a checkpoint or final_model.pt, ours or a released one, in eval mode.
 
-    RunError, a ValueError, where the file is damaged or of another variant; the message names the right script.
+    RunError, a ValueError, if the file is damaged or of another variant; it names the right script.
     """
     contents = read_checkpoint(path)
-    known = {key: value for key, value in contents["model_config"].items() if key in ModelConfig.__annotations__}
     try:
+        config = {k: v for k, v in contents["model_config"].items() if k in ModelConfig.__annotations__}
         with torch.device("meta"):  # allocates nothing: the weights come out of the file
-            model = GPT_GQA(ModelConfig(**known))
-    except ValidationError as error:
-        raise RunError(f"{path}: its model_config is of no use: {error}") from error
+            model = GPT_GQA(ModelConfig(**config))
+    except (KeyError, AttributeError, ValueError) as error:
+        raise RunError(f"{path}: its model_config is not one of {PAPER_NAME}: {error}") from error
     load_weights(model.to_empty(device=device), contents, path)
     return model.eval()
-
-
-def write_samples(output_dir, step, model, val_set, config, autocast):
-    """Continue the beginnings of three rows of the validation data through the KV cache."""
-    if config.sample_tokens == 0:
-        return
-    prompts = torch.stack([val_set[len(val_set) * third // 3][0][:32] for third in range(3)])
-    torch.manual_seed(config.seed)
-    try:
-        with autocast:
-            idx = model.generate(prompts.to(model.wte.weight.device), config.sample_tokens, temperature=0.8, top_k=50)
-        texts = [f"{val_set.decode(row[:32])} [...] {val_set.decode(row[32:])}\n" for row in idx.tolist()]
-        write_atomically(output_dir / f"samples_step_{step}.txt", lambda file: file.write("\n".join(texts).encode()))
-    except Exception as error:  # the checkpoint is saved, and no sample is worth the run
-        print0(f"warning: no samples at step {step}: {error}")
-
 
 # -----------------------------------------------------------------------------
 # Logging and processes
 
-
 class Logger:
-    """Rank 0's account of a run: its settings as YAML, metrics.jsonl, the progress bar and, if asked for, wandb."""
+    """Rank 0's account of a run: its settings as YAML, metrics.jsonl, the progress bar, wandb if asked."""
 
     def __init__(self, output_dir, run, config, step, finished):
         self.config, self.path, self.wandb = config, output_dir / "metrics.jsonl", None
-        quiet = RANK > 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=config.total_steps, initial=step, unit="step", disable=quiet)
+        hidden = RANK > 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=config.total_steps, initial=step, unit="step", disable=hidden)
         if RANK > 0 or finished:
             return
         for leftover in output_dir.glob("*.tmp"):  # of a killed run
             leftover.unlink()
-        configs = {"model_config": run["model_config"], "train_config": run["train_config"]}
-        about = {key: value for key, value in run.items() if key not in configs}
-        for name, contents in (configs | {"run": about}).items():
-            text = yaml.safe_dump(contents, sort_keys=False)
-            write_atomically(output_dir / f"{name}.yaml", lambda file, text=text: file.write(text.encode()))
-        # a killed run has logged steps beyond its last checkpoint; they are about to be taken, and logged, again
-        kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= step and step]
-        write_atomically(self.path, lambda file: file.write("".join(kept).encode()))
+        # a killed run has logged steps beyond its last checkpoint; they are taken, and logged, again
+        kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if 0 < step >= record["step"]]
+        texts = {"metrics.jsonl": "".join(kept), "run.yaml": yaml.safe_dump(run, sort_keys=False)}
+        for name in ("model_config", "train_config"):
+            texts[f"{name}.yaml"] = yaml.safe_dump(run[name], sort_keys=False)
+        for name, text in texts.items():
+            write_atomically(output_dir / name, lambda file, text=text: file.write(text.encode()))
         if config.wandb != "disabled":
-            try:  # whatever a logger fails in, it is not worth the run
+            try:  # no failure of wandb is worth the run
                 import wandb
 
-                options = {"dir": output_dir, "mode": config.wandb, "settings": wandb.Settings(init_timeout=30)}
-                self.wandb = wandb.init(project="qkv-variants", name=output_dir.name, config=asdict(config), **options)
+                options = {"dir": output_dir, "mode": config.wandb, "config": run}
+                options["settings"] = wandb.Settings(init_timeout=30)
+                self.wandb = wandb.init(project="qkv-variants", name=output_dir.name, **options)
             except Exception as error:
                 print0(f"warning: wandb is not used: {error}")
 
@@ -950,19 +859,19 @@ class Logger:
         record = {"kind": kind, "step": step, "tokens": step * self.config.tokens_per_step} | results
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        if self.wandb:
-            try:
+        try:
+            if self.wandb:
                 self.wandb.log({f"{kind}/{key}": value for key, value in results.items()}, step=step)
-            except Exception as error:
-                print0(f"warning: wandb is not used any more: {error}")
-                self.wandb = None
+        except Exception as error:
+            print0(f"warning: wandb is not used any more: {error}")
+            self.wandb = None
         self.bar.update(step - self.bar.n)
         if kind == "train":
             speed = results["tokens_per_second"]
+            left = (self.config.total_steps - step) * self.config.tokens_per_step / speed
             text = f"loss {results['loss']:.4f}, {speed:,.0f} tokens/s"
             self.bar.set_postfix_str(text)  # the bar itself shows the time left
-            left = tqdm.format_interval((self.config.total_steps - step) * self.config.tokens_per_step / speed)
-            text += f", {left} left"
+            text += f", {tqdm.format_interval(left)} left"
         else:
             text = f"perplexity {results['perplexity']:.3f}, over text only {results['text_perplexity']:.3f}"
         if kind != "train" or self.bar.disable:
@@ -972,34 +881,27 @@ class Logger:
         """Say what the run came to."""
         self.bar.close()
         if not complete:
-            print0(f"stopped and saved at step {step}; start again to resume")
-            return
-        records = read_metrics(self.path)
-        first, *_, last = (record["text_perplexity"] for record in records if record["kind"] != "train")
-        speeds = [record["tokens_per_second"] for record in records if record["kind"] == "train"]
+            return print0(f"stopped and saved at step {step}; start again to resume")
+        evaluations = [record for record in read_metrics(self.path) if record["kind"] != "train"]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         c, cache = model.config, model.make_cache(1, dtype=torch.bfloat16)
-        qkv_nbytes = 4 * c.n_layer * c.n_positions * c.n_embd
-        print0(
-            f"\n{PAPER_NAME}, complete after {step} steps, in {self.path.parent}\n"
-            f"text perplexity  {first:.2f} before, {last:.2f} after\n"
-            f"speed            {np.median(speeds or [math.nan]):,.0f} tokens a second\n"
-            f"peak memory      {peak / 1e9:.2f} GB of rank 0, {device.type}\n"
-            f"KV cache         {cache.nbytes:,} bytes for {c.n_positions:,} tokens in bf16; QKV takes {qkv_nbytes:,}"
-        )
-
+        print0(f"{PAPER_NAME}, complete after {step} steps, in {self.path.parent}")
+        for record in evaluations[:1] + evaluations[-1:]:
+            print0(f"text perplexity  {record['text_perplexity']:.2f} at step {record['step']}")
+        print0(f"peak memory      {peak / 1e9:.2f} GB of rank 0 on {device.type}")
+        print0(f"KV cache         {cache.nbytes:,} bytes for {c.n_positions:,} tokens in bf16; "
+               f"QKV takes {4 * c.n_layer * c.n_positions * c.n_embd:,}")  # fmt: skip
 
 def print0(text):
-    """Print on rank 0, above the progress bar; a closed pipe or a full disk behind stdout never ends a run."""
-    if RANK == 0:
-        try:
+    """Print on rank 0, above the progress bar; a closed pipe or a full disk there never ends a run."""
+    try:
+        if RANK == 0:
             tqdm.write(text)
             sys.stdout.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 def read_metrics(path) -> list[dict]:
     """The records of a metrics.jsonl, without lines that a kill cut short."""
@@ -1009,7 +911,6 @@ def read_metrics(path) -> list[dict]:
             records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict) and record.keys() >= {"kind", "step"}]
 
-
 def init_distributed() -> torch.device:
     """Join the other processes of torchrun, if there are any; returns the device of this one."""
     n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1017,16 +918,15 @@ def init_distributed() -> torch.device:
     if n_gpus:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % n_gpus)
         torch.cuda.set_device(device)
+    if 0 < n_gpus < n_processes:
+        print0(f"warning: {n_processes} processes share {n_gpus} GPU; start one process for each GPU")
     if "RANK" in os.environ:
         try:
             dist.init_process_group("nccl" if n_gpus >= n_processes else "gloo")
         except (ValueError, RuntimeError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise RunError(f"the processes could not meet at {address}: {error}") from error
-    if 0 < n_gpus < n_processes:
-        print0(f"warning: {n_processes} processes share {n_gpus} GPU; start one process for each GPU")
     return device
-
 
 @contextmanager
 def errors_on_all_ranks():
@@ -1034,7 +934,7 @@ def errors_on_all_ranks():
     own = None
     try:
         yield
-    except (RunError, OSError, MemoryError, RuntimeError) as error:
+    except (OSError, MemoryError, RuntimeError, RunError) as error:
         own = error
     messages = [own and str(own)] * WORLD_SIZE
     if dist.is_initialized():
@@ -1042,23 +942,21 @@ def errors_on_all_ranks():
     for message in filter(None, messages):
         raise RunError(message) from own
 
-
 @contextmanager
 def stop_signals():
-    """SIGTERM, SIGHUP (a closed terminal) and Ctrl-C only join the list it yields: the step in hand is finished."""
+    """SIGTERM, SIGHUP (a closed terminal) and Ctrl-C join the list it yields, and the step in hand ends."""
     received = []
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        handlers[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
         yield received
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
-
 # -----------------------------------------------------------------------------
-# Configuration and command line
-
+# Configuration
 
 class RunError(ValueError):
     """Ends a run with one line instead of a traceback: what is wrong, where, and what to do about it."""
@@ -1066,9 +964,11 @@ class RunError(ValueError):
     def __init__(self, message):
         super().__init__(" ".join(message.split()))  # libraries explain themselves in paragraphs
 
+def require(condition, message):
+    if not condition:
+        raise RunError(message)
 
 CHECKS = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
-
 
 @dataclass(kw_only=True, config=CHECKS)
 class ModelConfig:
@@ -1082,29 +982,28 @@ class ModelConfig:
     dropout: NonNegativeFloat = Field(0.1, lt=1, description="on the outputs of attention and MLP")
     layer_norm_epsilon: PositiveFloat = Field(1e-5, description="of every LayerNorm")
     initializer_range: PositiveFloat = Field(0.02, description="standard deviation of every initial weight")
-    use_flash_attention: bool = Field(True, description="flash-attn where it is installed and fits: CUDA, bf16")
+    use_flash_attention: bool = Field(True, description="flash-attn, if it is installed and fits: CUDA, bf16")
 
     def __post_init__(self):
         self.n_inner = self.n_inner or 4 * self.n_embd
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd: expected a multiple of n_head ({self.n_head}), got {self.n_embd}")
+        fits = self.n_embd % self.n_head == 0
+        require(fits, f"n_embd: expected a multiple of n_head ({self.n_head}), got {self.n_embd}")
         fits, expected = self.n_kv_groups == N_KV_GROUPS, N_KV_GROUPS or "null"
         if N_KV_GROUPS not in (None, 1):
-            fits, expected = self.n_kv_groups and self.n_head % self.n_kv_groups == 0, "a divisor of n_head"
-        if not fits:
-            raise ValueError(f"n_kv_groups: expected {expected} for {PAPER_NAME}, got {self.n_kv_groups}")
-
+            fits = self.n_kv_groups and self.n_head % self.n_kv_groups == 0
+            expected = f"a divisor of n_head ({self.n_head})"
+        require(fits, f"n_kv_groups: expected {expected} for {PAPER_NAME}, got {self.n_kv_groups}")
 
 @dataclass(kw_only=True, config=CHECKS)
 class TrainingConfig:
     train_data: str = Field(description="folder of a split that dataset_download.py wrote")
     val_data: str = Field(description="folder of the split to evaluate on")
-    sequence: Literal["padded", "packed"] = Field(description="padded: a document a row (paper); packed: all text")
-    score_padding: bool = Field(description="padded rows: the padding counts in the training loss, as published")
+    sequence: Literal["padded", "packed"] = Field(description="padded: a document a row; packed: full rows")
+    score_padding: bool = Field(description="the padding counts in the training loss, as published")
     seq_length: PositiveInt = Field(ge=2, description="tokens in a row")
     micro_batch_size: PositiveInt = Field(description="rows in one forward and backward pass")
     gradient_accumulation: PositiveInt = Field(description="such passes of each GPU in a step")
-    num_gpus: PositiveInt = Field(description="GPUs of the published run; other world sizes share the same batch")
+    num_gpus: PositiveInt = Field(description="GPUs of the published run; any world size shares its batch")
     target_tokens: PositiveInt = Field(description="tokens to train on, padding included")
     learning_rate: PositiveFloat = Field(description="at the end of the warm-up")
     min_lr: NonNegativeFloat = Field(description="at the last step")
@@ -1117,7 +1016,7 @@ class TrainingConfig:
     skip_grad_norm: PositiveFloat = Field(description="an update with a larger gradient norm is skipped")
     seed: NonNegativeInt = Field(lt=2**63, description="of weights, order of the data and dropout")
     precision: Literal["bf16", "fp32"] = Field(description="bf16: autocast, the weights stay fp32")
-    compile: Literal["auto", True, False] = Field(description="torch.compile; auto: on CUDA")
+    compile: Literal["auto"] | bool = Field(description="torch.compile; auto: on CUDA")
     log_interval: PositiveInt = Field(description="steps between train records")
     eval_interval: PositiveInt = Field(description="steps between evaluations")
     eval_batches: PositiveInt | None = Field(description="batches of an evaluation; null: all")
@@ -1129,130 +1028,91 @@ class TrainingConfig:
     def __post_init__(self):
         self.rows_per_step = self.micro_batch_size * self.gradient_accumulation * self.num_gpus
         self.tokens_per_step = self.rows_per_step * self.seq_length
-        self.total_steps = self.target_tokens // self.tokens_per_step
-        if self.total_steps == 0:
-            one_step = f"at least one step, {self.tokens_per_step} tokens"
-            raise ValueError(f"target_tokens: expected {one_step}, got {self.target_tokens}")
-        if self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr: expected at most learning_rate ({self.learning_rate}), got {self.min_lr}")
-        if self.warmup_steps > self.total_steps:
-            raise ValueError(f"warmup_steps: expected at most the {self.total_steps} steps, got {self.warmup_steps}")
-
-
-def as_dict(config) -> dict:
-    """A config as files hold it: n_kv_groups stands in those of the grouped variants alone, as in the release."""
-    return {key: value for key, value in asdict(config).items() if key != "n_kv_groups" or value}
-
-
-class StrictLoader(yaml.SafeLoader):
-    """YAML without its surprises: a key stands once, 2e-4 is a number, 010 is ten."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        if repeated := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"{repeated[0]} stands twice")
-        return super().construct_mapping(node, deep)
-
-
-StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
-FLOAT = re.compile(r"[-+]?\d+[eE][-+]?\d+$")
-StrictLoader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
-
+        self.total_steps = steps = self.target_tokens // self.tokens_per_step
+        one = f"one step ({self.tokens_per_step} tokens) at least"
+        require(steps, f"target_tokens: expected {one}, got {self.target_tokens}")
+        fits = self.min_lr <= self.learning_rate
+        require(fits, f"min_lr: expected at most learning_rate ({self.learning_rate}), got {self.min_lr}")
+        fits = self.warmup_steps <= steps
+        require(fits, f"warmup_steps: expected at most the {steps} steps of the run, got {self.warmup_steps}")
 
 def load_config(cls, path, overrides):
-    """A config out of a YAML file and those overrides that are fields of it.
+    """A config out of a YAML file and those KEY=VALUE overrides that are fields of it.
 
     RunError names the file or the command line, the key, what was expected and what was found.
     """
-    overrides = {key: value for key, value in overrides.items() if key in cls.__annotations__}
+    load = YAML(typ="safe", pure=True).load  # YAML 1.2: a key stands once, 2e-4 is a number, 010 is ten
+    place = path
     try:
-        return cls(**yaml.load(Path(path).read_text(encoding="utf-8"), StrictLoader) | overrides)
+        values = dict(load(Path(path).read_text(encoding="utf-8")))
+        for key, _, value in (override.partition("=") for override in overrides):
+            if key in cls.__annotations__:
+                place = f"{path} with {key}={value}"
+                values[key] = load(value)
+        return cls(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = first["loc"][0] if first["loc"] else None
-        place = "command line" if key in overrides else path
+        key = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "value_error":  # of __post_init__: values that do not go together
             raise RunError(f"{place}: {first['ctx']['error']}") from error
-        problem = first["msg"].replace("Input should be", "expected") + f", got {first['input']!r}"
+        expected = first["msg"].replace("Input should be", "expected") + f", got {first['input']!r}"
         if first["type"] == "missing":
-            problem = "missing, expected a value"
+            expected = "missing, expected a value"
         if first["type"] == "unexpected_keyword_argument":
-            problem = f"unknown key; expected one of {', '.join(cls.__annotations__)}"
-        raise RunError(f"{place}: {key}: {problem}") from error
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: expected a YAML file of 'key: value' lines: {error}") from error
+            expected = f"unknown key; expected one of {', '.join(cls.__annotations__)}"
+        raise RunError(f"{place}: {key}: {expected}") from error
+    except (OSError, ValueError, TypeError, YAMLError) as error:
+        raise RunError(f"{place}: expected YAML, a file of 'key: value' lines: {error}") from error
 
-
-def parse_overrides(arguments) -> dict:
-    """KEY=VALUE arguments as a dict, the values read as YAML."""
-    known, overrides = [*ModelConfig.__annotations__, *TrainingConfig.__annotations__], {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals or key not in known:
-            raise RunError(f"command line: {argument}: expected KEY=VALUE with a KEY out of {', '.join(known)}")
-        try:
-            overrides[key] = yaml.load(value, StrictLoader)
-        except (ValueError, yaml.YAMLError) as error:
-            raise RunError(f"command line: {key}: expected a YAML value, got {value!r}") from error
-    return overrides
-
-
-def settings_help() -> str:
-    """One line for each field of the two configs: its type, its default where it has one, what it means."""
-    lines = []
-    for cls in (ModelConfig, TrainingConfig):
-        lines.append(f"\n{cls.__name__} (KEY=VALUE)")
-        for key, field in cls.__pydantic_fields__.items():
-            default = "" if field.is_required() else f" [{field.default}]"
-            lines.append(f"  {key}: {cls.__annotations__[key]}{default}: {field.description}")
-    return "\n".join(lines)
-
+# -----------------------------------------------------------------------------
+# Command line
 
 def main(arguments=None):
-    """Exit status 0: complete; 2: ended by what the last line says; 128 + n: saved and stopped by signal n."""
-    configs = Path(__file__).resolve().parent / "configs"
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=settings_help(), formatter_class=layout)
+    """Exit status 0: complete; 2: ended by what the last line says; 128 + n: saved, stopped by signal n."""
+    configs, layout = Path(__file__).resolve().parent / "configs", argparse.RawDescriptionHelpFormatter
+    known = ModelConfig.__pydantic_fields__ | TrainingConfig.__pydantic_fields__
+    types = ModelConfig.__annotations__ | TrainingConfig.__annotations__
+    fields = "\n".join(f"  {key} ({types[key]}): {field.description}" for key, field in known.items())
+    epilog = f"settings:\n{fields}"
+    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=layout)
     parser.add_argument("--model_config", default=configs / f"model_config_{SIZE}.yaml")
     parser.add_argument("--train_config", default=configs / f"train_config_{SIZE}.yaml")
     parser.add_argument("--output_dir", default=OUTPUT_DIR, type=Path)
     parser.add_argument("--resume", default="auto", help="auto (the newest checkpoint), never, or a path")
-    parser.add_argument("--init_from", help="begin at step 0 with the weights of a checkpoint or final_model.pt")
+    parser.add_argument("--init_from", help="begin at step 0 with the weights of another run")
     parser.add_argument("--accept_changes", action="store_true", help="resume although settings have changed")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="in place of what the configs say")
     options = parser.parse_intermixed_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
     try:
-        overrides = parse_overrides(options.settings)
-        model_config = load_config(ModelConfig, options.model_config, overrides)
-        config = load_config(TrainingConfig, options.train_config, overrides)
+        for setting in options.settings:
+            known_key = "=" in setting and setting.partition("=")[0] in known
+            expected = f"KEY=VALUE with a KEY out of {', '.join(known)}"
+            require(known_key, f"command line: {setting}: expected {expected}")
+        model_config = load_config(ModelConfig, options.model_config, options.settings)
+        config = load_config(TrainingConfig, options.train_config, options.settings)
         how = (options.output_dir, options.resume, options.init_from, options.accept_changes)
-        stopped_by = train(model_config, config, *how)
-    except (RunError, OSError, torch.OutOfMemoryError, dist.DistError, RuntimeError) as error:
+        number = train(model_config, config, *how)
+    except (RunError, OSError, RuntimeError) as error:
         sys.exit(explain(error, options.output_dir))
     if dist.is_initialized():
         dist.destroy_process_group()
-    if stopped_by:
-        sys.exit(128 + stopped_by)
-
+    if number:
+        sys.exit(128 + number)
 
 def explain(error, output_dir) -> int:
-    """Print one line about what ended the run and return the exit status; an error of the program is raised again."""
+    """Print one line about what ended the run, return the exit status; raise errors of the program again."""
     on_all_ranks = isinstance(error, RunError)  # so that the line of rank 0 will do
     if isinstance(error, OSError) and not error.filename:
         error = f"{output_dir}: {error}"
     elif isinstance(error, torch.OutOfMemoryError):
-        error = f"{error} Halve micro_batch_size and double gradient_accumulation: the global batch stays the same."
+        error = f"{error} Halve micro_batch_size, double gradient_accumulation: the global batch is the same."
     elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        error = f"lost another process of this run; start again to resume ({error})"
-        on_all_ranks = True
+        error, on_all_ranks = f"lost another process of this run; start again to resume ({error})", True
     elif isinstance(error, RuntimeError):
         raise error
     if not on_all_ranks or RANK == 0:
         print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
-
 
 if __name__ == "__main__":
     main()

@@ -1,9 +1,11 @@
-"""The initial weights of a run of runs/scaling.sh, for --init_from: QKV's of a seed, as far as the variant has them.
+"""The initial weights of a run of runs/scaling.sh: QKV's of a seed, as far as the variant has them.
 
-    python runs/initial_weights.py kv --model_config configs/model_config_scaling_64.yaml --seed 42 --output start.pt
+    python runs/initial_weights.py kv --model_config configs/model_config_scaling_64.yaml --seed 42 \
+        --output start.pt
+    python transformer_KV_1_300_M.py --init_from start.pt seed=42 ...
 
-A training script draws its weights tensor by tensor, so at one seed two variants start from different numbers. Here
-QKV is drawn, and every other variant takes from it what it has in common with it:
+A training script draws its weights tensor by tensor, so at one seed two variants start from different numbers.
+Here QKV is drawn, and every other variant takes from it what they have in common:
 
     embeddings, LayerNorms, c_proj, MLP     the same
     c_q, c_k                                the rows of the query and of the key in QKV's c_attn

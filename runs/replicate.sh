@@ -5,8 +5,8 @@
 #   bash runs/replicate.sh             # two runs at a time, a thread each
 #   JOBS=8 bash runs/replicate.sh
 #
-# Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under way, and the same command goes on
-# from there. Runs that are complete in outputs_replicate are not repeated.
+# Ctrl-C (or SIGTERM to the training scripts) saves a checkpoint of each run under way and ends; the same command
+# goes on from there. Runs that are complete in outputs_replicate are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,8 +16,8 @@ mkdir -p outputs_replicate
 
 
 # -----------------------------------------------------------------------------
-# Data: paragraphs of the standard library, in bytes, a document each. In rows of 256 tokens some are truncated and
-# some padded, as documents are in the paper's rows of 2,048.
+# Data: paragraphs of the standard library, in bytes, a document each. In rows of 256 tokens some are
+# truncated and some padded, as documents are in the paper's rows of 2,048.
 
 "$PYTHON" dataset_download.py --source stdlib --split_paragraphs --tokenizer bytes \
     --target_tokens 20_000_000 --validation_tokens 100_000 --output_dir replicate_data
@@ -39,10 +39,13 @@ train() {
     esac
 
     echo "training $name, log in $to.log"
-    if ! "$PYTHON" $script --model_config configs/model_config_replicate.yaml \
+    local status=0
+    "$PYTHON" $script --model_config configs/model_config_replicate.yaml \
         --train_config configs/train_config_replicate.yaml --output_dir $to \
-        score_padding=$score_padding seed=$seed >> $to.log 2>&1; then
+        score_padding=$score_padding seed=$seed >> $to.log 2>&1 || status=$?
+    if [ $status -ne 0 ]; then
         echo "$name: $(tail -n 1 $to.log)" >&2
+        [ $status -lt 128 ] || return 255  # stopped by a signal: xargs starts no other run
         return 1
     fi
 

@@ -5,8 +5,8 @@
 #   JOBS=8 bash runs/scaling.sh
 #
 # A run whose metrics in results/scaling hold its final evaluation is not repeated, so a fresh clone goes on
-# where the committed results end. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under
-# way, and the same command goes on from there.
+# where the committed results end. Ctrl-C (or SIGTERM to the training scripts) saves a checkpoint of each run
+# under way and ends; the same command goes on from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -67,9 +67,12 @@ train() {
     fi
 
     echo "training $name"
-    if ! "$PYTHON" $script --model_config $model --train_config configs/train_config_scaling.yaml \
-        --output_dir $to $start $settings >> $to.log 2>&1; then
+    local status=0
+    "$PYTHON" $script --model_config $model --train_config configs/train_config_scaling.yaml \
+        --output_dir $to $start $settings >> $to.log 2>&1 || status=$?
+    if [ $status -ne 0 ]; then
         echo "$name: $(tail -n 1 $to.log)" >&2
+        [ $status -lt 128 ] || return 255  # stopped by a signal: xargs starts no other run
         return 1
     fi
 
@@ -124,4 +127,4 @@ grid() {
 
 grid | xargs -P "${JOBS:-2}" -L 1 bash -euc 'train "$@"' train
 
-"$PYTHON" results_table.py results/scaling --scaling --output_dir results/scaling
+"$PYTHON" scaling_table.py results/scaling --output_dir results/scaling

@@ -1,0 +1,727 @@
+"""Runs over sizes, tokens, learning rates and rows -> the gap to QKV: its slope, its cost, and its figures.
+
+    python scaling_table.py results/scaling --output_dir results/scaling
+    python scaling_table.py outputs_scaling --format markdown
+
+The complete runs of the folders are read as one grid, which results/scaling/README.md defines.
+
+    gap            text loss less QKV's of the same seed; in percent: the change of perplexity it comes to
+    common rate    the peak learning rate at which QKV is best, for both
+    own rate       the rate at which each is best
+    intervals      95 %, by a bootstrap over the seeds
+    compute lost   of the variant's training compute, what QKV would not have needed for the same loss
+
+Runs on other data, or with another recipe, are reported apart. --output_dir writes scaling_table.md,
+scaling_table.json, gap.png, losses.png, rates.png and lengths.png.
+
+Contents: the grid, slopes, reports, printing, plotting, command line.
+"""
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+import analysis_computation_profiler as profiler
+from analysis_computation_profiler import VARIANTS
+from dataset_download import InputError
+from results_table import (
+    command_line,
+    dumped,
+    figure,
+    folders,
+    grid,
+    listed,
+    mean,
+    refuse_twice,
+    shape,
+    sheet,
+    unknown,
+    write_texts,
+)
+
+SWEPT = {"learning_rate", "min_lr", "warmup_steps", "target_tokens", "rows a step"}
+RESAMPLES = 10_000
+MATTERS = (
+    0.005  # nats: a change of the gap from 5 to 80 tokens for each parameter that counts, half a percent
+)
+SEEDS_TO_DECIDE = 3
+
+
+# -----------------------------------------------------------------------------
+# The grid
+
+
+@dataclass
+class Cell:
+    """The complete runs of one size, number of tokens, length and content of the rows.
+
+    parameters  N, of QKV's matrices in the layers, whatever the variant
+    tokens      D, of training, padding included
+    runs        {alias: {peak learning rate: {seed: Run}}}
+    """
+
+    size: str
+    parameters: int
+    tokens: int
+    row: int
+    protocol: str
+    runs: dict
+
+    @property
+    def tokens_per_parameter(self):
+        return self.tokens / self.parameters
+
+    def best_rate(self, alias):
+        """The rate of lowest mean text loss over the seeds that all rates have; None without such seeds."""
+        rates = self.runs.get(alias)
+        seeds = set.intersection(*map(set, rates.values())) if rates else ()
+        if not seeds:
+            return None
+        return min(rates, key=lambda rate: fmean(rates[rate][seed].final["text_loss"] for seed in seeds))
+
+    def at_edge(self, alias):
+        """Whether the best of several rates is the lowest or the highest: a better one may lie beyond."""
+        rates = self.runs[alias]
+        return len(rates) > 1 and self.best_rate(alias) in (min(rates), max(rates))
+
+    def losses(self, alias, rate, key="text_loss"):
+        """{seed: final loss in nats a token}, by seed in order."""
+        runs = self.runs.get(alias, {}).get(rate, {})
+        return {seed: runs[seed].final[key] for seed in sorted(runs)}
+
+    def gaps(self, alias, at, key="text_loss"):
+        """{seed: loss - QKV's}, in nats a token; `at` is common, QKV's best rate for both, or own."""
+        common = self.best_rate("kqv")
+        of_qkv = self.losses("kqv", common, key)
+        losses = self.losses(alias, common if at == "common" else self.best_rate(alias), key)
+        return {seed: loss - of_qkv[seed] for seed, loss in losses.items() if seed in of_qkv}
+
+
+def studies(runs):
+    """Complete runs by the data and recipe they share: [(settings, cells)], the largest first."""
+    groups = {}
+    for run in runs:
+        if run.final:
+            groups.setdefault(tuple(unvaried(run).items()), []).append(run)
+    largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return [(dict(settings), cells_of(here)) for settings, here in largest_first]
+
+
+def unvaried(run):
+    """The settings that all runs of a grid share; those that follow from the swept ones as shares of them."""
+    c = run.config
+    settings = {key: value for key, value in run.setup.items() if key not in SWEPT}
+    return settings | {
+        "tokens a step": c.tokens_per_step,
+        "warm-up, share of the steps": f"{c.warmup_steps / c.total_steps:.3g}",
+        "min_lr, share of the peak": f"{c.min_lr / c.learning_rate:.3g}",
+    }
+
+
+def cells_of(runs):
+    cells = {}
+    for run in runs:
+        model = run.variant.config
+        parameters = model.n_layer * model.n_embd * (4 * model.n_embd + 2 * model.n_inner)
+        tokens = run.config.total_steps * run.config.tokens_per_step
+        where = (f"d{model.n_embd}", parameters, tokens, run.config.seq_length, run.protocol)
+        cell = cells.setdefault((*shape(model), *where), Cell(*where, {}))
+        seeds = cell.runs.setdefault(run.alias, {}).setdefault(run.config.learning_rate, {})
+        refuse_twice(run, seeds.values())
+        seeds[run.seed] = run
+    return sorted(cells.values(), key=lambda cell: (cell.parameters, cell.tokens, cell.protocol, cell.row))
+
+
+# -----------------------------------------------------------------------------
+# Slopes
+
+
+def bootstrap(samples, coefficients):
+    """95 % interval of the sum of coefficient x mean over samples, each drawn from with replacement."""
+    random = np.random.default_rng(0)
+    total = np.zeros(RESAMPLES)
+    for values, coefficient in zip(samples, coefficients, strict=True):
+        drawn = random.choice(values, (RESAMPLES, len(values)))
+        total += coefficient * drawn.mean(axis=1)
+    return np.percentile(total, [2.5, 97.5]).tolist()
+
+
+def slope_coefficients(groups, x, counts):
+    """The weights of cells' means that sum to the slope of a least-squares fit, an intercept for each group.
+
+    For each cell: its group, its x, and the number of values in its mean. None where no group has two x.
+    """
+    groups, x, counts = map(np.asarray, (groups, x, counts))
+    centred = np.zeros(len(x))
+    for group in set(groups.tolist()):
+        here = groups == group
+        centred[here] = x[here] - np.average(x[here], weights=counts[here])
+    spread = (counts * centred**2).sum()
+    return counts * centred / spread if spread > 1e-12 else None
+
+
+def slope(cells, alias, at, over):
+    """The slope of the gap over ln(D/N), sizes apart, or over ln N, tokens for each parameter apart.
+
+    Returns a record with the slope in nats for a factor of e, its interval, and the slope of each seed alone;
+    None where it is not determined.
+    """
+    gaps = [cell.gaps(alias, at) for cell in cells]
+    cells = [cell for cell, gap in zip(cells, gaps, strict=True) if gap]
+    gaps = [gap for gap in gaps if gap]
+    if over == "tokens":
+        groups = [cell.size for cell in cells]
+        x = [math.log(cell.tokens_per_parameter) for cell in cells]
+    else:
+        groups = [cell.tokens_per_parameter for cell in cells]
+        x = [math.log(cell.parameters) for cell in cells]
+    coefficients = slope_coefficients(groups, x, [len(gap) for gap in gaps]) if cells else None
+    if coefficients is None:
+        return None
+
+    samples = [list(gap.values()) for gap in gaps]
+    by_seed = {}
+    for seed in sorted(set().union(*gaps)):
+        having = [i for i, gap in enumerate(gaps) if seed in gap]
+        alone = slope_coefficients([groups[i] for i in having], [x[i] for i in having], [1] * len(having))
+        if alone is not None:
+            by_seed[seed] = float(alone @ [gaps[i][seed] for i in having])
+    ends = [gaps[i] for i in (int(np.argmin(x)), int(np.argmax(x)))]
+    return {
+        "slope": float(coefficients @ [fmean(values) for values in samples]),
+        "slope_interval": bootstrap(samples, coefficients),
+        "slope_by_seed": by_seed,
+        "cells": len(cells),
+        "seeds_at_the_ends": min(map(len, ends)),
+    }
+
+
+def verdict(record):
+    """Widens, shrinks, does not change or cannot tell, by the criteria of results/scaling/README.md."""
+    change = record["slope"] * math.log(16)
+    low, high = (math.log(16) * limit for limit in record["slope_interval"])
+    signs = {math.copysign(1, value) for value in record["slope_by_seed"].values()}
+    if record["seeds_at_the_ends"] < SEEDS_TO_DECIDE:
+        return "cannot tell"
+    if low > 0 and signs == {1} and change >= MATTERS:
+        return "widens"
+    if high < 0 and signs == {-1} and change <= -MATTERS:
+        return "shrinks"
+    if low >= -MATTERS and high <= MATTERS:
+        return "does not change"
+    return "cannot tell"
+
+
+def tokens_for(loss, curve):
+    """The tokens after which QKV has a loss: its (tokens, loss) points, joined by lines in the logarithms.
+
+    Beyond the ends the first and the last line go on. None where there is no line, or it does not fall.
+    """
+    curve = sorted(curve)
+    for i, ((fewer, higher), (more, lower)) in enumerate(zip(curve, curve[1:], strict=False)):
+        if loss >= lower or i == len(curve) - 2:
+            if lower >= higher:
+                return None
+            share = math.log(loss / higher) / math.log(lower / higher)
+            return fewer * (more / fewer) ** share
+    return None
+
+
+# -----------------------------------------------------------------------------
+# Reports
+
+
+def report(runs):
+    """The report on every study among the runs: gaps, slopes, rows of several lengths, and notes."""
+    found = studies(runs)
+    if not found:
+        raise InputError("no complete runs among those named, so there is nothing to compare")
+    reports = []
+    for settings, cells in found:
+        main = main_cells(cells)
+        reports.append({
+            "title": f"Training data {settings['train_data']}",
+            "settings": settings,
+            "cells": cells,
+            "main": main,
+            "gaps": gap_records(main),
+            "slopes": slope_records(main),
+            "lengths": length_records(cells),
+            "falls": fall_records(cells),
+            "rates": rate_records(main),
+            "notes": study_notes(settings, found[0][0], cells),
+        })  # fmt: skip
+    reports[0]["notes"] += unknown(runs)
+    incomplete = [run for run in runs if not run.final]
+    if incomplete:
+        reports[0]["notes"].append(f"Incomplete, and left out: {folders(incomplete)}.")
+    return reports
+
+
+def main_cells(cells):
+    """The cells with the length and content of rows in which most sizes and numbers of tokens were run."""
+    kinds = [(cell.row, cell.protocol) for cell in cells]
+    most = max(kinds, key=lambda kind: (kinds.count(kind), kind))
+    return [cell for cell in cells if (cell.row, cell.protocol) == most]
+
+
+def compared(cells):
+    """The variants beside QKV, in the order of the paper."""
+    return [alias for alias in VARIANTS if alias != "kqv" and any(alias in cell.runs for cell in cells)]
+
+
+def paper_name(cells, alias):
+    """As the paper writes a variant, with its number of KV heads."""
+    runs = next(cell.runs[alias] for cell in cells if alias in cell.runs)
+    return next(run.variant.paper for seeds in runs.values() for run in seeds.values())
+
+
+def percent(nats):
+    """The change of perplexity that a difference of losses comes to."""
+    return 100 * math.expm1(nats)
+
+
+def gap_fields(gaps, name):
+    """The mean of gaps as a change of perplexity in percent, and its interval."""
+    if not gaps:
+        return {name: None, f"{name}_interval": None}
+    values = list(gaps.values())
+    interval = [percent(limit) for limit in bootstrap([values], [1])] if len(values) > 1 else None
+    return {name: percent(fmean(values)), f"{name}_interval": interval}
+
+
+def gap_records(cells):
+    """A row for every variant at every size and number of tokens."""
+    records = []
+    for alias in compared(cells):
+        for cell in cells:
+            if alias not in cell.runs:
+                continue
+            own = cell.gaps(alias, "own")
+            record = {
+                "variant": paper_name(cells, alias),
+                "alias": alias,
+                "size": cell.size,
+                "parameters": cell.parameters,
+                "tokens_per_parameter": cell.tokens_per_parameter,
+                "tokens": cell.tokens,
+                "seeds": list(own),
+                "common_rate": cell.best_rate("kqv"),
+                "own_rate": cell.best_rate(alias),
+            }
+            record |= gap_fields(cell.gaps(alias, "common"), "gap_common")
+            record |= gap_fields(own, "gap_own")
+            record["compute_lost_percent"] = compute_lost(cells, cell, alias)
+            records.append(record)
+    return records
+
+
+def compute_lost(cells, cell, alias):
+    """Percent of a variant's training compute that QKV of the same shape does not need for the same loss.
+
+    Both at their own rates; compute is the MACs of a token's forward pass times the tokens. Negative where QKV
+    needs more.
+    """
+    gaps = cell.gaps(alias, "own")
+    curve = []
+    for other in cells:
+        losses = other.losses("kqv", other.best_rate("kqv"))
+        if losses and other.size == cell.size:
+            curve.append((other.tokens, fmean(losses.values())))
+    if not gaps or len(curve) < 2:
+        return None
+    needed = tokens_for(dict(curve)[cell.tokens] + fmean(gaps.values()), curve)
+    if needed is None:
+        return None
+    macs = {}
+    for name in ("kqv", alias):
+        runs = next(iter(cell.runs[name].values()))
+        macs[name] = profiler.theoretical_macs(next(iter(runs.values())).variant, cell.row)["total"]
+    return 100 * (1 - needed * macs["kqv"] / (cell.tokens * macs[alias]))
+
+
+def slope_records(cells):
+    """Slopes of the gap: over tokens for each parameter, all sizes and each alone, and over the size."""
+    sizes = list(dict.fromkeys(cell.size for cell in cells))
+    records = []
+    for alias in compared(cells):
+        for at in ("own", "common"):
+            choices = [("tokens", "all sizes", cells)]
+            if len(sizes) > 1:
+                choices += [("tokens", size, [cell for cell in cells if cell.size == size]) for size in sizes]
+                choices += [("size", "all tokens for each parameter", cells)]
+            for over, of, chosen in choices:
+                found = slope(chosen, alias, at, over)
+                if found:
+                    decided = verdict(found) if (alias, over, of) == ("kv", "tokens", "all sizes") else None
+                    about = {
+                        "variant": paper_name(cells, alias),
+                        "alias": alias,
+                        "rate": at,
+                        "over": over,
+                        "of": of,
+                    }
+                    records.append(about | found | {"verdict": decided})
+    return records
+
+
+def length_groups(cells):
+    """Cells of one size and number of tokens that differ in their rows: [cells]."""
+    groups = {}
+    for cell in cells:
+        groups.setdefault((cell.size, cell.tokens), []).append(cell)
+    return [group for group in groups.values() if len({cell.protocol for cell in group}) > 1]
+
+
+def length_records(cells):
+    """A row for every variant, protocol and length of rows: the gap over all positions and over text only."""
+    records = []
+    for group in length_groups(cells):
+        for alias in compared(group):
+            for cell in group:
+                gaps = cell.gaps(alias, "common")
+                if not gaps:
+                    continue
+                finals = [run.final for run in cell.runs["kqv"][cell.best_rate("kqv")].values()]
+                record = {
+                    "variant": paper_name(group, alias),
+                    "alias": alias,
+                    "size": cell.size,
+                    "protocol": cell.protocol,
+                    "row": cell.row,
+                    "seeds": list(gaps),
+                    "rate": cell.best_rate("kqv"),
+                    "padding_percent": 100 * finals[0]["padding_fraction"],
+                }
+                record |= gap_fields(cell.gaps(alias, "common", "loss"), "gap_all_positions")
+                record |= gap_fields(gaps, "gap_common")
+                record |= gap_fields(cell.gaps(alias, "own"), "gap_own")
+                records.append(record)
+    return records
+
+
+def fall_records(cells):
+    """How far the gap falls from the shortest rows to the longest, over all positions and over text only."""
+    records = []
+    for group in length_groups(cells):
+        for alias in compared(group):
+            for protocol in dict.fromkeys(cell.protocol for cell in group):
+                here = [cell for cell in group if cell.protocol == protocol and cell.gaps(alias, "common")]
+                if len(here) < 2:
+                    continue
+                short, long = here[0], here[-1]
+                record = {"variant": paper_name(group, alias), "alias": alias, "protocol": protocol}
+                record |= {"from": short.row, "to": long.row}
+                for name, key in (("all_positions", "loss"), ("text", "text_loss")):
+                    samples = [list(cell.gaps(alias, "common", key).values()) for cell in (short, long)]
+                    fall = fmean(samples[0]) - fmean(samples[1])
+                    limits = bootstrap(samples, [1, -1])
+                    record |= {
+                        f"fall_{name}": 100 * fall,
+                        f"fall_{name}_interval": [100 * limit for limit in limits],
+                    }
+                records.append(record)
+    return records
+
+
+def rate_records(cells):
+    """A row for every variant, size and number of tokens: the mean text loss at each rate."""
+    records = []
+    for cell in cells:
+        for alias in VARIANTS:
+            for rate in sorted(cell.runs.get(alias, ())):
+                losses = cell.losses(alias, rate)
+                record = {
+                    "variant": paper_name(cells, alias),
+                    "alias": alias,
+                    "size": cell.size,
+                    "tokens_per_parameter": cell.tokens_per_parameter,
+                    "rate": rate,
+                    "seeds": list(losses),
+                    "best": "best" if rate == cell.best_rate(alias) else None,
+                }
+                records.append(record | mean("text_loss", list(losses.values())))
+    return records
+
+
+def study_notes(settings, of_first, cells):
+    """Lines about what sets this study apart from the first, and about best rates at the edge of the tried."""
+    lines = []
+    for key, value in settings.items():
+        if value != of_first[key]:
+            lines.append(f"Not to be compared with the first: {key}: {of_first[key]} there, {value} here.")
+    for cell in cells:
+        for alias in cell.runs:
+            if len(cell.runs[alias]) > 2 and cell.at_edge(alias):
+                tried = listed(f"{rate:g}" for rate in sorted(cell.runs[alias]))
+                where = f"{cell.size}, {cell.tokens_per_parameter:g} tokens / parameter, rows of {cell.row}"
+                who = f"{paper_name(cells, alias)}, {where}, {cell.protocol}"
+                lines.append(
+                    f"{who}: the best rate, {cell.best_rate(alias):g}, is at the edge of those tried, {tried}."
+                )
+    return lines
+
+
+# -----------------------------------------------------------------------------
+# Printing
+
+GAPS = [  # header, key, and how a number is written: its pattern and its unit
+    ("", "variant", "", ""),
+    ("size", "size", "", ""),
+    ("tokens / parameter", "tokens_per_parameter", "g", ""),
+    ("seeds", "seeds", "", ""),
+    ("common rate", "common_rate", "g", ""),
+    ("gap", "gap_common", "+.2f", " %"),
+    ("own rate", "own_rate", "g", ""),
+    ("gap", "gap_own", "+.2f", " %"),
+    ("compute lost", "compute_lost_percent", ".1f", " %"),
+]
+SLOPES = [
+    ("", "variant", "", ""),
+    ("rate", "rate", "", ""),
+    ("over", "over", "", ""),
+    ("of", "of", "", ""),
+    ("slope", "slope", "+.4f", ""),
+    ("of each seed", "slope_by_seed", "+.4f", ""),
+    ("cells", "cells", "", ""),
+    ("the gap", "verdict", "", ""),
+]
+LENGTHS = [
+    ("", "variant", "", ""),
+    ("size", "size", "", ""),
+    ("rows", "protocol", "", ""),
+    ("tokens", "row", "", ""),
+    ("padding", "padding_percent", ".1f", " %"),
+    ("seeds", "seeds", "", ""),
+    ("rate", "rate", "g", ""),
+    ("gap over all positions", "gap_all_positions", "+.2f", " %"),
+    ("over text only", "gap_common", "+.2f", " %"),
+    ("text only, own rates", "gap_own", "+.2f", " %"),
+]
+FALLS = [
+    ("", "variant", "", ""),
+    ("rows", "protocol", "", ""),
+    ("from", "from", "", ""),
+    ("to", "to", "", ""),
+    ("over all positions", "fall_all_positions", "+.2f", ""),
+    ("over text only", "fall_text", "+.2f", ""),
+]
+RATES = [
+    ("", "variant", "", ""),
+    ("size", "size", "", ""),
+    ("tokens / parameter", "tokens_per_parameter", "g", ""),
+    ("rate", "rate", "g", ""),
+    ("seeds", "seeds", "", ""),
+    ("text loss", "text_loss", ".4f", ""),
+    ("", "best", "", ""),
+]
+PARTS = [  # of a report: its key, a title, the columns
+    ("gaps", "Gap of text perplexity to QKV: at QKV's best rate, and each at its own", GAPS),
+    ("slopes", "Slope of the gap, in nats for a factor of e", SLOPES),
+    ("lengths", "Gap to QKV at QKV's best rate, by length and content of the rows", LENGTHS),
+    ("falls", "Fall of that gap from the shortest rows to the longest, in 1/100 nat", FALLS),
+    ("rates", "Text loss by peak learning rate, nats a token", RATES),
+]
+
+
+def document(reports, heading, style, bullet):
+    """The parts of every report that have something in them, and its notes."""
+    texts = []
+    for report in reports:
+        if len(reports) > 1:
+            texts.append(heading + report["title"])
+        for key, title, columns in PARTS:
+            if report[key]:
+                texts.append(heading + title)
+                texts.append(grid(columns, report[key], style))
+        if report["notes"]:
+            texts.append("\n".join(bullet + line for line in report["notes"]))
+    return "\n\n".join(texts) + "\n"
+
+
+def as_text(reports):
+    return document(reports, "", "plain", "")
+
+
+def as_markdown(reports):
+    return document(reports, "### ", "pipe", "- ")
+
+
+def as_csv(reports):
+    """The gaps, unrounded; `study` says which data they are from."""
+    return sheet([{"study": report["title"]} | record for report in reports for record in report["gaps"]])
+
+
+def as_json(reports):
+    """Everything, unrounded."""
+    return dumped(
+        [{key: part for key, part in report.items() if key not in ("cells", "main")} for report in reports]
+    )
+
+
+FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_json}
+
+
+# -----------------------------------------------------------------------------
+# Plotting
+
+SIZE_LOOKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", ":"), ("#CC79A7", "D", "-."))
+
+
+def gap_line(ax, points, colour, marker, line, label):
+    """A line through the means of (x, {seed: gap in nats}), every seed a dot, the interval shaded."""
+    points = [(x, [percent(gap) for gap in gaps.values()]) for x, gaps in points if gaps]
+    if not points:
+        return
+    x = [x for x, _ in points]
+    intervals = [bootstrap([values], [1]) for _, values in points]
+    ax.plot(x, [fmean(values) for _, values in points], color=colour, linestyle=line, label=label)
+    ax.fill_between(x, *zip(*intervals, strict=True), color=colour, alpha=0.15, linewidth=0)
+    for position, values in points:
+        ax.scatter([position] * len(values), values, s=16, color=colour, marker=marker, zorder=3)
+
+
+def tokens_axis(ax, cells):
+    """Tokens for each parameter on a logarithmic axis, with the numbers that were run."""
+    ticks = sorted({cell.tokens_per_parameter for cell in cells})
+    ax.set_xscale("log")
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("tokens for each parameter, D / N")
+    ax.axhline(0, color="0.6", linewidth=0.8)
+
+
+def gap_figure(path, report):
+    """Q–K=V's gap against tokens for each parameter, a line a size; other variants at the smallest size."""
+    cells = report["main"]
+    sizes = list(dict.fromkeys(cell.size for cell in cells))
+    others = [alias for alias in compared(cells) if alias != "kv"]
+
+    def draw(axes):
+        for ax, at in zip(axes, ("own", "common"), strict=False):
+            for size, (colour, marker, line) in zip(sizes, SIZE_LOOKS, strict=False):
+                here = [cell for cell in cells if cell.size == size]
+                points = [(cell.tokens_per_parameter, cell.gaps("kv", at)) for cell in here]
+                label = f"{size}, N = {here[0].parameters:,}"
+                gap_line(ax, points, colour, marker, line, label)
+        for alias in others:
+            colour, marker = profiler.LOOKS[alias]
+            here = [cell for cell in cells if cell.size == sizes[0]]
+            points = [(cell.tokens_per_parameter, cell.gaps(alias, "own")) for cell in here]
+            gap_line(axes[2], points, colour, marker, "-", paper_name(cells, alias))
+        for ax in axes:
+            tokens_axis(ax, cells)
+            ax.set_ylabel("text perplexity beyond QKV's, %")
+            if ax.get_legend_handles_labels()[1]:
+                ax.legend(frameon=False)
+
+    titles = ["Q–K=V, each at its own best rate", "Q–K=V, both at QKV's best rate"]
+    figure(path, titles + ([f"other variants at {sizes[0]}, own rates"] if others else []), draw)
+
+
+def loss_figure(path, report):
+    """Text loss against tokens, log-log: QKV and Q–K=V at own rates, a line a size, every seed a dot."""
+    cells = report["main"]
+    sizes = list(dict.fromkeys(cell.size for cell in cells))
+
+    def draw(axes):
+        for alias in ("kqv", "kv"):
+            for size, (_, marker, line) in zip(sizes, SIZE_LOOKS, strict=False):
+                here = [cell for cell in cells if cell.size == size and cell.best_rate(alias)]
+                losses = [list(cell.losses(alias, cell.best_rate(alias)).values()) for cell in here]
+                colour = profiler.LOOKS[alias][0]
+                label = f"{VARIANTS[alias]['paper']}, {size}"
+                tokens = [cell.tokens for cell in here]
+                axes[0].plot(
+                    tokens, [fmean(values) for values in losses], color=colour, linestyle=line, label=label
+                )
+                for x, values in zip(tokens, losses, strict=True):
+                    axes[0].scatter([x] * len(values), values, s=16, color=colour, marker=marker)
+        axes[0].set_xscale("log")
+        axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter("{x:g}")
+        axes[0].yaxis.set_minor_formatter("{x:g}")
+        axes[0].set_xlabel("training tokens, D")
+        axes[0].set_ylabel("text loss, nats a token")
+        axes[0].legend(frameon=False)
+
+    figure(path, ["each at its own best rate"], draw)
+
+
+def rate_figure(path, report):
+    """Text loss against the peak learning rate, a panel for each size and number of tokens that was swept."""
+    swept = [cell for cell in report["main"] if max(map(len, cell.runs.values())) > 2]
+
+    def draw(axes):
+        for ax, cell in zip(axes, swept, strict=True):
+            for alias, rates in cell.runs.items():
+                colour, marker = profiler.LOOKS[alias]
+                tried = sorted(rates)
+                losses = [list(cell.losses(alias, rate).values()) for rate in tried]
+                ax.plot(
+                    tried, [fmean(values) for values in losses], color=colour, label=paper_name(swept, alias)
+                )
+                for rate, values in zip(tried, losses, strict=True):
+                    ax.scatter([rate] * len(values), values, s=16, color=colour, marker=marker)
+            ticks = sorted({rate for rates in cell.runs.values() for rate in rates})
+            ax.set_xscale("log", base=2)
+            ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            ax.set_xlabel("peak learning rate")
+            ax.set_ylabel("text loss, nats a token")
+            ax.legend(frameon=False)
+
+    if swept:
+        figure(
+            path, [f"{cell.size}, {cell.tokens_per_parameter:g} tokens a parameter" for cell in swept], draw
+        )
+
+
+def length_figure(path, report):
+    """Q–K=V's gap against the length of rows, by their content: over all positions, and over text only."""
+    groups = [group for group in length_groups(report["cells"]) if "kv" in compared(group)]
+
+    def draw(axes):
+        for ax, key in zip(axes, ("loss", "text_loss"), strict=True):
+            for group in groups[:1]:
+                protocols = list(dict.fromkeys(cell.protocol for cell in group))
+                for protocol, (colour, marker, line) in zip(protocols, SIZE_LOOKS, strict=False):
+                    here = [cell for cell in group if cell.protocol == protocol]
+                    if key == "loss" and protocol == "padded, padding masked":
+                        continue  # it never learned to predict the padding
+                    points = [(cell.row, cell.gaps("kv", "common", key)) for cell in here]
+                    gap_line(ax, points, colour, marker, line, protocol)
+                ticks = sorted({cell.row for cell in group})
+                ax.set_xscale("log", base=2)
+                ax.set_xticks(ticks, [f"{tick}" for tick in ticks])
+            ax.set_xlabel("tokens in a row, T")
+            ax.set_ylabel("perplexity beyond QKV's, %")
+            ax.axhline(0, color="0.6", linewidth=0.8)
+            ax.legend(frameon=False)
+
+    if groups:
+        figure(path, ["Q–K=V, over all positions", "Q–K=V, over text only"], draw)
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def write_all(folder, reports):
+    write_texts(folder, "scaling_table", reports, FORMATS)
+    for name, draw in (
+        ("gap", gap_figure),
+        ("losses", loss_figure),
+        ("rates", rate_figure),
+        ("lengths", length_figure),
+    ):
+        draw(folder / f"{name}.png", reports[0])
+
+
+def main(arguments=None):
+    command_line(__file__, __doc__, report, FORMATS, write_all, arguments)
+
+
+if __name__ == "__main__":
+    main()
