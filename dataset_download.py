@@ -68,6 +68,7 @@ LONG_TEXT = 500_000
 # where no token of GPT-2 reaches across: before white space, and before the last character of a run of it
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 CUT = re.compile(f"(?<=[^{SPACE}])[{SPACE}]|(?<=[{SPACE}])[{SPACE}](?=[^{SPACE}])")
+BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32, 64)
 MAX_SKIPPED = 0.01  # of the rows of a split, or of 1,000 where it has fewer so far
 ROW_TOKENS = 2_048  # the paper's protocol: a document a row, cut or filled to this length
@@ -394,18 +395,43 @@ def installed_files(name: str) -> tuple[list[Path], str]:
 
 
 def corpus_files(path: Path) -> list[Path]:
-    """The file itself, or every file of a known kind below the folder, sorted."""
+    """The file itself, or every file of a known kind below the folder, sorted. Hidden files are left out."""
     known = ", ".join(SUFFIXES)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+        files, hidden, others = walk(path)
         if not files:
             raise InputError(f"{path}: no {known} file in this folder")
-        return files
+        if hidden or others:
+            warn(f"{path}: {len(files):,} files are read; left out: {hidden:,} hidden, {others:,} of other kinds")
+        return sorted(files)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder")
     if not path.name.endswith(SUFFIXES):
         raise InputError(f"{path}: unknown kind of file, not {known}")
     return [path]
+
+
+def walk(root: Path) -> tuple[list[Path], int, int]:
+    """The files of a known kind below a folder, how many entries are hidden, how many files of other kinds."""
+    files, hidden, others = [], 0, 0
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk passes over a folder that it may not read
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        for name in (*folders, *names):
+            path = Path(folder, name)
+            if name.startswith("."):
+                hidden += 1
+            elif path.is_symlink() and not path.is_file():
+                kind = "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"
+                raise InputError(f"{path}: {kind}: remove it, or put in its place what it stands for")
+            elif path.is_file() and name.endswith(SUFFIXES):
+                files.append(path)
+            elif name in names:
+                others += 1
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return files, hidden, others
 
 
 class FileRows:
@@ -474,10 +500,10 @@ def read_file(path: Path, column: str) -> Iterator[str | None]:
             with pyarrow.input_stream(str(path), compression="zstd") as stream:
                 yield from read_json_lines(path, io.BufferedReader(stream), column)
         elif path.name.endswith(".jsonl"):
-            with path.open("rb") as lines:
+            with path.open("rb") as lines:  # json takes a byte order mark off
                 yield from read_json_lines(path, lines, column)
         else:
-            yield path.read_bytes().decode()
+            yield path.read_bytes().decode().removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not valid UTF-8 at byte {error.start:,}") from error
     except OSError as error:
@@ -538,12 +564,13 @@ class Chunk:
 
 
 def split_chunks(
-    encoded: Iterator[tuple], metadata: dict, leave_one: bool, progress: Callable[[int], object]
+    encoded: Iterator[tuple], metadata: dict, leave_some: bool, progress: Callable[[int], object]
 ) -> Iterator[Chunk]:
     """Yield chunks from where metadata stands, up to the document that reaches the target or to the end.
 
     The last one holds no document where only rows without text are left. InputError, before it is yielded, for
-    a split without any token, and with `leave_one` when no document comes after the split.
+    a split without any token, and with `leave_some` when no text comes after the split, or less than its last
+    document took beyond the target: a document is never cut in two, and one may be longer than all the others.
     """
     total, target, skipped = metadata["tokens"], metadata["target_tokens"], metadata["skipped_documents"]
     rows, chunk = metadata["documents"] + skipped, Chunk()
@@ -569,8 +596,18 @@ def split_chunks(
             f"{metadata['source']} has no text for the {metadata['split']} split: {skipped:,} of {rows:,} rows have "
             f"no string under '{metadata['text_column']}'"
         )
-    if leave_one and all(ids is None for ids, _ in encoded):
-        raise nothing_left(metadata["source"], total)
+    if leave_some:
+        beyond, left = total - target, 0
+        while left < max(1, beyond) and (row := next(encoded, None)):
+            left += 0 if row[0] is None else len(row[0])
+        if left == 0:
+            raise nothing_left(metadata["source"], total)
+        if left < beyond:
+            raise InputError(
+                f"{metadata['source']}: validation would end with a document that takes it to {total:,} tokens, where "
+                f"{target:,} were asked for, and leave {left:,} for training: divide the document, put it last, or "
+                "prepare without validation, --validation_tokens 0"
+            )
     yield chunk
 
 
@@ -600,6 +637,13 @@ def write_atomically(path: Path, write: Callable) -> str:
     finally:
         temporary.unlink(missing_ok=True)
     return digest
+
+
+def remove_temporary_files(output: Path) -> None:
+    """Delete what a killed run was writing."""
+    for pattern in ("source_files.json.tmp", "validation/*.tmp", "train/*.tmp"):
+        for path in output.glob(pattern):
+            path.unlink()
 
 
 def write_array(path: Path, values: np.ndarray) -> str:
@@ -757,6 +801,7 @@ def prepare(args: argparse.Namespace) -> None:
         with locked(output):
             if recorded != {split: read_metadata(output / split) for split in targets}:
                 raise InputError(f"{output}: another process has just written here: run the same command again")
+            remove_temporary_files(output)
             check_source_files(output, source, fresh=not earlier)
             prepare_splits(output, source, tokenizer, splits)
     for split, metadata in splits.items():
@@ -889,9 +934,9 @@ def prepare_splits(output: Path, source: Source, tokenizer: Tokenizer, splits: d
             resume = metadata.get("resume") or {"place": None, "skip": rows_read}
             name = "validation" if split == "validation" and not carved else metadata["train_split"]
             encoded = encode_rows(source.read(name, resume["place"]), tokenizer, resume["skip"])
-        leave_one = carved and not halves and split == "validation"
+        leave_some = carved and not halves and split == "validation"
         try:
-            prepare_split(output / split, metadata, encoded, tokenizer, leave_one)
+            prepare_split(output / split, metadata, encoded, tokenizer, leave_some)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -915,7 +960,7 @@ def cut_single_document(source: Source, split: str, tokenizer: Tokenizer, valida
 
 
 def prepare_split(
-    folder: Path, metadata: dict, encoded: Iterator[tuple], tokenizer: Tokenizer, leave_one: bool
+    folder: Path, metadata: dict, encoded: Iterator[tuple], tokenizer: Tokenizer, leave_some: bool
 ) -> None:
     """Write a split. Metadata is rewritten behind each chunk, so that it never names a file not there."""
     split, target = metadata["split"], metadata["target_tokens"]
@@ -924,7 +969,7 @@ def prepare_split(
     before, started = metadata["tokens"], time.monotonic()
     # disable=None: no bar where stderr is not a terminal
     with tqdm(desc=split, total=target, initial=before, unit="token", unit_scale=True, disable=None) as bar:
-        for chunk in split_chunks(encoded, metadata, leave_one, bar.update):
+        for chunk in split_chunks(encoded, metadata, leave_some, bar.update):
             if len(chunk.offsets) == 1:
                 metadata["skipped_documents"] += chunk.skipped
                 break
@@ -1018,6 +1063,9 @@ def report(folder: Path, metadata: dict) -> None:
         kept += int(np.minimum(lengths, ROW_TOKENS).sum())
     if skipped := metadata.get("skipped_documents"):
         print(f"{folder}: {skipped:,} rows without a string under '{metadata['text_column']}' were skipped")
+    if tokens >= 2 * metadata["target_tokens"]:
+        asked = f"{metadata['target_tokens']:,} tokens were asked for"
+        print(f"{folder}: {asked}, and the last document, which is not cut, made them {tokens:,}")
     if tokens < metadata["target_tokens"]:
         print(f"{folder}: the source ended before {metadata['target_tokens']:,} tokens")
     print(
@@ -1029,17 +1077,19 @@ def report(folder: Path, metadata: dict) -> None:
 
 def token_count(text: str) -> int:
     """A whole number of tokens, as in 4000000, 4_000_000 or 4e6."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
     if number < 0 or not number.is_integer():
-        raise ValueError(f"{text} is not a number of tokens")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of tokens, such as 4000000 or 4e6")
     return int(number)
 
 
 def positive_token_count(text: str) -> int:
-    number = token_count(text)
-    if number == 0:
-        raise ValueError("no tokens")
-    return number
+    if token_count(text) == 0:
+        raise argparse.ArgumentTypeError("at least one token is needed")
+    return token_count(text)
 
 
 def main(argv: list[str] | None = None) -> None:

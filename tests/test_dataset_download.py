@@ -192,6 +192,54 @@ def test_any_utf8_text(tmp_path):
     assert texts_of(tmp_path / "one/train") == texts[2:3]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    write_jsonl(source / "b.jsonl", ["from json", "\ufeffkept: a character of the text"])
+    for name, text in {"a.txt": b"from text", "b.jsonl": (source / "b.jsonl").read_bytes()}.items():
+        (source / name).write_bytes(b"\xef\xbb\xbf" + text)
+    run(source, tmp_path / "out")
+    assert texts_of(tmp_path / "out/train") == ["from text", "from json", "\ufeffkept: a character of the text"]
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
+    source = tmp_path / "source"
+    (source / ".cache").mkdir(parents=True)
+    (source / "below.txt").mkdir()
+    for name in (".hidden.txt", ".cache/a.txt", "c.csv", "below.txt/d.TXT", "a.txt", "below.txt/b.txt"):
+        (source / name).write_text(name)
+    (source / "link.txt").symlink_to("a.txt")
+    run(source, tmp_path / "out")
+    assert texts_of(tmp_path / "out/train") == ["a.txt", "below.txt/b.txt", "a.txt"]
+    assert "3 files are read; left out: 2 hidden, 2 of other kinds" in capsys.readouterr().err
+    run(source / ".hidden.txt", tmp_path / "hidden")  # named, and so meant
+    assert texts_of(tmp_path / "hidden/train") == [".hidden.txt"]
+
+
+@pytest.mark.parametrize("target, reason", [("nowhere", "a link to nothing"), ("..", "a link to a folder")])
+@pytest.mark.parametrize("name", ["link.txt", "link"])
+def test_links_that_would_be_passed_over_are_refused(name, target, reason, tmp_path, capsys):
+    source = write_source("txt", tmp_path / "source", TEXTS)
+    (source / "part_0" / name).symlink_to(target)
+    message = refused(capsys, source, tmp_path / "out")
+    assert str(source / "part_0" / name) in message and reason in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path, capsys, monkeypatch):
+    source = write_source("txt", tmp_path / "source", TEXTS)
+    scandir = os.scandir
+
+    def no_permission(path):  # root may read anything, so the system cannot be asked to refuse
+        if str(path).endswith("part_1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", no_permission)
+    message = refused(capsys, source, tmp_path / "out")
+    assert "Permission denied" in message and "part_1" in message
+
+
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """An environment with three packages, and the files of it that are read, in their order."""
@@ -384,6 +432,22 @@ def test_nothing_for_training_is_refused_and_can_be_mended(texts, tmp_path, caps
     write_jsonl(tmp_path / "texts.jsonl", ["a" * 30, "b" * 30])
     run(source, tmp_path / "out", validation=20)
     assert texts_of(tmp_path / "out/train") == ["b" * 30]
+
+
+@pytest.mark.parametrize("left", [9, 899, 900])
+def test_a_document_of_validation_that_is_most_of_the_corpus(left, tmp_path, capsys):
+    texts = ["a" * 1_000, None, "b" * 5, "c" * (left - 5)]
+    write_jsonl(tmp_path / "texts.jsonl", texts)
+    if left < 900:
+        message = refused(capsys, tmp_path / "texts.jsonl", tmp_path / "out", validation=100)
+        assert "1,000 tokens, where 100 were asked for" in message and f"leave {left} for training" in message
+        assert not list(tmp_path.glob("out/*/chunk_*"))
+    else:
+        run(tmp_path / "texts.jsonl", tmp_path / "out", validation=100)
+        assert texts_of(tmp_path / "out/validation") == texts[:1]
+        assert texts_of(tmp_path / "out/train") == texts[2:]
+        said = "100 tokens were asked for, and the last document, which is not cut, made them 1,000"
+        assert f"{tmp_path / 'out/validation'}: {said}" in capsys.readouterr().out
 
 
 def test_restart_after_a_failure_at_any_file(tmp_path, monkeypatch):
@@ -585,19 +649,22 @@ def test_bad_files(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "option",
+    "option, value, reason",
     [
-        ("--target_tokens", "0"),
-        ("--chunk_tokens", "1.5"),
-        ("--validation_tokens", "-1"),
-        ("--target_tokens", "many"),
-        ("--target_tokens", "inf"),
+        ("--target_tokens", "0", "at least one token is needed"),
+        ("--validation_from_train", "0", "at least one token is needed"),
+        ("--chunk_tokens", "1.5", "1.5 is not a whole number of tokens"),
+        ("--validation_tokens", "-1", "-1 is not a whole number of tokens"),
+        ("--target_tokens", "many", "many is not a whole number of tokens"),
+        ("--target_tokens", "inf", "inf is not a whole number of tokens"),
+        ("--target_tokens", "nan", "nan is not a whole number of tokens"),
     ],
 )
-def test_counts_that_are_none(option, corpus, tmp_path, capsys):
+def test_counts_that_are_none(option, value, reason, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        run(corpus, tmp_path / "out", *option)
-    assert stopped.value.code == 2 and option[0] in capsys.readouterr().err
+        main(["--output_dir", str(tmp_path / "out"), f"{option}={value}"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and option in message and reason in message and "_count" not in message
 
 
 def test_counts_in_any_notation(corpus, tmp_path):

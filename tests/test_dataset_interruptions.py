@@ -107,6 +107,22 @@ def test_signals_at_many_random_moments(number, source, expected, tmp_path):
         interrupt_until_finished(number, source, tmp_path / f"out_{attempt}", expected, moments)
 
 
+def test_temporary_files_of_a_killed_run_are_removed(source, expected, tmp_path):
+    """A kill while a file is written leaves part of it under another name, and here in a chunk never made again."""
+    output = tmp_path / "out"
+    with start(source, output) as process:
+        begun(process, output)
+        process.kill()
+    (output / "train").mkdir(exist_ok=True)
+    for name in ("validation/chunk_777.tokens.npy.tmp", "train/metadata.json.tmp", "source_files.json.tmp"):
+        (output / name).write_bytes(b"part of it")
+    (output / "notes.tmp").write_bytes(b"of somebody else")
+    run(source, output, *OPTIONS, validation=10_000)
+    assert (output / "notes.tmp").read_bytes() == b"of somebody else"
+    (output / "notes.tmp").unlink()
+    assert files_of(output) == expected
+
+
 def test_control_c_ends_with_one_line(source, expected, tmp_path):
     output = tmp_path / "out"
     with start(source, output) as process:

@@ -27,7 +27,7 @@ def edit(path, old, new):
 
 def test_every_script_and_the_readme_are_in_step():
     differences = sync_scripts.check(ROOT)
-    assert not differences, "run `python tests/sync_scripts.py --write`\n" + "\n".join(differences.values())
+    assert not differences, "run `python dev/sync_scripts.py --write`\n" + "\n".join(differences.values())
 
 
 def test_the_record_is_of_the_text_as_it_stands():

@@ -1,7 +1,7 @@
 """Hold the training scripts to the text that they share, and the README's table to configs/variants.yaml.
 
-    python tests/sync_scripts.py            # show what is out of step; exit status 1 if anything is
-    python tests/sync_scripts.py --write    # carry the reference's shared text to every other script, renew the table
+    python dev/sync_scripts.py            # show what is out of step; exit status 1 if anything is
+    python dev/sync_scripts.py --write    # carry the reference's shared text to every other script, renew the table
 
 transformer_KQV_300_M.py owns the shared text. A script's own are its docstring, its two marked regions (constants and
 attention class) and the name of its model class. shared_text.sha256 records the text that was last carried over: a

@@ -1,0 +1,127 @@
+#!/usr/bin/env bash
+# The grid of results/scaling/README.md.
+#
+#   bash runs/scaling.sh               # two runs at a time, a thread each
+#   JOBS=8 bash runs/scaling.sh
+#
+# A run whose metrics in results/scaling hold its final evaluation is not repeated, so a fresh clone goes on
+# where the committed results end. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under
+# way, and the same command goes on from there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+export PYTHON=${PYTHON:-.venv/bin/python}
+export OMP_NUM_THREADS=1
+mkdir -p outputs_scaling results/scaling
+
+
+# -----------------------------------------------------------------------------
+# Data: paragraphs of the installed packages, in bytes, a document each
+
+"$PYTHON" dataset_download.py --source site-packages --split_paragraphs --tokenizer bytes \
+    --target_tokens 50_000_000 --validation_tokens 250_000 --output_dir scaling_data
+
+
+# -----------------------------------------------------------------------------
+# One run
+
+# train ALIAS WIDTH TOKENS_PER_PARAMETER RATE SEED ROW PROTOCOL, the rate in thousandths
+train() {
+    local alias=$1 width=$2 per_parameter=$3 rate=$4 seed=$5 row=$6 protocol=$7
+    local name=${alias}_d${width}_n${per_parameter}_lr${rate}e-3_T${row}_${protocol}_seed${seed}
+    local to=outputs_scaling/$name
+    grep -qs '"kind": "final"' results/scaling/$name/metrics.jsonl && return
+
+    # N tokens for each of the matrices' 12 x layers x width^2 parameters, in steps of 1,024
+    local tokens=$((12 * width / 32 * width * width * per_parameter))
+    local steps=$((tokens / 1024))
+
+    local settings="target_tokens=$tokens learning_rate=${rate}e-3 min_lr=${rate}e-4 seed=$seed
+        seq_length=$row micro_batch_size=$((1024 / row)) warmup_steps=$((steps / 10))
+        log_interval=$((steps / 20)) eval_interval=$((steps / 2)) save_interval=$((steps / 10))"
+    case $protocol in
+        packed) settings+=" sequence=packed" ;;
+        scored) settings+=" sequence=padded score_padding=true" ;;
+        masked) settings+=" sequence=padded score_padding=false" ;;
+    esac
+
+    local script
+    local groups=
+    case $alias in
+        kqv) script=transformer_KQV_300_M.py ;;
+        qk) script=transformer_QK_300_M.py ;;
+        kv) script=transformer_KV_1_300_M.py ;;
+        k) script=transformer_K_300_M.py ;;
+        gqa) script=transformer_GQA_300_M.py groups=2 ;;
+        qmqa) script=transformer_QMQA_300_M.py ;;
+    esac
+    settings+=${groups:+ n_kv_groups=$groups}
+
+    # All variants of a seed start from the same weights where they share them.
+    local model=configs/model_config_scaling_$width.yaml
+    local start=
+    if ! compgen -G "$to/checkpoint_step_*.pt" > /dev/null; then
+        start="--init_from $to.initial.pt"
+        "$PYTHON" runs/initial_weights.py $alias --model_config $model ${groups:+--n_kv_groups $groups} \
+            --seed $seed --output $to.initial.pt
+    fi
+
+    echo "training $name"
+    if ! "$PYTHON" $script --model_config $model --train_config configs/train_config_scaling.yaml \
+        --output_dir $to $start $settings >> $to.log 2>&1; then
+        echo "$name: $(tail -n 1 $to.log)" >&2
+        return 1
+    fi
+
+    # The metrics come last: with them the run counts as finished.
+    mkdir -p results/scaling/$name
+    cp $to/*.yaml results/scaling/$name/
+    cp $to/metrics.jsonl results/scaling/$name/
+}
+export -f train
+
+
+# -----------------------------------------------------------------------------
+# The grid, in the order of the README
+
+# cells WIDTH TOKENS_PER_PARAMETER RATES SEEDS ROW PROTOCOL ALIAS...: a line for each run
+cells() {
+    local width=$1 per_parameter=$2 rates=$3 seeds=$4 row=$5 protocol=$6
+    local seed rate alias
+    shift 6
+    for seed in $seeds; do
+        for rate in $rates; do
+            for alias in "$@"; do
+                echo "$alias $width $per_parameter $rate $seed $row $protocol"
+            done
+        done
+    done
+}
+
+grid() {
+    # Parts 1 and 2: the rate at 20 tokens for each parameter, then both ends of the slope
+    cells 64 20 "4 8 2 16" "42 43 44" 256 packed kqv kv
+    cells 64 5 "4 8 2 16" "42 43 44" 256 packed kqv kv
+    cells 64 80 "4 8 2" "42 43 44" 256 packed kqv kv
+
+    # Part 3: the rate of other variants
+    cells 64 20 "4 8 2 16" "42 43" 256 packed qk k
+    cells 64 20 "4 8 2 16" "42" 256 packed gqa qmqa
+
+    # Part 4: the rate at other sizes
+    cells 96 5 "4 2 8" "42 43" 256 packed kqv kv
+    cells 128 5 "2 1 4" "42 43" 256 packed kqv kv
+
+    # Part 5: rows of 64 and of 256, and what is in them
+    for protocol in packed scored masked; do
+        for row in 64 256; do
+            cells 64 20 "4 8" "42 43" $row $protocol kqv kv
+        done
+    done
+
+    # Parts 6 and 7 take their rates from the parts before them, see the README.
+}
+
+grid | xargs -P "${JOBS:-2}" -L 1 bash -euc 'train "$@"' train
+
+"$PYTHON" results_table.py results/scaling --scaling --output_dir results/scaling
