@@ -34,14 +34,15 @@ from results_table import (
     grid,
     listed,
     mean,
+    recorded_notes,
     refuse_twice,
     shape,
     sheet,
-    unknown,
     write_texts,
 )
 
-SWEPT = {"learning_rate", "min_lr", "warmup_steps", "target_tokens", "rows a step"}
+# What differs over the grid. A run starts from a file of its own, of initial weights that its seed shares.
+SWEPT = {"learning_rate", "min_lr", "warmup_steps", "target_tokens", "rows a step", "init_from"}
 RESAMPLES = 10_000
 MATTERS = (
     0.005  # nats: a change of the gap from 5 to 80 tokens for each parameter that counts, half a percent
@@ -253,7 +254,7 @@ def report(runs):
             "rates": rate_records(main),
             "notes": study_notes(settings, found[0][0], cells),
         })  # fmt: skip
-    reports[0]["notes"] += unknown(runs)
+    reports[0]["notes"] += recorded_notes(runs)
     incomplete = [run for run in runs if not run.final]
     if incomplete:
         reports[0]["notes"].append(f"Incomplete, and left out: {folders(incomplete)}.")
@@ -321,8 +322,8 @@ def gap_records(cells):
 def compute_lost(cells, cell, alias):
     """Percent of a variant's training compute that QKV of the same shape does not need for the same loss.
 
-    Both at their own rates; compute is the MACs of a token's forward pass times the tokens. Negative where QKV
-    needs more.
+    Both at their own rates; compute is the MACs of a token's forward pass times the tokens. Negative where
+    QKV needs more.
     """
     gaps = cell.gaps(alias, "own")
     curve = []
@@ -375,11 +376,16 @@ def length_groups(cells):
     return [group for group in groups.values() if len({cell.protocol for cell in group}) > 1]
 
 
+def varied(group):
+    """The variants that were trained with more than one kind of rows."""
+    return [alias for alias in compared(group) if sum(alias in cell.runs for cell in group) > 1]
+
+
 def length_records(cells):
     """A row for every variant, protocol and length of rows: the gap over all positions and over text only."""
     records = []
     for group in length_groups(cells):
-        for alias in compared(group):
+        for alias in varied(group):
             for cell in group:
                 gaps = cell.gaps(alias, "common")
                 if not gaps:
@@ -447,7 +453,7 @@ def rate_records(cells):
 
 
 def study_notes(settings, of_first, cells):
-    """Lines about what sets this study apart from the first, and about best rates at the edge of the tried."""
+    """Lines about what sets a study apart from the first, and about best rates at the edge of those tried."""
     lines = []
     for key, value in settings.items():
         if value != of_first[key]:
@@ -458,9 +464,8 @@ def study_notes(settings, of_first, cells):
                 tried = listed(f"{rate:g}" for rate in sorted(cell.runs[alias]))
                 where = f"{cell.size}, {cell.tokens_per_parameter:g} tokens / parameter, rows of {cell.row}"
                 who = f"{paper_name(cells, alias)}, {where}, {cell.protocol}"
-                lines.append(
-                    f"{who}: the best rate, {cell.best_rate(alias):g}, is at the edge of those tried, {tried}."
-                )
+                best = f"the best rate, {cell.best_rate(alias):g}, is at the edge of those tried"
+                lines.append(f"{who}: {best}: {tried}.")
     return lines
 
 
