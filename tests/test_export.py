@@ -1,0 +1,625 @@
+"""export_hf.py: the folder as its readers load it, tokenizer, model card, the way back, what is refused."""
+
+import base64
+import json
+import os
+import shutil
+import signal
+import subprocess
+import venv
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, script_of
+from hypothesis import given
+from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from safetensors.torch import load_file, save_file
+from test_export_model import build, greedy, tokens
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+
+import export_hf
+from dataset_download import load_tokenizer
+from modeling_qkv import QKVForCausalLM
+
+GPT2_RANKS = ROOT.parent / "shared/data/gpt2.tiktoken"
+FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_qkv.py"}
+TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
+SHAPE = {"vocab_size": 260, "n_positions": 64}
+TRUST = {"trust_remote_code": True}
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch, tmp_path_factory):
+    """Code that comes with a folder is copied here, and not into the user's cache."""
+    cache = tmp_path_factory.getbasetemp() / "modules"
+    cache.mkdir(exist_ok=True)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
+    monkeypatch.syspath_prepend(str(cache))
+
+
+def save(alias, path, shape=SHAPE, **entries):
+    """A checkpoint with a small random model of a variant; entries come on top, None takes one away."""
+    model, _ = build(alias, **shape)
+    script = script_of(alias)
+    model_config = {name: getattr(model.config, name) for name in export_hf.SHAPE}
+    contents = {"variant": script.VARIANT, "step": 8, "tokens_seen": 2048, "train_config": {}}
+    contents |= {"model_state_dict": model.state_dict(), "model_config": model_config}
+    contents = {name: value for name, value in (contents | entries).items() if value is not None}
+    torch.save(contents, path)
+    return model
+
+
+def export(alias, checkpoint, folder, *options):
+    export_hf.main(["--model", alias, "--checkpoint", str(checkpoint), "--output_dir", str(folder), *options])
+    return folder
+
+
+def refused(capsys, *arguments):
+    """The one line that the command ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        export_hf.main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    assert exit.value.code == 2
+    assert output.out == ""
+    assert output.err.startswith("export_hf.py: error: ") and output.err.count("\n") == 1
+    return output.err
+
+
+@pytest.fixture(scope="session")
+def run(data, tmp_path_factory):
+    """The output folder of a finished run of Q–K=V."""
+    folder = tmp_path_factory.mktemp("run") / "outputs"
+    script_of("kv").main([f"--output_dir={folder}", *TINY_MODEL, *TINY_RUN, *data])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folder(run, tmp_path_factory):
+    """That run's model, exported."""
+    return export("kv", run / "final_model.pt", tmp_path_factory.mktemp("exported") / "hf_kv")
+
+
+# -----------------------------------------------------------------------------
+# The folder
+
+
+def test_the_folder_of_a_run(run, folder):
+    assert {path.name for path in folder.iterdir()} == FILES | TOKENIZER_FILES
+    assert (folder / "modeling_qkv.py").read_bytes() == (ROOT / "modeling_qkv.py").read_bytes()
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert len(modes) == 1  # whoever may read one file may read all
+
+    model = AutoModelForCausalLM.from_pretrained(folder, **TRUST)
+    original = script_of("kv").load_model(run / "final_model.pt")
+    text = "Document 7 says that"
+    tokenizer = AutoTokenizer.from_pretrained(folder, **TRUST)
+    prompt = tokenizer(text, return_tensors="pt")
+    continuation = model.generate(**prompt, max_new_tokens=9, do_sample=False, eos_token_id=None)
+    assert torch.equal(continuation, original.generate(prompt.input_ids, 9, temperature=0))
+    assert not model.training and model.dtype == torch.float32
+
+    defaults = model.generation_config
+    assert [defaults.bos_token_id, defaults.eos_token_id, defaults.pad_token_id] == [256] * 3
+    assert AutoConfig.from_pretrained(folder, **TRUST).variant == "kv"
+    base = AutoModel.from_pretrained(folder, **TRUST)
+    logits = base(prompt.input_ids).last_hidden_state @ original.wte.weight.T
+    torch.testing.assert_close(logits, original(prompt.input_ids)[0])
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_every_variant_loads_and_computes_the_same(alias, tmp_path):
+    model = save(alias, tmp_path / "a.pt")
+    folder = export(alias, tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none")
+    exported = AutoModelForCausalLM.from_pretrained(folder, **TRUST)
+    assert type(exported) is not QKVForCausalLM  # but the class in the folder's own file
+    input_ids = tokens(2, 30)
+    torch.testing.assert_close(exported(input_ids).logits, model(input_ids)[0], atol=1e-4, rtol=1e-4)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+    # Saved again, the folder is as complete as before.
+    exported.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", **TRUST)
+    torch.testing.assert_close(again.state_dict(), exported.state_dict(), atol=0, rtol=0)
+    assert torch.equal(greedy(again, input_ids), greedy(exported, input_ids))
+
+
+def test_text_generation_pipelines(folder):
+    generate = pipeline("text-generation", model=str(folder), **TRUST)
+    prompts = ["Document", "Document 7 says that", "A"]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    alone = [generate(prompt, **options)[0]["generated_text"] for prompt in prompts]
+    together = [texts[0]["generated_text"] for texts in generate(prompts, batch_size=3, **options)]
+    assert together == alone
+    assert all(text.startswith(prompt) for text, prompt in zip(alone, prompts, strict=True))
+    # The pipeline asks for 256 tokens where nobody says how many; the model ends at its last position.
+    assert generate("Document")[0]["generated_text"].startswith("Document")
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_released_checkpoint(prefix, tmp_path):
+    model = save("qgqa", tmp_path / "ours.pt")
+    weights = {prefix + name: weight for name, weight in model.state_dict().items()}
+    for layer in range(2):
+        weights[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    contents = torch.load(tmp_path / "ours.pt")
+    del contents["variant"]
+    contents |= {"model_state_dict": weights, "epoch": 0, "optimizer_state_dict": {}}
+    torch.save(contents, tmp_path / "released.pt")
+    folder = export("qgqa", tmp_path / "released.pt", tmp_path / "hf", "--tokenizer", "bytes")
+    exported = AutoModelForCausalLM.from_pretrained(folder, **TRUST)
+    input_ids = tokens(2, 30)
+    torch.testing.assert_close(exported(input_ids).logits, model(input_ids)[0], atol=1e-4, rtol=1e-4)
+    assert exported.config.n_kv_groups == 2
+
+
+# -----------------------------------------------------------------------------
+# Tokenizer
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """A .tiktoken file of 256 bytes and some merges."""
+    pieces = [bytes([value]) for value in range(256)]
+    pieces += [b"th", b" th", b" the", b"he", b"in", b"  ", b"   ", b"\n\n"]
+    pieces += [b"ab", b"bc", b"abc", b"aa", b"aaa"]
+    path = tmp_path_factory.mktemp("ranks") / "small.tiktoken"
+    lines = [f"{base64.b64encode(piece).decode()} {rank}" for rank, piece in enumerate(pieces)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizers(ranks, tmp_path_factory):
+    """Pairs of what dataset_download.py encodes with and what AutoTokenizer loads, by name."""
+    pairs = {}
+    for name in ("bytes", str(ranks), str(GPT2_RANKS)):
+        if name != str(GPT2_RANKS) or GPT2_RANKS.exists():
+            tokenizer = load_tokenizer(name)
+            folder = tmp_path_factory.mktemp("tokenizer")
+            export_hf.fast_tokenizer(tokenizer, 64).save_pretrained(folder)
+            pairs[Path(name).stem] = tokenizer, AutoTokenizer.from_pretrained(folder)
+    return pairs
+
+
+texts = st.text() | st.text("abch th\n\t \u3000\u00a0'sl1<|endoftext|>.\u00e9\u4e2d\U0001f600")
+
+
+@pytest.mark.parametrize("name", ["bytes", "small", "gpt2"])
+@given(text=texts)
+def test_the_tokenizer_encodes_as_the_training_data_were(tokenizers, name, text):
+    if name not in tokenizers:
+        pytest.skip("needs the GPT-2 ranks")
+    ours, theirs = tokenizers[name]
+    ids = ours.encode([text])[0].tolist()
+    assert theirs(text).input_ids == ids
+    assert theirs.decode(ids) == text
+
+
+def test_the_end_of_text_token(tokenizers):
+    for ours, theirs in tokenizers.values():
+        assert len(theirs) == ours.eos_id + 1
+        assert [theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id] == [ours.eos_id] * 3
+        assert theirs("<|endoftext|>").input_ids == ours.encode(["<|endoftext|>"])[0].tolist()
+        assert theirs.decode([97, ours.eos_id]) == theirs.decode([97]) + "<|endoftext|>"
+        assert theirs.decode([97, ours.eos_id], skip_special_tokens=True) == theirs.decode([97])
+        assert theirs.model_max_length == 64
+
+
+def test_the_default_tokenizer_is_the_one_beside_the_data(ranks, data_dir, tmp_path, capsys):
+    save("kv", tmp_path / "a.pt", train_config={"train_data": str(data_dir / "train")})
+    folder = export("kv", tmp_path / "a.pt", tmp_path / "hf")
+    assert len(AutoTokenizer.from_pretrained(folder)) == 257
+    assert "tokenizer: bytes" in capsys.readouterr().out
+
+    # Without the data a checkpoint may still say what it was, if that can be had by name.
+    recorded = {"name": "bytes", "vocab_size": 257, "sha256": export_hf.ranks_sha256(load_tokenizer("bytes"))}
+    save("kv", tmp_path / "b.pt", tokenizer=recorded)
+    assert len(AutoTokenizer.from_pretrained(export("kv", tmp_path / "b.pt", tmp_path / "hf_b"))) == 257
+
+    # Another one is refused where the checkpoint says what it was.
+    save("kv", tmp_path / "c.pt", {"vocab_size": 300}, tokenizer=recorded)
+    arguments = ["--model", "kv", "--checkpoint", tmp_path / "c.pt", "--output_dir", tmp_path / "hf_c"]
+    error = refused(capsys, *arguments, "--tokenizer", ranks)
+    assert "trained with another, bytes" in error
+
+
+def test_the_hash_of_ranks_is_that_of_the_file_beside_the_data(data_dir):
+    file = data_dir / "train/tokenizer.tiktoken"
+    metadata = json.loads((data_dir / "train/metadata.json").read_text(encoding="utf-8"))
+    digest = export_hf.ranks_sha256(load_tokenizer(str(file)))
+    assert digest == metadata["tokenizer_sha256"]["tokenizer.tiktoken"]
+
+
+# -----------------------------------------------------------------------------
+# Model card
+
+
+def card_of(folder):
+    """The rows of the card's table, and its whole text."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ") for line in text.splitlines() if line.startswith("| ")]
+    return dict(line.split(" | ", 1) for line in lines if line), text
+
+
+def test_the_card_of_a_run(run, folder, data_dir):
+    rows, text = card_of(folder)
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    final = next(record for record in map(json.loads, lines) if record["kind"] == "final")
+    for row, name in [
+        ("perplexity over all positions", "perplexity"),
+        ("perplexity over text only", "text_perplexity"),
+        ("bits per byte of text", "bits_per_byte"),
+    ]:
+        assert float(rows[row]) == pytest.approx(final[name], rel=1e-3)
+    assert rows["variant"] == "Q–K=V (`kv`): the key is the value"
+    assert rows["parameters"] == f"{AutoModelForCausalLM.from_pretrained(folder, **TRUST).num_parameters():,}"
+    assert rows["KV cache"] == "K: 128 bytes a token in bf16; QKV of this shape: 256"
+    assert rows["trained"].startswith("2,048 tokens") and "8 steps" in rows["trained"]
+    assert rows["tokenizer"] == "bytes"
+    assert rows["data"].startswith("local files, texts")
+    assert "MIT" in rows["licence"] and text.startswith("---\nlicense: mit\n")
+    assert "learning_rate: 0.01" in text
+    assert str(data_dir.parent) not in text  # where things stood is nobody's business
+
+
+def test_the_card_says_what_is_not_known(tmp_path):
+    save("qgqa", tmp_path / "a.pt", step=None, tokens_seen=None, train_config=None)
+    rows, text = card_of(export("qgqa", tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none"))
+    unknown = {name for name, value in rows.items() if value == "not known"}
+    assert unknown >= {"data", "trained", "perplexity over all positions", "bits per byte of text"}
+    assert rows["tokenizer"] == "none in this folder" and "Settings of the run" not in text
+    assert rows["variant"].startswith("Q-GQA-2")
+
+
+def test_the_card_of_another_step_has_no_figures(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    save("kv", tmp_path / "run/other.pt", step=5)
+    rows, _ = card_of(export("kv", tmp_path / "run/other.pt", tmp_path / "hf", "--tokenizer", "none"))
+    assert rows["perplexity over text only"] == "not known"
+
+
+def test_the_card_of_a_converted_checkpoint(tmp_path):
+    origin = {"variant": "KQV", "checkpoint": "/somewhere/outputs_kqv/final_model.pt", "method": "joint_svd"}
+    entries = {"step": None, "tokens_seen": None, "train_config": None, "converted_from": origin}
+    save("kv", tmp_path / "a.pt", **entries)
+    rows, text = card_of(export("kv", tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none"))
+    assert "converted from variant KQV, checkpoint final_model.pt, method joint_svd" in rows["trained"]
+    assert "somewhere" not in text
+
+
+# -----------------------------------------------------------------------------
+# The way back
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_there_and_back_again(alias, tmp_path):
+    original = save(alias, tmp_path / "a.pt")
+    folder = export(alias, tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none")
+    export_hf.main(["--to_checkpoint", str(folder), "--output_dir", str(tmp_path / "back")])
+    path = tmp_path / "back/final_model.pt"
+    assert [file.name for file in path.parent.iterdir()] == ["final_model.pt"]
+
+    model = script_of(alias).load_model(path)
+    torch.testing.assert_close(model.state_dict(), original.state_dict(), atol=0, rtol=0)
+    assert model.config == original.config
+    contents = torch.load(path)
+    assert contents.keys() == {"variant", "model_config", "model_state_dict"}
+    assert ("n_kv_groups" in contents["model_config"]) == (VARIANTS[alias]["groups"] is not None)
+    assert contents["variant"] == script_of(alias).VARIANT
+
+    # And there once more: the scripts' checkpoint without a run is one that can be exported.
+    export(alias, path, tmp_path / "hf_again", "--tokenizer", "none")
+    weights = (folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "hf_again/model.safetensors").read_bytes() == weights
+
+
+def test_a_fine_tuned_model_comes_back(folder, data_dir, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **TRUST)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **TRUST)
+    batch = tokenizer(SENTENCES[:4], return_tensors="pt", padding=True, truncation=True, max_length=32)
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path / "tuned", max_shard_size="20KB")
+    assert len(list((tmp_path / "tuned").glob("*.safetensors"))) > 1
+
+    # By default the checkpoint stands in the folder itself.
+    export_hf.main(["--to_checkpoint", str(tmp_path / "tuned"), "--model", "kv"])
+    script = script_of("kv")
+    back = script.load_model(tmp_path / "tuned/final_model.pt")
+    expected = {name: weight.float() for name, weight in model.transformer.state_dict().items()}
+    torch.testing.assert_close(back.state_dict(), expected, atol=0, rtol=0)
+    results = script.evaluate(back, script.get_dataloader(data_dir / "validation", 4, 32, "packed"))
+    assert 1 < results["text_perplexity"] < 300
+
+
+def spoil(folder, **changes):
+    """Change entries of a folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+
+
+def drop_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.h.0.attn.c_q.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_a_weight(folder):
+    weights = load_file(folder / "model.safetensors") | {"score.weight": torch.ones(2, 2)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: shutil.rmtree(folder), "not a folder of transformers"),
+        (lambda folder: (folder / "config.json").unlink(), "not a folder of transformers"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a folder of transformers"),
+        (lambda folder: spoil(folder, model_type="gpt2"), "a gpt2 model, not one that export_hf.py wrote"),
+        (lambda folder: spoil(folder, tie_word_embeddings=False), "untied embeddings"),
+        (lambda folder: spoil(folder, variant="qkv"), "variant: expected one of"),
+        (lambda folder: spoil(folder, n_inner=48), "do not fit, mismatched keys"),
+        (lambda folder: spoil(folder, n_layer=3), "do not fit, missing keys: transformer.h.2"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge_and_unload"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "not a whole model"),
+        (truncate, "not a whole model"),
+        (drop_a_weight, "do not fit, missing keys: transformer.h.0.attn.c_q.weight"),
+        (add_a_weight, "do not fit, unexpected keys: score.weight"),
+    ],
+)
+def test_a_folder_that_is_not_the_whole_model_is_refused(damage, words, folder, tmp_path, capsys):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    damage(damaged)
+    output = tmp_path / "back"
+    assert words in refused(capsys, "--to_checkpoint", damaged, "--output_dir", output)
+    assert not output.exists()
+
+
+def test_the_way_back_overwrites_nothing_and_checks_the_alias(folder, tmp_path, capsys):
+    (tmp_path / "final_model.pt").write_text("precious")
+    error = refused(capsys, "--to_checkpoint", folder, "--output_dir", tmp_path)
+    assert "exists already" in error
+    assert (tmp_path / "final_model.pt").read_text() == "precious"
+    error = refused(capsys, "--to_checkpoint", folder, "--model", "gqa", "--output_dir", tmp_path / "new")
+    assert "holds a model of --model kv" in error
+
+
+# -----------------------------------------------------------------------------
+# What is refused, and what is left behind
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A folder of checkpoints, good and bad."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    save("kv", folder / "kv.pt")
+    model, _ = build("kv", **SHAPE)
+    weights = model.state_dict()
+    save("kv", folder / "nan.pt", model_state_dict=weights | {"ln_f.bias": torch.full((32,), float("nan"))})
+    save("kv", folder / "part.pt", model_state_dict={"wte.weight": weights["wte.weight"]})
+    save("kv", folder / "gone.pt", train_config={"train_data": "nowhere/train", "val_data": None})
+    (folder / "half.pt").write_bytes((folder / "kv.pt").read_bytes()[:5000])
+    (folder / "text.pt").write_text("hello")
+    (folder / "broken.tiktoken").write_text("!")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "kqx", "--checkpoint", "kv.pt"], "--model kqx: expected one of kqv, qk, kv, k, gqa"),
+        (["--model", "gqa", "--checkpoint", "kv.pt"], "is a checkpoint of --model kv"),
+        (["--model", "kv", "--checkpoint", "none.pt"], "none.pt"),
+        (["--model", "kv", "--checkpoint", "half.pt"], "half.pt"),
+        (["--model", "kv", "--checkpoint", "text.pt"], "text.pt"),
+        (["--model", "kv", "--checkpoint", "part.pt"], "part.pt"),
+        (["--model", "kv", "--checkpoint", "nan.pt"], "nan.pt: ln_f.bias holds values that are not finite"),
+        (["--model", "kv", "--checkpoint", "kv.pt"], "pass --tokenizer gpt2, bytes, PATH.tiktoken or none"),
+        (["--model", "kv", "--checkpoint", "gone.pt"], "pass --tokenizer gpt2, bytes, PATH.tiktoken or none"),
+        (["--model", "kv", "--checkpoint", "kv.pt", "--tokenizer", "words"], "--tokenizer words"),
+        (["--model", "kv", "--checkpoint", "kv.pt", "--tokenizer", "broken.tiktoken"], "broken.tiktoken"),
+    ],
+)
+def test_errors_take_one_line_and_leave_nothing(arguments, words, checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(checkpoints)
+    assert words in refused(capsys, *arguments, "--output_dir", tmp_path / "hf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(checkpoints, ranks, tmp_path, capsys):
+    arguments = ["--model", "kv", "--checkpoint", checkpoints / "kv.pt", "--output_dir", tmp_path / "hf"]
+    assert "has 270 token ids, and" in refused(capsys, *arguments, "--tokenizer", ranks)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--model", "kv", "--checkpoint", "a.pt"],
+        ["--model", "kv", "--output_dir", "hf"],
+        ["--to_checkpoint", "hf", "--checkpoint", "a.pt"],
+        ["--to_checkpoint", "hf", "--tokenizer", "bytes"],
+    ],
+)
+def test_arguments_that_do_not_go_together_are_a_usage_error(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        export_hf.main(arguments)
+    assert exit.value.code == 2
+    assert "export_hf.py: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_exists_is_not_overwritten(kind, checkpoints, tmp_path, capsys):
+    output = tmp_path / "hf"
+    precious = output / "precious" if kind == "folder" else output
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("keep me")
+    arguments = ["--model", "kv", "--checkpoint", checkpoints / "kv.pt", "--tokenizer", "none"]
+    assert "exists already" in refused(capsys, *arguments, "--output_dir", output)
+    assert precious.read_text() == "keep me"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_an_empty_folder_may_be_filled(checkpoints, tmp_path):
+    (tmp_path / "hf").mkdir()
+    export("kv", checkpoints / "kv.pt", tmp_path / "hf", "--tokenizer", "none")
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == FILES
+
+
+def full_disk(*arguments, **options):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("kind", [QKVForCausalLM, PreTrainedTokenizerFast])
+def test_a_full_disk_leaves_no_folder(kind, checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(kind, "save_pretrained", full_disk)
+    arguments = ["--model", "kv", "--checkpoint", checkpoints / "kv.pt", "--tokenizer", "bytes"]
+    error = refused(capsys, *arguments, "--output_dir", tmp_path / "hf")
+    assert f"{tmp_path / 'hf'}: not written" in error and "No space left" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_export_leaves_nothing_under_the_final_name(checkpoints, tmp_path):
+    output = tmp_path / "hf"
+    child = os.fork()
+    if child == 0:  # killed when all files are written
+        export_hf.same_logits = lambda *models: os.kill(os.getpid(), signal.SIGKILL)
+        export("kv", checkpoints / "kv.pt", output, "--tokenizer", "none")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    assert not output.exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("hf.tmp")
+    export("kv", checkpoints / "kv.pt", output, "--tokenizer", "none")  # which nothing holds up
+
+
+def test_an_export_that_computes_something_else_is_refused(checkpoints, tmp_path, capsys, monkeypatch):
+    original = QKVForCausalLM.from_pretrained
+
+    def scrambled(folder, **options):
+        exported = original(folder, **options)
+        exported.transformer.h[1].attn.c_q.weight.data += 0.1
+        return exported
+
+    monkeypatch.setattr(QKVForCausalLM, "from_pretrained", scrambled)
+    arguments = ["--model", "kv", "--checkpoint", checkpoints / "kv.pt", "--tokenizer", "none"]
+    error = refused(capsys, *arguments, "--output_dir", tmp_path / "hf")
+    assert "does not compute what the training script does" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+# -----------------------------------------------------------------------------
+# Other environments
+
+
+def site_packages(environment):
+    (folder,) = environment.glob("lib/python*/site-packages")
+    return folder
+
+
+def needed_by(*names):
+    """Distributions of this environment: the named ones, and what they need, directly or not."""
+    found = {}
+    waiting = list(names)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name not in found:
+            found[name] = metadata.distribution(name)
+            for requirement in map(Requirement, found[name].requires or []):
+                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                    waiting.append(requirement.name)
+    return found.values()
+
+
+@pytest.mark.slow
+def test_a_reader_needs_torch_and_transformers_alone(folder, tmp_path):
+    """In a virtual environment that holds links to this one's torch, transformers and what they need."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    own = site_packages(tmp_path / "venv")
+    for distribution in needed_by("torch", "transformers"):
+        for file in distribution.files:
+            top = file.parts[0]
+            if top not in ("..", "__pycache__") and not (own / top).exists():
+                (own / top).symlink_to(distribution.locate_file(top))
+    program = """
+import sys
+from importlib.util import find_spec
+assert not [name for name in ("tiktoken", "accelerate", "datasets", "export_hf") if find_spec(name)]
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+generate = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
+print(generate("Document", max_new_tokens=4))
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])  # nobody is asked, and no code of the folder is needed
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+prompt = tokenizer("Document", return_tensors="pt")
+output = model.generate(**prompt, max_new_tokens=4, eos_token_id=None, return_dict_in_generate=True)
+print(sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers))
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+    command = [tmp_path / "venv/bin/python", "-c", program, str(shutil.copytree(folder, tmp_path / "moved"))]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert result.returncode == 0, result.stderr
+    assert "generated_text" in result.stdout
+    # K alone: 2 layers x 32 numbers of 4 bytes for 8 + 4 tokens but the last, which is not in the cache.
+    assert int(result.stdout.split()[-1]) == 2 * 32 * 4 * 11
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_oldest_transformers_that_requirements_admit(folder, tmp_path):
+    """A virtual environment with the oldest version, and this one's packages for the rest."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    (bounds,) = [line for line in lines if line.startswith("transformers")]
+    oldest = bounds.partition(">=")[2].partition(",")[0]
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv/bin/python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", f"transformers=={oldest}"]
+    installed = subprocess.run(install, capture_output=True, text=True)
+    if installed.returncode != 0:
+        pytest.skip(f"transformers {oldest} cannot be installed here: {installed.stderr[-200:]}")
+    others = Path(transformers.__file__).parents[1]  # behind its own, so that its own goes first
+    (site_packages(tmp_path / "venv") / "others.pth").write_text(f"{others}\n")
+
+    files = [f"tests/{name}" for name in ("test_export_model.py", "test_export.py")]
+    options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", f"--basetemp={tmp_path / 'tests'}"]
+    command = [python, "-m", "pytest", *files, *options]
+    version = subprocess.run(
+        [python, "-c", "import transformers; print(transformers.__version__)"], capture_output=True, text=True
+    )
+    assert version.stdout.strip().startswith(oldest)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+
+    # A folder that the newest wrote is read by the oldest.
+    program = "from transformers import pipeline; import sys"
+    program += "; print(pipeline('text-generation', sys.argv[1], trust_remote_code=True)('Document'))"
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    result = subprocess.run(
+        [python, "-c", program, str(folder)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert "generated_text" in result.stdout, result.stderr

@@ -1,0 +1,495 @@
+"""modeling_qkv.py against the training scripts: what each variant computes, caches, generates and trains.
+
+Runs on the installed transformers and, in a slow test of test_export.py, on the oldest that requirements.txt
+admits.
+"""
+
+import ast
+import json
+import sys
+import warnings
+from dataclasses import fields
+
+import pytest
+import torch
+from conftest import ROOT, VARIANTS, gpt2_of, script_of
+from transformers import DynamicCache, QuantizedCache, StaticCache, Trainer, TrainingArguments, cache_utils
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from modeling_qkv import CACHE_NAME, QKVConfig, QKVForCausalLM, QKVModel
+
+SHAPE = {"vocab_size": 61, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "dropout": 0.0}
+END_OF_TEXT = 60
+# The variants as the profiler's output names them.
+PROFILED = {"kqv": "QKV", "qk": "KV", "kv": "Q-KV", "k": "K", "gqa": "GQA-4", "mqa": "MQA", "qgqa": "Q-GQA-4"}
+PROFILED |= {"qmqa": "Q-MQA"}
+
+
+def build(alias, dtype=torch.float32, **changes):
+    """A small model of a training script with large random weights, and the same model in transformers."""
+    script = script_of(alias)
+    groups = {"gqa": 2, "qgqa": 2, "mqa": 1, "qmqa": 1}.get(alias)
+    shape = SHAPE | changes
+    torch.manual_seed(1)
+    model_config = script.ModelConfig(**shape, n_kv_groups=groups, initializer_range=0.2)
+    model = getattr(script, VARIANTS[alias]["class"])(model_config).eval()
+    for parameter in model.parameters():  # biases and LayerNorms too, which start at 0 and 1
+        parameter.data += 0.1 * torch.randn_like(parameter)
+
+    config = QKVConfig(variant=alias, n_kv_groups=groups, **shape)
+    exported = QKVForCausalLM(config)
+    exported.transformer.load_state_dict(model.state_dict())
+    return model.to(dtype), exported.to(dtype).eval()
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(END_OF_TEXT, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def greedy(exported, prompt, new=12, **settings):
+    """Prompt and continuation, [B, T + new]; nothing ends a text early, and no token is taken for padding."""
+    settings = {"do_sample": False, "pad_token_id": END_OF_TEXT} | settings
+    if prompt is not None:
+        settings = {"attention_mask": torch.ones_like(prompt)} | settings
+    return exported.generate(prompt, max_new_tokens=new, **settings)
+
+
+def cache_of(output):
+    return getattr(output, CACHE_NAME)
+
+
+def tensors_of(cache):
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def test_it_imports_nothing_but_torch_and_transformers():
+    tree = ast.parse((ROOT / "modeling_qkv.py").read_text(encoding="utf-8"))
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Import):
+            imported |= {name.name.partition(".")[0] for name in node.names}
+    assert {"torch", "transformers"} <= imported
+    assert imported - {"torch", "transformers"} <= set(sys.stdlib_module_names)
+
+
+# -----------------------------------------------------------------------------
+# Forward and backward
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_logits_loss_and_gradients_are_those_of_the_script(alias, attention):
+    model, exported = build(alias)
+    exported.set_attn_implementation(attention)
+    input_ids = tokens(3, 20)
+    labels = input_ids.masked_fill(torch.rand(3, 20, generator=torch.Generator().manual_seed(0)) < 0.3, -100)
+
+    torch.testing.assert_close(exported(input_ids).logits, model(input_ids)[0], atol=1e-4, rtol=1e-4)
+    _, loss = model(input_ids, labels)
+    output = exported(input_ids, labels=labels)
+    torch.testing.assert_close(output.loss, loss)
+
+    loss.backward()
+    output.loss.backward()
+    ours = {name: parameter.grad for name, parameter in exported.transformer.named_parameters()}
+    theirs = {name: parameter.grad for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+def test_qkv_is_transformers_own_gpt2():
+    model, exported = build("kqv")
+    gpt2 = gpt2_of(model)
+    input_ids = tokens(2, 16)
+    torch.testing.assert_close(exported(input_ids).logits, gpt2(input_ids).logits, atol=1e-4, rtol=1e-4)
+    several = {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5}
+    for settings in ({}, {"num_beams": 3}, several):
+        assert torch.equal(greedy(exported, input_ids, **settings), greedy(gpt2, input_ids, **settings))
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_bf16(alias):
+    _, reference = build(alias)
+    model, exported = build(alias, torch.bfloat16)
+    input_ids = tokens(2, 24)
+    expected = reference(input_ids).logits
+    output = exported(input_ids, use_cache=True)
+    assert output.logits.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in tensors_of(cache_of(output))} == {torch.bfloat16}
+
+    # Rounding is the only difference: as far from fp32 as the script's own bf16.
+    error = (output.logits.float() - expected).abs().mean()
+    assert error <= 1.2 * (model(input_ids)[0].float() - expected).abs().mean()
+    assert error < 0.05 * expected.std()
+
+
+def test_embeddings_in_place_of_tokens():
+    _, exported = build("kv")
+    input_ids = tokens(2, 10)
+    embeddings = exported.get_input_embeddings()(input_ids)
+    torch.testing.assert_close(exported(inputs_embeds=embeddings).logits, exported(input_ids).logits)
+    continuation = greedy(exported, None, inputs_embeds=embeddings)
+    assert torch.equal(continuation, greedy(exported, input_ids)[:, 10:])
+    for both_or_none in ({}, {"input_ids": input_ids, "inputs_embeds": embeddings}):
+        with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+            exported(**both_or_none)
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_attentions_and_hidden_states(alias):
+    _, exported = build(alias)
+    exported.set_attn_implementation("eager")
+    output = exported(tokens(2, 9), output_attentions=True, output_hidden_states=True)
+    assert [tuple(weights.shape) for weights in output.attentions] == [(2, 4, 9, 9)] * 2
+    assert [tuple(states.shape) for states in output.hidden_states] == [(2, 9, 32)] * 3
+    for weights in output.attentions:
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 4, 9))
+        assert not weights.triu(1).any()
+    assert isinstance(exported(tokens(1, 3), return_dict=False), tuple)
+
+
+def test_only_the_logits_asked_for_are_computed():
+    _, exported = build("qk")
+    input_ids = tokens(2, 9)
+    full = exported(input_ids).logits
+    torch.testing.assert_close(exported(input_ids, logits_to_keep=2).logits, full[:, -2:])
+    some = exported(input_ids, logits_to_keep=torch.tensor([1, 5])).logits
+    torch.testing.assert_close(some, full[:, [1, 5]])
+
+
+# -----------------------------------------------------------------------------
+# Cache
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_the_cache_takes_the_bytes_of_the_profiler_s_formula(alias):
+    model, exported = build(alias)
+    config = exported.config
+    for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=30)):
+        exported(tokens(3, 20), **{CACHE_NAME: cache})
+        exported(tokens(3, 10), **{CACHE_NAME: cache})
+        assert sum(tensor.nbytes for tensor in tensors_of(cache)) == model.make_cache(3, max_length=30).nbytes
+
+    # Two of the 20 layers at 300M, without the memory: shapes alone, against the profiler's committed output.
+    with torch.device("meta"):
+        groups = (VARIANTS[alias]["groups"] or {}).get("300M")
+        large = QKVForCausalLM(QKVConfig(variant=alias, n_layer=2, n_kv_groups=groups)).to(torch.bfloat16)
+        output = large(torch.zeros(1, 3, dtype=torch.long), use_cache=True)
+    profiled = json.loads((ROOT / "comprehensive_flop_analysis_300M.json").read_text(encoding="utf-8"))
+    per_token = profiled[PROFILED[alias]]["kv_cache"]["bytes_per_token"]
+    assert sum(tensor.nbytes for tensor in tensors_of(cache_of(output))) == 3 * per_token * 2 / 20
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_where_the_value_is_the_key_one_tensor_is_cached(alias):
+    _, exported = build(alias)
+    cache = cache_of(exported(tokens(2, 7), use_cache=True))
+    for layer in cache.layers:
+        assert layer.keys.shape[2:] == (7, 8)
+        assert layer.values.shape[:3] == layer.keys.shape[:3]
+        assert layer.values.shape[3] == (8 if "v" in VARIANTS[alias]["cached"] else 0)
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_decoding_from_the_cache_is_decoding_without(alias):
+    model, exported = build(alias)
+    prompt = tokens(3, 9)
+    expected = greedy(exported, prompt, use_cache=False)
+    assert torch.equal(expected, model.generate(prompt, 12, temperature=0))
+    assert torch.equal(greedy(exported, prompt), expected)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(greedy(exported, prompt, **static), expected)
+
+    beams = {"num_beams": 3, "num_return_sequences": 2}
+    assert torch.equal(greedy(exported, prompt, **beams), greedy(exported, prompt, use_cache=False, **beams))
+    sampled = []
+    for use_cache in (True, False):
+        torch.manual_seed(7)
+        sampled.append(greedy(exported, prompt, do_sample=True, top_k=5, use_cache=use_cache))
+    assert torch.equal(*sampled)
+
+
+@pytest.mark.parametrize("alias", ["kqv", "kv", "qgqa"])
+def test_several_tokens_at_a_time_follow_the_cached_ones(alias):
+    _, exported = build(alias)
+    input_ids = tokens(2, 20)
+    full = exported(input_ids).logits
+    cache = DynamicCache(config=exported.config)
+    parts = [exported(part, **{CACHE_NAME: cache}).logits for part in input_ids.split([7, 1, 5, 7], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-4, rtol=1e-4)
+
+    # Taken back, the cache goes on from there: what assisted decoding does with rejected tokens.
+    cache.crop(-8)
+    again = exported(input_ids[:, 12:], **{CACHE_NAME: cache}).logits
+    torch.testing.assert_close(again, full[:, 12:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alias", ["kv", "gqa"])
+def test_generation_goes_on_from_a_returned_cache(alias):
+    _, exported = build(alias)
+    prompt = tokens(2, 8)
+    first = greedy(exported, prompt, new=5, return_dict_in_generate=True)
+    rest = greedy(exported, first.sequences, new=7, **{CACHE_NAME: cache_of(first)})
+    assert torch.equal(rest, greedy(exported, prompt, new=12))
+
+
+@pytest.mark.parametrize("alias", ["kqv", "kv", "qmqa"])
+def test_assisted_decoding_and_prompt_lookup_give_the_greedy_tokens(alias):
+    _, exported = build(alias)
+    _, assistant = build("k", n_layer=1)
+    prompt = tokens(1, 10)
+    expected = greedy(exported, prompt)
+    assert torch.equal(greedy(exported, prompt, assistant_model=exported), expected)
+    assert torch.equal(greedy(exported, prompt, assistant_model=assistant), expected)
+    assert torch.equal(greedy(exported, prompt, prompt_lookup_num_tokens=3), expected)
+
+
+@pytest.mark.parametrize("alias", ["kqv", "kv"])
+def test_a_prompt_prefilled_in_chunks(alias):
+    _, exported = build(alias)
+    prompt = tokens(2, 18)
+    for cache in ({}, {"cache_implementation": "static"}):
+        chunked = greedy(exported, prompt, prefill_chunk_size=8, disable_compile=True, **cache)
+        assert torch.equal(chunked, greedy(exported, prompt))
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="needs the library's own backend")
+@pytest.mark.parametrize("alias", ["kqv", "kv"])
+def test_a_quantized_cache(alias):
+    _, exported = build(alias)
+    input_ids = tokens(2, 16)
+    full = exported(input_ids).logits
+    cache = QuantizedCache(backend="fp8", config=exported.config)
+    parts = [exported(part, **{CACHE_NAME: cache}).logits for part in input_ids.split([9, 1, 6], dim=1)]
+    # Eight bits a number leave the logits near what they were.
+    assert (torch.cat(parts, dim=1) - full).abs().mean() < 0.1 * full.std()
+
+
+def test_both_names_of_the_cache(recwarn):
+    _, exported = build("kv")
+    input_ids = tokens(1, 6)
+    expected = exported(input_ids).logits[:, 4:]
+    for model in (exported, exported.transformer):
+        for name in ("cache", "past_key_values"):
+            past = DynamicCache(config=exported.config)
+            exported(input_ids[:, :4], **{CACHE_NAME: past})
+            output = model(input_ids[:, 4:], **{name: past})
+            if model is exported:
+                torch.testing.assert_close(output.logits, expected)
+            assert cache_of(output) is past and past.get_seq_length() == 6
+    # The library's own name raises no warning of its age.
+    recwarn.clear()
+    greedy(exported, input_ids)
+    assert not [warning for warning in recwarn if "deprecated" in str(warning.message)]
+    assert CACHE_NAME in {field.name for field in fields(CausalLMOutputWithPast)}
+
+
+# -----------------------------------------------------------------------------
+# Padding and positions
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_a_padded_row_has_the_logits_of_its_text_alone(alias, side):
+    _, exported = build(alias)
+    lengths = [4, 9, 7]
+    batch = torch.full((3, 9), END_OF_TEXT)
+    mask = torch.zeros(3, 9, dtype=torch.long)
+    texts = [tokens(length, seed=length) for length in lengths]
+    for row, text in enumerate(texts):
+        place = slice(9 - len(text), 9) if side == "left" else slice(0, len(text))
+        batch[row, place] = text
+        mask[row, place] = 1
+    logits = exported(batch, attention_mask=mask).logits
+    for row, text in enumerate(texts):
+        alone = exported(text[None]).logits[0]
+        torch.testing.assert_close(logits[row, mask[row] == 1], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("alias", "attention"), [*((alias, "sdpa") for alias in VARIANTS), ("kv", "eager")])
+def test_left_padded_prompts_are_continued_as_single_ones(alias, attention):
+    _, exported = build(alias)
+    exported.set_attn_implementation(attention)
+    texts = [tokens(length, seed=length) for length in (3, 8, 6)]
+    batch = torch.stack([torch.cat([torch.full((8 - len(text),), END_OF_TEXT), text]) for text in texts])
+    mask = torch.stack([torch.arange(8) >= 8 - len(text) for text in texts]).long()
+    alone = [greedy(exported, text[None], new=6)[0, len(text) :] for text in texts]
+    for cache in ({}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
+        together = greedy(exported, batch, new=6, attention_mask=mask, **cache)
+        assert torch.equal(together[:, 8:], torch.stack(alone))
+
+
+def test_more_tokens_than_positions_are_an_error_with_both_numbers():
+    _, exported = build("kv")
+    with pytest.raises(ValueError, match="49 tokens do not fit the model's n_positions, 48"):
+        exported(tokens(1, 49))
+
+
+def test_generation_ends_at_the_last_position(caplog):
+    model, exported = build("kv")
+    prompt = tokens(1, 40)
+    text = greedy(exported, prompt, new=100)
+    assert torch.equal(text, model.generate(prompt, 8, temperature=0))
+    with pytest.raises(ValueError, match="48"):
+        greedy(exported, tokens(1, 48))
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_gradient_checkpointing_leaves_the_gradients_as_they_are(alias):
+    _, exported = build(alias)
+    exported.train()
+    input_ids = tokens(2, 12)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            with warnings.catch_warnings(action="ignore"):  # 5.24 has another name for it, which 5.20 lacks
+                exported.gradient_checkpointing_enable()
+        exported.zero_grad()
+        exported(input_ids, labels=input_ids, use_cache=True).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in exported.named_parameters()})
+    torch.testing.assert_close(*gradients)
+
+
+def test_dropout_is_where_the_paper_has_it():
+    model, exported = build("kv", dropout=0.25)
+    input_ids = tokens(2, 12)
+    losses = []
+    for trained in (model.train(), exported.train()):
+        torch.manual_seed(3)
+        output = trained(input_ids, labels=input_ids)
+        losses.append(output[1] if isinstance(output, tuple) else output.loss)
+    torch.testing.assert_close(*losses)
+    assert not torch.isclose(losses[1], exported.eval()(input_ids, labels=input_ids).loss)
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_a_step_of_the_trainer_starts_at_the_script_s_loss(alias, tmp_path):
+    model, exported = build(alias)
+    rows = tokens(4, 16)
+    labels = rows.clone()
+    labels[:2, 11:] = -100  # the micro batches score different numbers of tokens
+    data = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
+    settings = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(exported, settings, train_dataset=data)
+    before = exported.lm_head.weight.clone()
+    trainer.train()
+    _, expected = model(rows, labels)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-3)
+    assert not torch.equal(exported.lm_head.weight, before)
+    assert exported.lm_head.weight is exported.transformer.wte.weight
+
+
+def test_lora_attaches_and_trains():
+    peft = pytest.importorskip("peft")
+    for alias in VARIANTS:
+        _, exported = build(alias)
+        input_ids = tokens(2, 12)
+        before = exported(input_ids).logits.detach()
+        lora = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        adapted = peft.get_peft_model(exported, lora)
+        torch.testing.assert_close(adapted(input_ids).logits, before)
+        optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.1)
+        losses = []
+        for _ in range(3):
+            loss = adapted(input_ids, labels=input_ids).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[2] < losses[0]
+        merged = adapted.merge_and_unload()
+        assert isinstance(merged, QKVForCausalLM) and not torch.allclose(merged(input_ids).logits, before)
+
+
+# -----------------------------------------------------------------------------
+# Configuration, saving, embeddings
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_saved_and_loaded_it_is_identical(alias, tmp_path):
+    _, exported = build(alias)
+    input_ids = tokens(2, 9)
+    exported.save_pretrained(tmp_path)
+    loaded = QKVForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.state_dict(), exported.state_dict(), atol=0, rtol=0)
+    assert torch.equal(loaded(input_ids).logits, exported(input_ids).logits)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    base = QKVModel.from_pretrained(tmp_path)
+    assert torch.equal(base(input_ids).last_hidden_state, exported.transformer(input_ids).last_hidden_state)
+    bf16 = QKVForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in bf16.parameters()} == {torch.bfloat16}
+
+
+def test_the_embeddings_can_be_resized():
+    _, exported = build("kv")
+    input_ids = tokens(1, 9)
+    before = exported(input_ids).logits
+    exported.resize_token_embeddings(70)
+    logits = exported(input_ids).logits
+    assert logits.shape == (1, 9, 70) and exported.config.vocab_size == 70
+    torch.testing.assert_close(logits[:, :, :61], before)
+    assert exported.lm_head.weight is exported.transformer.wte.weight
+
+
+def test_new_weights_are_drawn_as_in_the_paper():
+    torch.manual_seed(0)
+    config = QKVConfig(variant="gqa", n_embd=256, n_layer=2, n_head=4, n_kv_groups=2, vocab_size=999)
+    exported = QKVForCausalLM(config)
+    for name, parameter in exported.named_parameters():
+        if "ln_" in name:
+            assert torch.equal(parameter, torch.ones(256) if name.endswith("weight") else torch.zeros(256))
+        elif name.endswith("bias"):
+            assert not parameter.any()
+        else:
+            assert parameter.mean().abs() < 1e-3 and parameter.std().item() == pytest.approx(0.02, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"variant": "qvk"}, "variant: expected one of kqv, qk, kv, k, gqa, mqa, qgqa, qmqa, got 'qvk'"),
+        ({"n_embd": 30}, "n_embd: expected a multiple of n_head"),
+        ({"variant": "mqa", "n_kv_groups": 2}, "n_kv_groups: expected 1 for mqa, got 2"),
+        ({"variant": "qgqa", "n_kv_groups": 3}, "n_kv_groups: expected a divisor of n_head"),
+        ({"variant": "gqa", "n_kv_groups": 0}, "n_kv_groups: expected a divisor of n_head"),
+        ({"variant": "kv", "n_kv_groups": 2}, "n_kv_groups: expected n_head"),
+    ],
+)
+def test_a_configuration_that_does_not_go_together_is_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        QKVConfig(**SHAPE | settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alias", ["kqv", "kv", "qgqa"])
+def test_compiled_in_one_graph(alias):
+    _, exported = build(alias)
+    prompt = tokens(2, 9)
+    expected = greedy(exported, prompt)
+    torch.compiler.reset()
+    compiled = torch.compile(exported, fullgraph=True)
+    torch.testing.assert_close(compiled(prompt).logits, exported(prompt).logits, atol=1e-4, rtol=1e-4)
+
+    cache = StaticCache(config=exported.config, max_cache_len=21)
+    text, step = prompt, prompt
+    with warnings.catch_warnings(action="ignore"), torch.no_grad():
+        for _ in range(12):
+            logits = (exported if step is prompt else compiled)(step, **{CACHE_NAME: cache}).logits
+            step = logits[:, -1:].argmax(dim=-1)
+            text = torch.cat([text, step], dim=1)
+    assert torch.equal(text, expected)
