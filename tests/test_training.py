@@ -252,7 +252,7 @@ def test_a_terminal_shows_loss_speed_and_the_time_left(data, tmp_path):
     with contextlib.suppress(OSError):  # which a terminal raises when its last writer is gone
         while read := os.read(terminal, 4096):
             shown += read.decode(errors="replace")
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     assert re.search(r"loss \d\.\d{4}, [\d,]+ tokens/s", shown)
     assert re.search(r"\d+/50 \[\d\d:\d\d<\d\d:\d\d", shown)  # tqdm's: steps, time gone, time left
 
@@ -275,7 +275,7 @@ def test_a_signal_saves_the_step_in_hand_and_the_next_start_goes_on(number, data
     process = to_a_moment("torch:Tensor.backward:9:before", tmp_path / "held", args)  # the third step: four a step
     wait_until_held(process, tmp_path / "held")
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number
     assert "Traceback" not in errors
     assert "stopped and saved at step 3; start again to resume" in output
@@ -289,7 +289,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_with_a_checkpoint(data, tmp_path):
     process = torchrun(2, TO_A_MOMENT, *held, *args)
     wait_until_held(process, tmp_path / "held")
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert output.count("stopped and saved at step 3; start again to resume") == 1
     assert [step for step, _ in KV.checkpoints(tmp_path)] == [3]
