@@ -1,23 +1,24 @@
 """Parameters, operations and KV cache of every variant: by formula, counted, and measured on this machine.
 
-    python analysis_computation_profiler.py                                # the paper's Tables 5 and 6, and the cache
+    python analysis_computation_profiler.py                                # Tables 5 and 6, and the cache
     python analysis_computation_profiler.py --sizes 1.2B --memory 80GB --format markdown --figures figures
     python analysis_computation_profiler.py --measure --variants kqv kv gqa --contexts 2048 8192 --batches 1 8
     python analysis_computation_profiler.py --measure train --sizes 300M --format csv > train.csv
 
-Without --measure no model is run: PyTorch's meta device knows shapes alone. A forward pass of one sequence has three
-accounts: the closed formula; fvcore's MACs, which equal it; torch.profiler's FLOPs, which are 2 x MACs and the
-element-wise work that is itemised. Where they disagree, the exit status is 1. An analysis of all variants writes
-comprehensive_flop_analysis_<size>.json, that of 300M unless --sizes says otherwise.
+Without --measure no model is run: PyTorch's meta device knows shapes alone. A forward pass of one sequence
+has three accounts: the closed formula; fvcore's MACs, which equal it; torch.profiler's FLOPs, which are
+2 x MACs and the element-wise work that is itemised. Where they disagree, the exit status is 1. An analysis of
+all variants writes comprehensive_flop_analysis_<size>.json, that of 300M unless --sizes says otherwise.
 
-With --measure the scripts' `generate` fills its KV cache and decodes from it, or the scripts' model trains. Weights
-are random, and positions as many as the longest context needs. The variants take turns, and a round of warming up is
-not counted. Figures are medians of the rounds (lowest to highest); "vs QKV" compares the turns of one round. The
-published columns are of Tables 14 and 15: 1.2B in bf16 on an A100.
+With --measure the scripts' `generate` fills its KV cache and decodes from it, or the scripts' model trains.
+Weights are random, and positions as many as the longest context needs. The variants take turns, after a
+warm-up round that is not counted. Figures are medians of the rounds (lowest to highest); "vs QKV" compares
+the turns of one round.
 
-    peak memory   of weights and run together; on CPU resident memory, where Linux tells it
-    roofline      the decode rate if a step took no longer than reading weights and cache at the copy bandwidth
+    peak memory   of weights and run together; on a CPU resident memory, where Linux tells it
+    roofline      the decode rate if a step only took reading the weights and the cache, at the read bandwidth
     mfu           (6 N + 12 L d T) FLOPs a token, as a share of the GPU's dense bf16 peak
+    published     Tables 14 and 15: 1.2B in bf16 on an A100
 
 GB are 10^9 bytes, GiB 2^30.
 """
@@ -44,9 +45,13 @@ from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
+from unittest.mock import patch
 
+import psutil
 import torch
 import yaml
+from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
@@ -58,38 +63,38 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that, torch.profiler rep
 
 VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
 SIZES = ("300M", "1.2B")
-RELEASE_KEYS = {"kqv": "QKV", "qk": "KV", "kv": "Q-KV", "k": "K"}  # in the released JSON; others: the paper's notation
+PERPLEXITY = {size: {} for size in SIZES}  # published, by size and alias
+for alias, row in VARIANTS.items():
+    for size in row["script"]:
+        PERPLEXITY[size][alias] = row["published"]["perplexity"][size]
+
 SEQUENCE_LENGTHS = (128, 512, 1024, 2048)
 PAPER_CONTEXTS = (2_048, 32_000, 128_000)
-PERPLEXITY = {  # published, Tables 4 and 10
-    "300M": {"kqv": 5.11, "qk": 5.36, "kv": 5.27, "k": 6.41, "gqa": 5.15, "mqa": 5.19, "qgqa": 5.32, "qmqa": 5.36},
-    "1.2B": {"kqv": 5.004, "kv": 5.128, "gqa": 5.030, "mqa": 5.057, "qgqa": 5.158, "qmqa": 5.212},
-}
-PUBLISHED = {"kv": {"published_decode": "+4.4 to +5.3 %", "published_memory": "-6.9 to -6.5 %"}}  # Tables 14 and 15
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-COPY_BYTES = 2**29  # far beyond every processor's cache
+READ_BYTES = 2**29  # far beyond every processor's cache
 
-# The options of each kind of run, and their defaults; None: all there are, what is free or native, or as published.
-ACCOUNTS = {"sizes": None, "variants": None, "contexts": PAPER_CONTEXTS, "memory": 40 * 10**9, "output_dir": Path(".")}
+# Options of each kind of run, and their defaults. None: all there are, what is free or native, as published.
+ACCOUNTS = {
+    "sizes": None, "variants": None, "contexts": PAPER_CONTEXTS, "memory": 40 * 10**9, "output_dir": Path(),
+}  # fmt: skip
 ANY = {"device": None, "dtype": None, "memory": None, "variants": None, "rounds": 3, "set": ()}
 ON_CPU = ANY | {"sizes": ["300M"], "variants": ["kqv", "kv", "gqa", "qmqa"]}
+ON_GPU_DECODE = {"sizes": ["1.2B"], "contexts": [2_048, 8_192, 32_000], "batches": [1, 8], "steps": 128}
+ON_CPU_TRAIN = {"micro_batch_size": 1, "seq_length": 256, "accumulation": 1, "steps": 1, "compile": False}
+ON_GPU_TRAIN = {"micro_batch_size": None, "seq_length": None, "accumulation": 8, "steps": 3, "compile": True}
 MEASURED = {
     ("decode", "cpu"): ON_CPU | {"contexts": [512, 2_048], "batches": [1], "steps": 32},
-    ("decode", "cuda"): ANY | {"sizes": ["1.2B"], "contexts": [2_048, 8_192, 32_000], "batches": [1, 8], "steps": 128},
-    ("train", "cpu"): ON_CPU | {
-        "micro_batch_size": 1, "seq_length": 256, "accumulation": 1, "steps": 1, "compile": False,
-    },
-    ("train", "cuda"): ANY | {
-        "sizes": ["300M"], "micro_batch_size": None, "seq_length": None, "accumulation": 8, "steps": 3, "compile": True,
-    },
-}  # fmt: skip
+    ("decode", "cuda"): ANY | ON_GPU_DECODE,
+    ("train", "cpu"): ON_CPU | ON_CPU_TRAIN,
+    ("train", "cuda"): ANY | {"sizes": ["300M"]} | ON_GPU_TRAIN,
+}
 
 
 class Variant:
     """A variant at one size: its row of configs/variants.yaml, its training script and its ModelConfig.
 
-    `settings` replace fields of configs/model_config_<size>.yaml. InputError where the parts do not go together.
+    `settings` replace fields of configs/model_config_<size>.yaml. InputError if the parts do not go together.
     """
 
     def __init__(self, alias, size, **settings):
@@ -100,16 +105,18 @@ class Variant:
         self.script = import_module(self.row["script"][size].removesuffix(".py"))
         try:
             path = ROOT / f"configs/model_config_{size}.yaml"
-            self.config = self.script.read_config(self.script.ModelConfig, path, settings)
+            self.config = self.script.load_config(self.script.ModelConfig, path, settings)
         except self.script.RunError as error:
             raise InputError(str(error)) from error
         groups = self.config.n_kv_groups
         self.paper = f"{self.row['paper']}-{groups}" if groups and groups > 1 else self.row["paper"]
-        self.key = RELEASE_KEYS.get(alias, self.paper)
+        self.key = self.row["published"].get("release_name", self.paper)  # in the JSON
         self.label = {"size": size, "variant": self.paper, "alias": alias}  # of a record
+        if settings:
+            self.label["set"] = " ".join(f"{key}={value}" for key, value in settings.items())
 
     def build(self, device="meta", dtype=torch.float32, **changes):
-        """The script's model in eval mode, with random weights; `changes` replace fields of its configuration."""
+        """The script's model in eval mode, with random weights; `changes` replace fields of its config."""
         with torch.device(device):
             model = getattr(self.script, self.row["class"])(replace(self.config, **changes))
         return model.to(dtype).eval()
@@ -117,10 +124,9 @@ class Variant:
     @cached_property
     def parameters(self):
         """Parameters by part, named as in the released JSON; the tied output embedding counts once."""
-        model = self.build()
         modules = {"embedding": "wte wpe", "attention": "attn", "mlp": "mlp", "layernorm": "ln_1 ln_2 ln_f"}
         counts = dict.fromkeys(("total", "trainable", *modules), 0)
-        for name, parameter in model.named_parameters():
+        for name, parameter in self.build().named_parameters():
             counts["total"] += parameter.numel()
             counts["trainable"] += parameter.numel() * parameter.requires_grad
             for part, names in modules.items():
@@ -136,9 +142,13 @@ class Variant:
         """The KV cache of so many tokens of one sequence, by formula; an itemsize of 2 is bf16."""
         return tokens * self.config.n_layer * len(self.row["cached"]) * self.kv_width * itemsize
 
+    def published(self, figure):
+        """A figure of configs/variants.yaml for a model as published; None where there is none."""
+        return None if "set" in self.label else self.row["published"].get(figure, {}).get(self.size)
+
 
 def chosen(sizes, aliases, settings):
-    """Lists of Variants by size; None stands for all there are. InputError for a named one that there is not."""
+    """Lists of Variants by size; None stands for all there are. InputError for one that there is not."""
     variants = {}
     for size in sizes or SIZES:
         has = [alias for alias, row in VARIANTS.items() if size in row["script"] or (sizes and aliases)]
@@ -146,20 +156,22 @@ def chosen(sizes, aliases, settings):
     return {size: of_size for size, of_size in variants.items() if of_size}
 
 
-# Counting
+# -----------------------------------------------------------------------------
+# Accounts
 
 
 def theoretical_macs(variant, T):
-    """Multiply-accumulates of the matrix products in a forward pass of T tokens; the causal mask saves nothing.
+    """Multiply-accumulates of the matrix products in a forward pass of T tokens.
 
-    Projections and 2 T^2 d in each layer, feed-forward layers, output embedding (paper, Table 6).
+    Projections, 2 T^2 d in each layer (the causal mask saves nothing), MLP, output embedding (Table 6).
     """
     c = variant.config
     # "Q=K": the key's projection is the query's too. Where the key alone is cached, it is the value's.
     query_width = 0 if "Q=K" in variant.paper else c.n_embd
     width = query_width + len(variant.row["cached"]) * variant.kv_width
     attention = T * c.n_embd * (width + c.n_embd) + 2 * T * T * c.n_embd
-    mlp, lm_head = 2 * T * c.n_embd * c.n_inner, T * c.n_embd * c.vocab_size
+    mlp = 2 * T * c.n_embd * c.n_inner
+    lm_head = T * c.n_embd * c.vocab_size
     return {
         "attention_per_layer": attention,
         "mlp_per_layer": mlp,
@@ -171,7 +183,7 @@ def theoretical_macs(variant, T):
 
 
 def elementwise_flops(variant, T):
-    """What torch.profiler counts beside matrix products, one FLOP a number: scaling the scores, and additions."""
+    """What torch.profiler counts beside matrix products, one FLOP a number: scaled scores, and additions."""
     c = variant.config
     items = {
         "score_scaling": c.n_layer * c.n_head * T * T,
@@ -181,8 +193,26 @@ def elementwise_flops(variant, T):
     return items | {"total": sum(items.values())}
 
 
+def explicit_attention(q, k, v, config):
+    """The training scripts' causal_attention as the published FLOPs were counted, without a past.
+
+    Counters see nothing inside the fused attention. Here every product is an operator of its own, and so is
+    the scaling of the scores. q [B, n_head, T, head_dim], k and v [B, n_kv_head, T, head_dim] -> as q.
+    """
+    n_rep = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(n_rep, dim=1), v.repeat_interleave(n_rep, dim=1)
+    scores = (q @ k.mT) * (1 / math.sqrt(q.shape[-1]))
+    causal = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~causal, -math.inf).softmax(dim=-1) @ v
+
+
+def counting(script):
+    """A context in which the models of a training script compute attention explicitly."""
+    return patch.object(script, "causal_attention", explicit_attention)
+
+
 def fvcore_macs(model, input_ids):
-    """fvcore's count of a forward pass on the plain attention path, without its estimate for LayerNorm."""
+    """fvcore's count of a forward pass, without its estimate for LayerNorm."""
     from fvcore.nn import FlopCountAnalysis
 
     analysis = FlopCountAnalysis(model, input_ids)
@@ -191,16 +221,19 @@ def fvcore_macs(model, input_ids):
 
 
 def profiled_flops(model, input_ids):
-    """torch.profiler's FLOPs of a forward pass on the plain attention path, by operator.
+    """torch.profiler's FLOPs of a forward pass, by operator.
 
-    The profiler goes by shapes, so the meta device will do. But there some kernels are written in Python and call
-    further operators, which run on no real device. So an operator counts if the model called it, or one of the two
-    that PyTorch composes of others on every device.
+    The profiler goes by shapes, so the meta device will do. But there some kernels are written in Python and
+    call further operators, which run on no real device. So an operator counts if the model called it, or one
+    of the two that PyTorch composes of others on every device.
     """
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as profiler:
+    with (
+        torch.no_grad(),
+        profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as run,
+    ):
         model(input_ids)
     flops = Counter()
-    for event in profiler.events():
+    for event in run.events():
         caller = event.cpu_parent
         while caller and caller.name in ("aten::linear", "aten::matmul"):
             caller = caller.cpu_parent
@@ -212,7 +245,10 @@ def profiled_flops(model, input_ids):
 def forward_account(variant, model, T):
     """The three accounts of one forward pass of T tokens, as they stand in the JSON."""
     input_ids = torch.zeros(1, T, dtype=torch.int64, device=model.wte.weight.device)
-    macs, by_operator = theoretical_macs(variant, T), profiled_flops(model, input_ids)
+    macs = theoretical_macs(variant, T)
+    with counting(variant.script):
+        by_operator = profiled_flops(model, input_ids)
+        counted_macs = fvcore_macs(model, input_ids)
     flops = sum(by_operator.values())
     ratio = flops / (2 * macs["total"])
     return {
@@ -220,31 +256,35 @@ def forward_account(variant, model, T):
         "actual_flops": {"total_flops": flops, "total_gflops": flops / 1e9, "by_operator": by_operator},
         "overhead_percent": 100 * (ratio - 1),
         "ratio": ratio,
-        "fvcore_macs": fvcore_macs(model, input_ids),
+        "fvcore_macs": counted_macs,
         "elementwise_flops": elementwise_flops(variant, T),
     }
 
 
 def cache_account(variant, contexts):
     """The KV cache of one sequence in bf16, by context, and what it saves against K and V of every head."""
-    c, sizes = variant.config, {context: variant.cache_bytes(context) for context in contexts}
+    c = variant.config
+    by_context = {}
+    for context in contexts:
+        size = variant.cache_bytes(context)
+        by_context[str(context)] = {"bytes": size, "gb": size / 1e9, "gib": size / 2**30}
     return {
         "dtype": "bf16",
         "cached": variant.row["cached"],
         "heads": c.n_kv_groups or c.n_head,
         "bytes_per_token": variant.cache_bytes(),
         "reduction_percent": 100 * (1 - variant.cache_bytes() / (2 * c.n_layer * c.n_embd * 2)),
-        "by_context": {str(t): {"bytes": n, "gb": n / 1e9, "gib": n / 2**30} for t, n in sizes.items()},
+        "by_context": by_context,
     }
 
 
 def analyse(alias, size):
-    """A variant's entry in comprehensive_flop_analysis_<size>.json: the release's fields, and ours beside them.
+    """A variant's entry in comprehensive_flop_analysis_<size>.json: the release's fields, ours beside them.
 
     `ratio` is FLOPs over 2 x MACs, and `overhead_percent` what it exceeds 1 by.
     """
     variant = Variant(alias, size)
-    model = variant.build(plain_attention=True)
+    model = variant.build()
     return {
         "model_name": variant.paper,
         "attention_type": variant.row["name"],
@@ -256,22 +296,23 @@ def analyse(alias, size):
 
 
 def sequences_that_fit(variant, context, memory):
-    """How many caches of `context` tokens fit into `memory` bytes beside the published weights, all in bf16."""
+    """How many caches of `context` tokens fit into `memory` bytes beside the weights, all in bf16."""
     return max(0, memory - 2 * variant.parameters["total"]) // variant.cache_bytes(context)
 
 
 def account_records(variant, entry, contexts, memory):
-    """An entry as flat records, by the table that they belong to. `unexplained` is what the accounts leave open."""
-    compute, cache, account = [], [], cache_account(variant, contexts)
+    """An entry as flat records, by their table; `unexplained` is what the three accounts leave open."""
+    compute = []
     for T, forward in entry["analysis_by_seq_len"].items():
         macs, flops = forward["theoretical_macs"]["total"], forward["actual_flops"]["total_flops"]
-        items = forward["elementwise_flops"]
+        items = dict(forward["elementwise_flops"])
+        unexplained = abs(forward["fvcore_macs"] - macs) + abs(flops - 2 * macs - items.pop("total"))
         compute.append({
             **variant.label, "T": int(T), "theoretical_macs": macs, "fvcore_macs": forward["fvcore_macs"],
-            "profiled_flops": flops, **{name: count for name, count in items.items() if name != "total"},
-            "unexplained": abs(forward["fvcore_macs"] - macs) + abs(flops - 2 * macs - items["total"]),
-            "ratio": forward["ratio"],
+            "profiled_flops": flops, **items, "unexplained": unexplained, "ratio": forward["ratio"],
         })  # fmt: skip
+    cache = []
+    account = cache_account(variant, contexts)
     for context in contexts:
         cache.append({
             **variant.label, "bytes_per_token": account["bytes_per_token"],
@@ -283,23 +324,46 @@ def account_records(variant, entry, contexts, memory):
 
 
 def add_change(records, key, name):
-    """Give each record the change of `key` against QKV's at the same size and T, in percent, where there is one."""
+    """Give each record the change of `key` against QKV's of the same size and T, in percent."""
     qkv = {(record["size"], record.get("T")): record[key] for record in records if record["alias"] == "kqv"}
     for record in records:
         if reference := qkv.get((record["size"], record.get("T"))):
             record[name] = 100 * (record[key] / reference - 1)
 
 
-# Measuring
+# -----------------------------------------------------------------------------
+# Measurement: the machine
 
 
 @dataclass
 class Machine:
-    """What a measurement runs on: device, dtype, and the copy bandwidth in bytes a second."""
+    """What a measurement runs on: device, dtype, and the read bandwidth in bytes a second."""
 
     device: torch.device
     dtype: torch.dtype
     bandwidth: float
+
+
+def processor():
+    """What the machine calls its processor."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return names[0] if names else platform.processor()
+
+
+def device_name(device):
+    """What the device is called, and for a CPU the threads in use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, threads: {torch.get_num_threads()}"
+
+
+def bf16_is_native(device):
+    """Whether the device computes in bf16; one that emulates it is faster in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    info = Path("/proc/cpuinfo")
+    return info.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", info.read_text()))
 
 
 def mark(device):
@@ -319,30 +383,22 @@ def seconds(start, end):
     return start.elapsed_time(end) / 1000
 
 
-def copy_bandwidth(device, repeats=5):
-    """Bytes a second, read and written, of the fastest of some copies of a large tensor."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
-    target, times = source.clone(), []
+def read_bandwidth(device, repeats=5):
+    """Bytes a second of the fastest of some passes over a large matrix that write next to nothing."""
+    matrix = torch.ones(1024, READ_BYTES // 4096, device=device)
+    row = torch.ones(1, 1024, device=device)
+    times = []
     for _ in range(repeats):
-        start = mark(device)
-        target.copy_(source)
-        times.append(seconds(start, mark(device)))
-    return 2 * COPY_BYTES / min(times)
-
-
-def proc_bytes(path, name):
-    """A line `name: N kB` of a file of Linux, in bytes; None elsewhere."""
-    with contextlib.suppress(OSError):
-        if found := re.search(rf"^{name}:\s*(\d+) kB$", Path(path).read_text(), re.MULTILINE):
-            return int(found[1]) * 1024
-    return None
+        for read in (matrix.sum, lambda: row @ matrix):
+            start = mark(device)
+            read()
+            times.append(seconds(start, mark(device)))
+    return matrix.nbytes / min(times)
 
 
 def free_memory(device):
-    """Bytes that can still be allocated on the device; infinite where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return proc_bytes("/proc/meminfo", "MemAvailable") or math.inf
+    """Bytes that can still be allocated on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def release_memory(device):
@@ -360,7 +416,7 @@ class PeakMemory:
     def __init__(self, device):
         release_memory(device)
         self.device, self.cuda = device, device.type == "cuda"
-        self.before = torch.cuda.memory_allocated(device) if self.cuda else proc_bytes("/proc/self/status", "VmRSS")
+        self.before = torch.cuda.memory_allocated(device) if self.cuda else psutil.Process().memory_info().rss
 
     def restart(self):
         """Forget the peak so far: of building a model in fp32 and casting it, say."""
@@ -371,14 +427,23 @@ class PeakMemory:
                 Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
 
     def read(self):
-        """The rise in bytes; None on a system without /proc."""
-        peak = torch.cuda.max_memory_allocated(self.device) if self.cuda else proc_bytes("/proc/self/status", "VmHWM")
-        return None if self.before is None else peak - self.before
+        """The rise in bytes; None outside Linux, where a peak cannot be restarted (and psutil knows none)."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        status = Path("/proc/self/status")
+        peak = (
+            re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
+        )
+        return int(peak[1]) * 1024 - self.before if peak else None
+
+
+# -----------------------------------------------------------------------------
+# Measurement: decoding
 
 
 @contextlib.contextmanager
 def observed(model, device):
-    """Two lists that fill as `generate` goes: a mark at the start of each forward pass, and the cache it was given."""
+    """Two lists that fill as `generate` goes: a mark at the start of each forward pass, and its cache."""
     marks, caches, forward = [], [], model.hidden_states
 
     def hidden_states(input_ids, cache=None):
@@ -386,17 +451,17 @@ def observed(model, device):
         caches.append(cache)
         return forward(input_ids, cache)
 
-    model.hidden_states = hidden_states
-    try:
+    with patch.object(model, "hidden_states", hidden_states):
         yield marks, caches
-    finally:
-        del model.hidden_states
 
 
 def allocated(cache):
-    """Bytes of the distinct storages behind a KV cache: a tensor held twice counts once, and padding counts."""
-    storages = [tensor.untyped_storage() for layer in cache.layers for tensor in layer]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    """Bytes of the distinct storages behind a KV cache: a tensor held twice counts once, padding counts."""
+    storages = {}
+    for layer in cache.layers:
+        for tensor in layer:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
 
 
 def step_bytes(variant, context, batch, itemsize):
@@ -408,7 +473,8 @@ def step_bytes(variant, context, batch, itemsize):
 def decode_turn(variant, machine, context, batch, steps):
     """One `generate` of the script's model: the prompt and a token, then `steps` tokens from the cache."""
     device, peak = machine.device, PeakMemory(machine.device)
-    model = variant.build(device, machine.dtype, n_positions=max(variant.config.n_positions, context + steps + 1))
+    n_positions = max(variant.config.n_positions, context + steps + 1)
+    model = variant.build(device, machine.dtype, n_positions=n_positions)
     prompt = torch.randint(variant.config.vocab_size, (batch, context), device=device)
     peak.restart()
     with observed(model, device) as (marks, caches):
@@ -417,7 +483,7 @@ def decode_turn(variant, machine, context, batch, steps):
     # On average a step reads the prompt and half of what is decoded.
     read = step_bytes(variant, context + steps / 2, batch, machine.dtype.itemsize)
     return {
-        "n_positions": model.config.n_positions,
+        "n_positions": n_positions,
         "cache_bytes": allocated(caches[-1]),
         "formula_bytes": batch * variant.cache_bytes(context + steps + 1, machine.dtype.itemsize),
         "peak_bytes": peak.read(),
@@ -428,26 +494,39 @@ def decode_turn(variant, machine, context, batch, steps):
 
 
 def decode_needs(variant, machine, context, batch, steps):
-    """An estimate of a decode turn's peak memory in bytes: weights, cache, and one layer's work on the prompt."""
+    """An estimate of a decode turn's peak in bytes: weights, cache, and one layer's work on the prompt."""
     c, itemsize, length = variant.config, machine.dtype.itemsize, context + steps + 1
     parameters = variant.parameters["total"] + max(0, length - c.n_positions) * c.n_embd
-    transposed = c.vocab_size * c.n_embd * itemsize if machine.device.type == "cpu" else 0  # generate's copy of wte
+    on_cpu = machine.device.type == "cpu"
+    head = c.vocab_size * c.n_embd * itemsize if on_cpu and itemsize == 4 else 0  # generate's copy of wte
     layer = batch * context * (6 * c.n_embd + 2 * c.n_inner) * itemsize
-    run = parameters * itemsize + transposed + layer + batch * variant.cache_bytes(length, itemsize)
+    run = parameters * itemsize + head + layer + batch * variant.cache_bytes(length, itemsize)
     return int(1.05 * max(run, 4 * parameters))  # it is built in fp32; and 3 % more than the sum was seen
 
 
 def decode_record(variant, machine, point, ours, qkvs):
     """What the decode turns of a variant come to, beside QKV's of the same rounds where there are any."""
-    record = {key: ours[0][key] for key in ("n_positions", "cache_bytes", "formula_bytes", "roofline")}
-    for key in ("peak_bytes", "prefill", "decode"):
-        record |= spread(key, ours) | against(key, ours, qkvs)
+    record = {key: ours[0][key] for key in ("n_positions", "cache_bytes", "formula_bytes")}
+    record |= spreads(("peak_bytes", "prefill", "decode", "roofline"), ours, qkvs)
     record["of_roofline"] = 100 * record["decode"] / record["roofline"]
-    return record | against("roofline", ours[:1], qkvs[:1]) | PUBLISHED.get(variant.alias, {})
+    for key in ("decode", "peak_memory"):
+        if figure := variant.published(key):
+            record[f"published_{key}"] = figure
+    return record
+
+
+def decode_points(options, size):
+    """The keyword arguments of every decode_turn."""
+    places = product(options.contexts, options.batches)
+    return [{"context": context, "batch": batch, "steps": options.steps} for context, batch in places]
+
+
+# -----------------------------------------------------------------------------
+# Measurement: training
 
 
 def train_turn(variant, machine, micro_batch_size, seq_length, accumulation, steps, compile):
-    """Updates of the script's model as its trainer makes them: autocast, clipped gradients, fused AdamW."""
+    """Updates of the script's model as it trains: autocast, clipped gradients, fused AdamW."""
     device, peak = machine.device, PeakMemory(machine.device)
     model = variant.build(device, n_positions=max(variant.config.n_positions, seq_length)).train()
     if compile:
@@ -475,7 +554,7 @@ def train_turn(variant, machine, micro_batch_size, seq_length, accumulation, ste
 
 
 def train_needs(variant, machine, micro_batch_size, seq_length, **_):
-    """An estimate of a training turn's peak memory: 16 bytes a parameter, fp32 activations, a chunk of logits."""
+    """An estimate of a training turn's peak: 16 bytes a parameter, fp32 activations, a chunk of logits."""
     c, tokens = variant.config, micro_batch_size * seq_length
     activations = tokens * c.n_layer * (10 * c.n_embd + 2 * c.n_inner)
     logits = 3 * min(tokens, variant.script.LOSS_CHUNK) * c.vocab_size
@@ -484,39 +563,53 @@ def train_needs(variant, machine, micro_batch_size, seq_length, **_):
 
 def train_record(variant, machine, point, ours, qkvs):
     """What the training turns of a variant come to; `mfu` in percent, where the GPU's peak is known."""
+    record = spreads(("train", "peak_bytes"), ours, qkvs)
+    length = SimpleNamespace(seq_length=point["seq_length"])
+    for key, share in variant.script.mfu(variant.build(), length, machine.device, record["train"]).items():
+        record[key] = 100 * share
+    return record
+
+
+def train_points(options, size):
+    """The keyword arguments of the one train_turn of a size."""
+    published = yaml.safe_load((ROOT / f"configs/train_config_{size}.yaml").read_text(encoding="utf-8"))
+    point = {key: getattr(options, key) or published[key] for key in ("micro_batch_size", "seq_length")}
+    return [point | {key: getattr(options, key) for key in ("accumulation", "steps", "compile")}]
+
+
+# -----------------------------------------------------------------------------
+# Measurement: turns and rounds
+
+
+def spread(key, values):
+    """Median and range of a figure over the rounds, as entries of a record; none if it was not measured."""
+    return (
+        {} if None in values else {key: median(values), f"{key}_low": min(values), f"{key}_high": max(values)}
+    )
+
+
+def spreads(keys, turns, qkvs):
+    """The spread of each figure, and of its change in percent against QKV's turns of the same rounds."""
     record = {}
-    for key in ("train", "peak_bytes"):
-        record |= spread(key, ours) | against(key, ours, qkvs)
-    c, gpu = variant.config, torch.cuda.get_device_name() if machine.device.type == "cuda" else ""
-    flops = 6 * variant.parameters["total"] + 12 * c.n_layer * c.n_embd * point["seq_length"]
-    peaks = [peak for name, peak in variant.script.DENSE_BF16_FLOPS.items() if name in gpu]
-    return record | ({"mfu": 100 * flops * record["train"] / peaks[0]} if peaks else {})
-
-
-def spread(key, turns):
-    """Median and range of a figure over the rounds, as three entries of a record; none if it was not measured."""
-    values = [turn[key] for turn in turns]
-    return {} if None in values else {key: median(values), f"{key}_low": min(values), f"{key}_high": max(values)}
-
-
-def against(key, turns, qkvs):
-    """The spread of a figure's change against QKV's turns of the same rounds, in percent; none without those."""
-    if not qkvs or turns[0][key] is None:
-        return {}
-    name = f"{key}_vs_qkv"
-    return spread(name, [{name: 100 * (ours[key] / qkv[key] - 1)} for ours, qkv in zip(turns, qkvs, strict=True)])
+    for key in keys:
+        record |= spread(key, [turn[key] for turn in turns])
+        if qkvs and key in record:
+            pairs = zip(turns, qkvs, strict=True)
+            record |= spread(f"{key}_vs_qkv", [100 * (ours[key] / qkv[key] - 1) for ours, qkv in pairs])
+    return record
 
 
 def take_turns(variants, turn, needs, rounds, available, progress):
     """Results of turn(variant) by alias, a list over the rounds; and the reasons of those that were left out.
 
-    Every round goes through all variants, so that what else the machine does falls on all of them. The first is for
-    warming up. A variant is left out where needs(variant) bytes are more than are available.
+    Every round goes through all variants, so that what else the machine does falls on all of them. The first
+    is the warm-up. A variant is left out where needs(variant) bytes are more than are available.
     """
     results, skipped = {variant.alias: [] for variant in variants}, {}
     for variant in variants:
         if (needed := needs(variant)) > available:
-            skipped[variant.alias] = f"needs about {needed / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are available"
+            reason = f"needs about {needed / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are available"
+            skipped[variant.alias] = reason
     for number, variant in product(range(rounds + 1), variants):
         progress()
         if variant.alias in skipped:
@@ -530,19 +623,6 @@ def take_turns(variants, turn, needs, rounds, available, progress):
     return {alias: turns for alias, turns in results.items() if alias not in skipped}, skipped
 
 
-def decode_points(options, size):
-    """The keyword arguments of every decode_turn."""
-    places = product(options.contexts, options.batches)
-    return [{"context": context, "batch": batch, "steps": options.steps} for context, batch in places]
-
-
-def train_points(options, size):
-    """The keyword arguments of the one train_turn of a size."""
-    published = yaml.safe_load((ROOT / f"configs/train_config_{size}.yaml").read_text(encoding="utf-8"))
-    point = {key: getattr(options, key) or published[key] for key in ("micro_batch_size", "seq_length")}
-    return [point | {key: getattr(options, key) for key in ("accumulation", "steps", "compile")}]
-
-
 MEASUREMENTS = {
     "decode": (decode_points, decode_turn, decode_needs, decode_record),
     "train": (train_points, train_turn, train_needs, train_record),
@@ -552,7 +632,7 @@ MEASUREMENTS = {
 def measure(variants, options):
     """Records of what was measured, of what was skipped, and of the machine."""
     points_of, turn, needs, record_of = MEASUREMENTS[options.measure]
-    machine = Machine(options.device, DTYPES[options.dtype], copy_bandwidth(options.device))
+    machine = Machine(options.device, DTYPES[options.dtype], read_bandwidth(options.device))
     points = [(size, point) for size in variants for point in points_of(options, size)]
     total = (options.rounds + 1) * sum(len(variants[size]) for size, _ in points)
     measured, left_out = [], []
@@ -568,35 +648,22 @@ def measure(variants, options):
                 if reason := skipped.get(variant.alias):
                     left_out.append(variant.label | point | {"place": place, "reason": reason})
                 else:
-                    record = record_of(variant, machine, point, results[variant.alias], results.get("kqv", []))
-                    measured.append(variant.label | point | record)
-    about = {"device": device_name(machine.device), "torch": torch.__version__, "dtype": options.dtype}
-    about |= {"rounds": options.rounds, "copy_bandwidth": machine.bandwidth}
+                    ours, qkvs = results[variant.alias], results.get("kqv")
+                    measured.append(variant.label | point | record_of(variant, machine, point, ours, qkvs))
+    about = {
+        "device": device_name(machine.device), "torch": torch.__version__, "dtype": options.dtype,
+        "rounds": options.rounds, "read_bandwidth": machine.bandwidth,
+    }  # fmt: skip
     return {"machine": [about], options.measure: measured, "skipped": left_out}
 
 
-def device_name(device):
-    """What the device is called, and for a CPU the threads in use."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    return f"{names[0] if names else platform.processor()}, threads: {torch.get_num_threads()}"
-
-
-def bf16_is_native(device):
-    """Whether the device computes in bf16; one that emulates it is faster in fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    info = Path("/proc/cpuinfo")
-    return info.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", info.read_text()))
-
-
+# -----------------------------------------------------------------------------
 # Printing
 
 
-def integer(value):
-    return f"{value:,.0f}"
+integer = "{:,.0f}".format
+percent = "{:.1f} %".format
+change = "{:+.1f} %".format
 
 
 def amount(value):
@@ -611,24 +678,18 @@ def rate(value):
     return f"{value:,.1f}" if value < 1000 else integer(value)
 
 
-def percent(value):
-    return f"{value:.1f} %"
-
-
-def change(value):
-    return f"{value:+.1f} %"
-
-
 # Views: a title, and columns of a header, the key in the record, and how a value is written.
 NAME, TOKENS = ("", "variant", str), ("tokens", "context", integer)
 VIEWS = {
     "parameters": [("Parameters at {size}; the paper's Table 5 is of 300M", [
-        NAME, ("total", "total", integer), ("vs QKV", "total_vs_qkv", change), ("attention", "attention", integer),
-        ("feed-forward", "mlp", integer), ("embeddings", "embedding", integer), ("LayerNorm", "layernorm", integer),
+        NAME, ("total", "total", integer), ("vs QKV", "total_vs_qkv", change),
+        ("attention", "attention", integer), ("MLP", "mlp", integer), ("embeddings", "embedding", integer),
+        ("LayerNorm", "layernorm", integer),
     ])],
     "compute": [("A forward pass of T tokens at {size}; the paper's Table 6 is of 300M", [
-        NAME, ("T", "T", integer), ("MACs, formula", "theoretical_macs", integer), ("vs QKV", "macs_vs_qkv", change),
-        ("MACs, fvcore", "fvcore_macs", integer), ("FLOPs, torch.profiler", "profiled_flops", integer),
+        NAME, ("T", "T", integer), ("MACs, formula", "theoretical_macs", integer),
+        ("vs QKV", "macs_vs_qkv", change), ("MACs, fvcore", "fvcore_macs", integer),
+        ("FLOPs, torch.profiler", "profiled_flops", integer),
         ("scaled scores", "score_scaling", integer), ("residuals", "residual_adds", integer),
         ("positions", "position_add", integer), ("unexplained", "unexplained", integer),
         ("FLOPs / 2 MACs", "ratio", "{:.6f}".format),
@@ -643,22 +704,25 @@ VIEWS = {
             NAME, TOKENS, ("batch", "batch", integer), ("positions", "n_positions", integer),
             ("cache, bytes", "cache_bytes", integer), ("formula", "formula_bytes", integer),
             ("peak memory, GB", "peak_bytes", giga), ("vs QKV", "peak_bytes_vs_qkv", change),
-            ("published", "published_memory", str),
+            ("published", "published_peak_memory", str),
         ]),
         ("Prefill and decode at {size}, tokens a second", [
-            NAME, TOKENS, ("batch", "batch", integer), ("prefill", "prefill", rate), ("decode", "decode", rate),
-            ("vs QKV", "decode_vs_qkv", change), ("published", "published_decode", str),
-            ("roofline", "roofline", rate), ("vs QKV", "roofline_vs_qkv", change), ("reached", "of_roofline", percent),
+            NAME, TOKENS, ("batch", "batch", integer), ("prefill", "prefill", rate),
+            ("decode", "decode", rate), ("vs QKV", "decode_vs_qkv", change),
+            ("published", "published_decode", str),
+            ("roofline", "roofline", rate), ("vs QKV", "roofline_vs_qkv", change),
+            ("reached", "of_roofline", percent),
         ]),
     ],
     "train": [("Training at {size}", [
         NAME, ("micro batch", "micro_batch_size", integer), ("T", "seq_length", integer),
-        ("accumulation", "accumulation", integer), ("tokens/s", "train", rate), ("vs QKV", "train_vs_qkv", change),
-        ("peak memory, GB", "peak_bytes", giga), ("vs QKV", "peak_bytes_vs_qkv", change), ("mfu", "mfu", percent),
+        ("accumulation", "accumulation", integer), ("tokens/s", "train", rate),
+        ("vs QKV", "train_vs_qkv", change), ("peak memory, GB", "peak_bytes", giga),
+        ("vs QKV", "peak_bytes_vs_qkv", change), ("mfu", "mfu", percent),
     ])],
     "machine": [("Measured on", [
-        ("device", "device", str), ("torch", "torch", str), ("dtype", "dtype", str), ("rounds", "rounds", integer),
-        ("copies, GB/s", "copy_bandwidth", giga),
+        ("device", "device", str), ("torch", "torch", str), ("dtype", "dtype", str),
+        ("rounds", "rounds", integer), ("reads, GB/s", "read_bandwidth", giga),
     ])],
     "skipped": [("Skipped at {size}", [NAME, ("run", "place", str), ("reason", "reason", str)])],
 }  # fmt: skip
@@ -672,37 +736,32 @@ def cell(record, key, write):
     return write(record[key]) + (f" ({write(low)} to {write(high)})" if low != high else "")
 
 
-def views(records):
-    """(title, rows of cells) of every view that there are records for, size by size; the first row is the header."""
+def model_of(record):
+    """How a heading names the model: its size, and what --set changed."""
+    return " with ".join(record[key] for key in ("size", "set") if key in record)
+
+
+def as_tables(records, title_format, layout):
+    """Every view that there are records for, size by size: the first column to the left, others to the right.
+
+    A column that says nothing is left out: what was published where nothing was, a GPU's figures on a CPU.
+    """
+    blocks = []
     for name, of_name in records.items():
-        for size in dict.fromkeys(record.get("size") for record in of_name):
-            of_size = [record for record in of_name if record.get("size") == size]
+        for model in dict.fromkeys(map(model_of, of_name)):
+            of_model = [record for record in of_name if model_of(record) == model]
             for title, columns in VIEWS[name]:
-                rows = [[cell(record, key, write) for _, key, write in columns] for record in of_size]
-                yield title.format(size=size), [[header for header, _, _ in columns], *rows]
-
-
-def as_text(records):
-    """Aligned columns for a terminal."""
-    blocks = []
-    for title, rows in views(records):
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-        blocks.append("\n".join([title, "", *("  ".join(line).rstrip() for line in lines)]))
-    return "\n\n\n".join(blocks) + "\n"
-
-
-def as_markdown(records):
-    """GitHub's tables, numbers to the right."""
-    blocks = []
-    for title, rows in views(records):
-        header, *lines = (f"| {' | '.join(row)} |" for row in rows)
-        blocks.append("\n".join([f"### {title}", "", header, "|---|" + "---:|" * (len(rows[0]) - 1), *lines]))
-    return "\n\n".join(blocks) + "\n"
+                said = [column for column in columns if any(cell(record, *column[1:]) for record in of_model)]
+                rows = [[cell(record, key, write) for _, key, write in said] for record in of_model]
+                headers = [header for header, _, _ in said]
+                alignment = ["left"] + ["right"] * (len(headers) - 1)
+                table = tabulate(rows, headers, layout, colalign=alignment, disable_numparse=True)
+                blocks.append(f"{title_format.format(title.format(size=model))}\n\n{table}\n")
+    return "\n".join(blocks)
 
 
 def as_csv(records):
-    """One sheet of all records, unrounded; `table` says which a record belongs to, and what it lacks is empty."""
+    """One sheet of all records, unrounded; `table` says where a record belongs, what it lacks is empty."""
     rows = [{"table": name} | record for name, of_name in records.items() for record in of_name]
     file = io.StringIO()
     writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
@@ -716,10 +775,16 @@ def as_json(records):
     return json.dumps(records, indent=2, ensure_ascii=False) + "\n"
 
 
-FORMATS = {"table": as_text, "json": as_json, "csv": as_csv, "markdown": as_markdown}
+FORMATS = {
+    "table": partial(as_tables, title_format="{}", layout="simple"),
+    "markdown": partial(as_tables, title_format="### {}", layout="pipe"),
+    "json": as_json,
+    "csv": as_csv,
+}
 
 
-# Plotting
+# -----------------------------------------------------------------------------
+# Figures
 
 LOOKS = {  # a colour of Okabe and Ito's, made for the colour-blind, with grey for their yellow; and a marker
     "kqv": ("#000000", "o"), "qk": ("#999999", "s"), "kv": ("#D55E00", "D"), "k": ("#CC79A7", "X"),
@@ -750,8 +815,8 @@ def context_axis(ax, contexts):
 def pareto_figure(path, variants):
     """Published perplexity against the saved part of the KV cache.
 
-    The line joins those that no other beats in one without losing in the other. A perplexity far above the others is
-    drawn at the upper edge, with its value.
+    The line joins those that no other beats in one without losing in the other. A perplexity far above the
+    others is drawn at the upper edge, with its value.
     """
     figure, axes = panels(list(variants))
     for ax, (size, of_size) in zip(axes, variants.items(), strict=True):
@@ -812,10 +877,13 @@ def decode_figure(path, records):
         here = [record for record in done if (record["size"], record["batch"]) == place]
         for alias, variant in dict.fromkeys((record["alias"], record["variant"]) for record in here):
             line = sorted((r for r in here if r["alias"] == alias), key=lambda r: r["context"])
-            contexts, (colour, marker) = [r["context"] for r in line], LOOKS[alias]
-            ranges = [r["decode"] - r["decode_low"] for r in line], [r["decode_high"] - r["decode"] for r in line]
-            look = {"color": colour, "marker": marker, "capsize": 3, "label": variant}
-            ax.errorbar(contexts, [r["decode"] for r in line], ranges, **look)
+            contexts, rates = [r["context"] for r in line], [r["decode"] for r in line]
+            below = [r["decode"] - r["decode_low"] for r in line]
+            above = [r["decode_high"] - r["decode"] for r in line]
+            colour, marker = LOOKS[alias]
+            ax.errorbar(
+                contexts, rates, (below, above), color=colour, marker=marker, capsize=3, label=variant
+            )
         context_axis(ax, sorted({record["context"] for record in here}))
         ax.set_ylim(bottom=0)
         ax.set_ylabel("decode, tokens a second")
@@ -823,6 +891,7 @@ def decode_figure(path, records):
     write_atomically(path, partial(figure.savefig, format="png"))
 
 
+# -----------------------------------------------------------------------------
 # Command line
 
 
@@ -848,14 +917,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def command_line():
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=Path(__file__).name, usage="%(prog)s [options]", description=__doc__, formatter_class=form)
+    layout, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s [options]"
+    parser = Parser(prog=Path(__file__).name, usage=usage, description=__doc__, formatter_class=layout)
     add, aliases = parser.add_argument, ", ".join(VARIANTS)
-    add("--sizes", nargs="+", choices=SIZES, help="default: both; measured: 300M on CPU, 1.2B decoding on CUDA")
-    add("--variants", nargs="+", choices=VARIANTS, metavar="ALIAS", help=f"{aliases}; default: all, four on CPU")
-    add("--contexts", nargs="+", type=positive, metavar="T", help="tokens in the KV cache; the JSON has the default")
-    add("--memory", type=memory_size, metavar="SIZE", help="such as 40GB (default) or 24GiB, for weights and caches; "
-        "measured: the most that a run may take (default: what is free)")  # fmt: skip
+    add("--sizes", nargs="+", choices=SIZES, help="default: both; measured: 300M, 1.2B decoding on CUDA")
+    add(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        metavar="ALIAS",
+        help=f"{aliases} (default: all; CPU: four)",
+    )
+    add("--contexts", nargs="+", type=positive, metavar="T", help="tokens in the KV cache")
+    memory = "for weights and caches, such as 24GiB (default: 40GB); measured: what a run may take"
+    add("--memory", type=memory_size, metavar="SIZE", help=memory)
     add("--format", choices=FORMATS, default="table", help="of what is printed")
     add("--output_dir", type=Path, metavar="DIR", help="of the JSON (default: the current folder)")
     add("--figures", type=Path, metavar="DIR", help="write PNG figures there")
@@ -863,9 +938,9 @@ def command_line():
     add("--measure", nargs="?", choices=("decode", "train"), const="decode", help="default: decode")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, help="default: bf16 where it is native; training casts to it by autocast")
-    add("--rounds", type=positive, metavar="N", help="turns of each variant, beside the one for warming up")
+    add("--rounds", type=positive, metavar="N", help="turns of each variant, beside the warm-up")
     add("--steps", type=positive, metavar="N", help="tokens decoded, or updates made, in a turn")
-    add("--set", nargs="+", metavar="KEY=VALUE", help="in place of what configs/model_config_<size>.yaml says")
+    add("--set", nargs="+", metavar="KEY=VALUE", help="in place of what the model's config says")
     add("--batches", nargs="+", type=positive, metavar="B", help="decode: sequences at the same time")
     add("--micro_batch_size", type=positive, metavar="B", help="train: rows in a forward and backward pass")
     add("--seq_length", type=positive, metavar="T", help="train: tokens in a row")
@@ -875,16 +950,19 @@ def command_line():
 
 
 def complete(options):
-    """Fill in the defaults of the kind of run, and make its folders; InputError for what does not go with it."""
+    """Fill in the defaults of the kind of run, make its folders; InputError for what does not go with it."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA device")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = f"--measure {options.measure}" if options.measure else "a run without --measure"
     defaults = MEASURED[options.measure, device.type] if options.measure else ACCOUNTS
+    known = {*defaults, "measure", "format"}
+    if options.measure != "train":
+        known.add("figures")
     for name, value in vars(options).items():
         if value is None:
             setattr(options, name, defaults.get(name))
-        elif name not in {*defaults, "measure", "format", "figures"} or (name, options.measure) == ("figures", "train"):
+        elif name not in known:
             raise InputError(f"--{name} does not go with {kind}")
     options.device, options.dtype = device, options.dtype or ("bf16" if bf16_is_native(device) else "fp32")
     for folder in filter(None, (options.output_dir, options.figures)):
@@ -897,11 +975,11 @@ def complete(options):
         import_module("matplotlib")
 
 
-def read_settings(arguments):
-    """KEY=VALUE arguments as a dict, as the training scripts read theirs."""
+def parse_settings(arguments):
+    """KEY=VALUE arguments as a dict, read and checked as by the training scripts."""
     script = import_module(VARIANTS["kqv"]["script"]["300M"].removesuffix(".py"))
     try:
-        settings = script.read_overrides(arguments)
+        settings = script.parse_overrides(arguments)
     except script.RunError as error:
         raise InputError(str(error)) from error
     known = [field.name for field in fields(script.ModelConfig)]
@@ -937,7 +1015,7 @@ def run_accounts(options):
 
 def run_measurement(options):
     """The records of a measurement; draws the decode rates."""
-    records = measure(chosen(options.sizes, options.variants, read_settings(options.set)), options)
+    records = measure(chosen(options.sizes, options.variants, parse_settings(options.set)), options)
     if options.figures and records["decode"]:
         decode_figure(options.figures / "decode.png", records)
     return records

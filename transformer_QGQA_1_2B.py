@@ -328,23 +328,26 @@ class TokenDataset(Dataset):
         name = "metadata.json"
         try:
             metadata = json.loads((self.path / name).read_text(encoding="utf-8"))
-            require(metadata["finished"] and metadata["documents"] > 0, "its preparation is not finished")
+            done = metadata["finished"] and metadata["documents"] > 0 and metadata["chunks"]
+            require(done, "the preparation is not finished")
             self.chunks, self.tokenizer = metadata["chunks"], metadata["tokenizer"]
             self.vocab_size, self.eos_id = metadata["vocab_size"], metadata["eos_id"]
             name = "token_bytes.npy"
             self.token_bytes = np.load(self.path / name).astype(np.int64)  # the length of each token's text
             require(self.token_bytes.shape == (self.vocab_size,), f"expected {self.vocab_size} numbers")
             for chunk in self.chunks:
-                name, n_documents = chunk["name"], chunk["documents"]
-                n_tokens = chunk["tokens"] + n_documents
-                tokens = np.load(self.path / f"{name}.tokens.npy", mmap_mode="r")
-                offsets = np.load(self.path / f"{name}.offsets.npy", mmap_mode="r")
-                require(len(tokens) != chunk["tokens"], "an older format; delete it and prepare it again")
-                whole = (len(tokens), tokens.dtype, len(offsets)) == (n_tokens, np.uint16, n_documents + 1)
-                require(whole, "damaged, not of the type and length that metadata.json says")
-                rising = offsets[0] == 0 and offsets[-1] == n_tokens and (np.diff(offsets) > 0).all()
-                require(rising, f"its offsets do not rise from 0 to {n_tokens}")
+                n_documents, n_tokens = chunk["documents"], chunk["documents"] + chunk["tokens"]
+                name = f"{chunk['name']}.tokens.npy"
+                tokens = np.load(self.path / name, mmap_mode="r")
+                require(tokens.shape != (chunk["tokens"],), "an older format; delete it and prepare it again")
+                whole = tokens.shape == (n_tokens,) and tokens.dtype == np.uint16
+                require(whole, f"expected {n_tokens} numbers in uint16, found {tokens.shape}")
                 require(tokens[-1] == self.eos_id, f"ends in token {tokens[-1]}, and eos_id is {self.eos_id}")
+                name = f"{chunk['name']}.offsets.npy"
+                offsets = np.load(self.path / name, mmap_mode="r")
+                rising = offsets.shape == (n_documents + 1,) and offsets.dtype == np.int64 and offsets[0] == 0
+                rising = rising and offsets[-1] == n_tokens and (np.diff(offsets) > 0).all()
+                require(rising, f"expected {n_documents + 1} int64 that rise from 0 to {n_tokens}")
                 self.tokens.append(tokens)
                 self.offsets.append(offsets)
                 sizes.append(math.ceil(n_tokens / seq_length) if self.packed else n_documents)
@@ -548,7 +551,8 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 if RANK == 0:
                     run |= {"step": step, "epoch": rows_seen // len(train_set), "evaluated_at": evaluated_at}
                     save_checkpoint(output_dir, run, model, optimizer, config, complete)
-                    write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
+                    if config.sample_tokens:
+                        write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
                 saved_at = step
             if complete or stopping:
                 break
@@ -798,7 +802,7 @@ def load_weights(model, contents, path):
     try:
         model.load_state_dict(contents["model_state_dict"])
     except RuntimeError as error:
-        raise RunError(f"{path}: its weights are not those of {PAPER_NAME}: {error}") from error
+        raise RunError(f"{path}: not the weights of {PAPER_NAME} in this configuration") from error
 
 def load_model(path, device="cpu") -> GPT_Q_GQA:
     """The model in a checkpoint or final_model.pt, ours or a released one, in eval mode.

@@ -60,6 +60,17 @@ def run(*arguments, capsys):
     return status, *capsys.readouterr()
 
 
+def parsed(markdown):
+    """(title, rows by header) of every table of a page."""
+    pages = []
+    for block in markdown.split("### ")[1:]:
+        title, _, header, rule, *rows = block.rstrip().splitlines()
+        assert set(rule) == set("|:-")
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows)]
+        pages.append((title, [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]))
+    return pages
+
+
 def tokens(T, device="meta"):
     return torch.zeros(1, T, dtype=torch.int64, device=device)
 
@@ -78,8 +89,8 @@ def records():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """A small copy for the bandwidth, so that a measurement takes no second."""
-    monkeypatch.setattr(profiler, "COPY_BYTES", 2**20)
+    """A small matrix for the bandwidth, so that a measurement takes no second."""
+    monkeypatch.setattr(profiler, "READ_BYTES", 2**20)
 
 
 # ---- counting
@@ -89,14 +100,16 @@ def quick(monkeypatch):
 def test_three_accounts_agree_at_the_published_widths(alias, size):
     """Two of the layers, which are all alike; test_published_figures has all of them."""
     T, variant = 96, Variant(alias, size, n_layer=2)
-    model, d = variant.build(plain_attention=True), variant.config.n_embd
+    model, d = variant.build(), variant.config.n_embd
     macs, items = profiler.theoretical_macs(variant, T), profiler.elementwise_flops(variant, T)
-    by_operator = profiler.profiled_flops(model, tokens(T))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(tokens(T))
+    with profiler.counting(variant.script):
+        by_operator = profiler.profiled_flops(model, tokens(T))
+        fvcore_macs = profiler.fvcore_macs(model, tokens(T))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens(T))
 
     assert macs["attention_per_layer"] == T * d * (WIDTHS[size][alias] + d) + 2 * T * T * d
-    assert macs["total"] == profiler.fvcore_macs(model, tokens(T)) == counter.get_total_flops() // 2
+    assert macs["total"] == fvcore_macs == counter.get_total_flops() // 2
     assert by_operator.pop("aten::mul") == items["score_scaling"]
     assert by_operator.pop("aten::add") == items["residual_adds"] + items["position_add"]
     assert sum(by_operator.values()) == 2 * macs["total"]
@@ -105,14 +118,31 @@ def test_three_accounts_agree_at_the_published_widths(alias, size):
 @pytest.mark.parametrize("alias", VARIANTS)
 def test_shapes_alone_count_as_a_real_forward_does(alias):
     variant = Variant(alias, "300M", **TINY)
-    real = profiler.profiled_flops(variant.build("cpu", plain_attention=True), tokens(16, "cpu"))
-    assert profiler.profiled_flops(variant.build(plain_attention=True), tokens(16)) == real
+    with profiler.counting(variant.script):
+        real = profiler.profiled_flops(variant.build("cpu"), tokens(16, "cpu"))
+        assert profiler.profiled_flops(variant.build(), tokens(16)) == real
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_counting_changes_how_attention_is_computed_and_not_what(alias):
+    variant = Variant(alias, "300M", **TINY)
+    model, ids = variant.build("cpu"), torch.randint(257, (2, 16))
+    original = variant.script.causal_attention
+    with torch.no_grad():
+        logits, _ = model(ids)
+        with profiler.counting(variant.script):
+            assert variant.script.causal_attention is profiler.explicit_attention
+            counted, _ = model(ids)
+    assert variant.script.causal_attention is original
+    torch.testing.assert_close(counted, logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_a_real_forward_of_300m_has_the_published_flops():
-    model = Variant("kqv", "300M").build("cpu", plain_attention=True)
-    assert sum(profiler.profiled_flops(model, tokens(128, "cpu")).values()) == 78_964_195_328
+    variant = Variant("kqv", "300M")
+    with profiler.counting(variant.script):
+        flops = profiler.profiled_flops(variant.build("cpu"), tokens(128, "cpu"))
+    assert sum(flops.values()) == 78_964_195_328
 
 
 def test_published_figures():
@@ -121,7 +151,7 @@ def test_published_figures():
     parameters, attention, by_T = PUBLISHED[variant.key]
     assert (variant.parameters["total"], variant.parameters["attention"]) == (parameters, attention)
     for T, (macs, flops) in by_T.items():
-        account = profiler.forward_account(variant, variant.build(plain_attention=True), int(T))
+        account = profiler.forward_account(variant, variant.build(), int(T))
         assert account["theoretical_macs"]["total"] == account["fvcore_macs"] == macs
         assert account["actual_flops"]["total_flops"] == flops
         assert account == COMMITTED[variant.key]["analysis_by_seq_len"][T]
@@ -226,10 +256,8 @@ def test_cache_bytes_are_those_of_the_scripts_cache(alias, size):
 
 
 def test_paper_rows_of_the_cache_as_printed(records):
-    ((_, rows),) = profiler.views({"kv_cache": records["kv_cache"]})
-    header, *rows = rows
-    at = {name: header.index(name) for name in ("", "tokens", "GB", "GiB")}
-    printed = {(row[at[""]], row[at["tokens"]]): (row[at["GB"]], row[at["GiB"]]) for row in rows}
+    (_, rows) = parsed(profiler.FORMATS["markdown"]({"kv_cache": records["kv_cache"]}))[0]
+    printed = {(row[""], row["tokens"]): (row["GB"], row["GiB"]) for row in rows}
     assert printed["QKV", "32,000"] == ("2.62", "2.44")
     assert printed["Q–K=V", "32,000"] == ("1.31", "1.22")
     assert printed["QKV", "128,000"] == ("10.49", "9.77")
@@ -270,7 +298,7 @@ def test_decode_is_measured_through_generate_and_its_cache(tmp_path, capsys, qui
     )  # fmt: skip
     printed = json.loads(out)
     assert (status, err, printed["skipped"]) == (0, "", [])
-    assert printed["machine"][0]["copy_bandwidth"] > 0
+    assert printed["machine"][0]["read_bandwidth"] > 0
     places = [(row["alias"], row["context"], row["batch"]) for row in printed["decode"]]
     assert places == [(alias, context, 3) for context in (16, 48) for alias in ("kqv", "kv", "qgqa")]
     numbers = {"kqv": 2 * 64, "kv": 64, "qgqa": 32}  # cached of a token, a layer
@@ -281,7 +309,7 @@ def test_decode_is_measured_through_generate_and_its_cache(tmp_path, capsys, qui
             assert 0 < row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
             assert (row[f"{key}_vs_qkv"] == 0) == (row["alias"] == "kqv")
         assert row["of_roofline"] == pytest.approx(100 * row["decode"] / row["roofline"])
-        assert ("published_decode" in row) == (row["alias"] == "kv")
+        assert row["set"] == " ".join(SETTINGS[1:])
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -332,11 +360,11 @@ def test_variants_take_turns_and_the_first_round_does_not_count():
 
 def test_spread_and_comparison_with_qkv_are_by_round():
     ours, qkvs = [{"rate": rate} for rate in (11.0, 30.0, 26.0)], [{"rate": rate} for rate in (10.0, 20.0, 20.0)]
-    assert profiler.spread("rate", ours) == {"rate": 26.0, "rate_low": 11.0, "rate_high": 30.0}
-    against = profiler.against("rate", ours, qkvs)
-    assert [round(against[f"rate_vs_qkv{end}"], 6) for end in ("", "_low", "_high")] == [30, 10, 50]
-    assert profiler.against("rate", ours, []) == {}
-    assert profiler.spread("peak", [{"peak": None}]) == {}
+    record = profiler.spreads(["rate"], ours, qkvs)
+    assert [record[f"rate{end}"] for end in ("", "_low", "_high")] == [26, 11, 30]
+    assert [round(record[f"rate_vs_qkv{end}"], 6) for end in ("", "_low", "_high")] == [30, 10, 50]
+    assert set(profiler.spreads(["rate"], ours, None)) == {"rate", "rate_low", "rate_high"}
+    assert profiler.spreads(["peak"], [{"peak": None}], [{"peak": None}]) == {}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is Linux's")
@@ -422,13 +450,33 @@ def test_csv_and_json_carry_every_record(records):
 
 
 def test_text_is_aligned_and_markdown_is_a_table(records):
-    for block in profiler.as_text(records).split("\n\n\n"):
-        _, empty, *lines = block.rstrip("\n").split("\n")
-        assert (empty, len(set(map(len, lines)))) == ("", 1)
-    for block in profiler.as_markdown(records).split("### ")[1:]:
-        _, empty, header, rule, *rows = block.rstrip("\n").split("\n")
-        assert len({line.count("|") for line in (header, rule, *rows)}) == 1
-        assert (empty, len(rows) % 8) == ("", 0)
+    text, markdown = (profiler.FORMATS[name](records) for name in ("table", "markdown"))
+    pages = parsed(markdown)
+    assert [len(rows) for _, rows in pages] == [8, 32, 24]
+    for title, rows in pages:
+        lines = text[text.index(title) :].splitlines()[2 : 4 + len(rows)]
+        assert len(set(map(len, lines))) == 1  # aligned
+        for line, row in zip(lines[2:], rows, strict=True):
+            assert line.split() == " ".join(row.values()).split()
+
+
+def test_a_changed_model_has_no_published_size_over_it_and_no_published_figures_beside_it():
+    measured = {"context": 9, "batch": 1, "decode": 5.0, "peak_bytes": 1e9, "prefill": 1.0, "roofline": 9.0,
+                "n_positions": 32, "cache_bytes": 1, "formula_bytes": 1}  # fmt: skip
+    headings, headers = [], []
+    for variant in (Variant("kv", "1.2B"), Variant("kv", "1.2B", n_layer=1, n_head=16), Variant("kv", "300M")):
+        record = variant.label | {"context": 9, "batch": 1}
+        record |= profiler.decode_record(variant, None, None, [measured], None)
+        for title, rows in parsed(profiler.FORMATS["markdown"]({"decode": [record]})):
+            headings.append(title)
+            headers.append("published" in rows[0])
+    assert headings == [
+        "KV cache and peak memory at 1.2B", "Prefill and decode at 1.2B, tokens a second",
+        "KV cache and peak memory at 1.2B with n_layer=1 n_head=16",
+        "Prefill and decode at 1.2B with n_layer=1 n_head=16, tokens a second",
+        "KV cache and peak memory at 300M", "Prefill and decode at 300M, tokens a second",
+    ]  # fmt: skip
+    assert headers == [True, True, False, False, False, False]
 
 
 def test_changes_are_against_qkv_of_the_same_length(records):
