@@ -557,7 +557,7 @@ def test_figures_name_every_variant_and_cut_no_label(tmp_path, monkeypatch):
         (["--measure", "train", "--figures", "figures"], "--figures does not go with --measure train"),
         (["--measure", "speed"], "invalid choice: 'speed'"),
         (["--measure", "--set", "n_layr=2"], "n_layr=2: expected KEY=VALUE"),
-        (["--measure", "--set", "seed=7"], "--set seed: expected one of vocab_size, n_positions"),
+        (["--measure", "--set", "seed=7"], "--set seed=7: expected KEY=VALUE with a KEY out of vocab_size, n_pos"),
         (["--measure", "--set", "n_head=7"], "n_embd: expected a multiple of n_head (7), got 1024"),
         pytest.param(
             ["--measure", "--device", "cuda"], "PyTorch finds no CUDA device",
