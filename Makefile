@@ -34,11 +34,11 @@ replicate: .venv/installed  ## train all variants at a reduced scale, two seeds 
 scaling: .venv/installed  ## learning rates, tokens per parameter and row lengths at small sizes (7 hours on 2 cores)
 	bash runs/scaling.sh
 
-lint: .venv/installed  ## run ruff, and check that the training scripts are in step
+lint: .venv/installed  ## run ruff, and check that the training scripts are in sync
 	$(BIN)/ruff check .
 	$(BIN)/python dev/sync_scripts.py
 
-sync: .venv/installed  ## carry the shared text of transformer_KQV_300_M.py to the other training scripts
+sync: .venv/installed  ## copy the shared text of transformer_KQV_300_M.py to the other training scripts
 	$(BIN)/python dev/sync_scripts.py --write
 
 clean:  ## remove what `make demo` wrote

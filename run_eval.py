@@ -1,23 +1,28 @@
-"""Checkpoints -> downstream scores, through EleutherAI's lm-evaluation-harness: the paper's five tasks or any other.
+"""Downstream scores of checkpoints, through lm-evaluation-harness: the paper's five tasks or any other.
 
     python run_eval.py --model kv --checkpoint outputs_1.2B_qkv_k_equals_v/checkpoint_step_8000.pt
     torchrun --nproc_per_node=8 run_eval.py --model kqv kv --checkpoint a.pt b.pt --output_path scores.json
     python run_eval.py --model kv --checkpoint outputs_demo/final_model.pt --val_data demo_data/validation
     python run_eval.py --model kv --checkpoint a.pt --tasks my_hellaswag my_piqa --include_path my_tasks
 
-Few-shot prompts, requests, metrics and their standard errors are the harness's. This file hands it the log-probability
-of a continuation and the greedy continuation of a prompt, out of any checkpoint that the training scripts can read.
+The harness builds the few-shot prompts and computes the metrics with their standard errors. This file answers
+its requests: the log-probability of a continuation, and the greedy continuation of a prompt, from any
+checkpoint that the training scripts can load.
 """
 
 import argparse
+import base64
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 import platform
+import sqlite3
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +30,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from types import ModuleType
@@ -36,9 +42,11 @@ import yaml
 from accelerate.utils import find_executable_batch_size
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models import utils as harness
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
+from tabulate import tabulate
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -46,32 +54,46 @@ from dataset_download import InputError, Tokenizer, load_tokenizer, network_erro
 
 FIVE = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")  # the paper's tasks
 # The accuracy of guessing, in per cent: among four answers or endings, or two solutions or names.
-CHANCE = {"arc_challenge": 25.0, "arc_easy": 25.0, "hellaswag": 25.0, "piqa": 50.0, "winogrande": 50.0, "mean": 35.0}
+CHANCE = dict(zip((*FIVE, "mean"), (25.0, 25.0, 25.0, 50.0, 50.0, 35.0), strict=True))
 # The paper's mean over the five at 1.2B, 5-shot. It gives none for MQA.
 PUBLISHED = {"kqv": 36.40, "kv": 35.99, "gqa": 35.86, "qgqa": 36.72, "qmqa": 34.38}
 PER_CENT = ("acc", "acc_norm", "exact_match")
 PERPLEXITY = "perplexity"  # a task of ours, beside the harness's
 END_OF_TEXT = "<|endoftext|>"
-NEW_TOKENS = 256  # for a task to generate that does not say how many; as in the harness's HFLM
-CPU_BATCH, LARGEST_BATCH = 8, 64  # --batch_size auto on a CPU, and where it starts on a GPU
+NEW_TOKENS = 256  # for a task that does not say how many to generate; as in the harness's HFLM
+CPU_BATCH = 8  # --batch_size auto on a CPU
+LARGEST_BATCH = 64  # where --batch_size auto starts on a GPU
 HEAD_ROWS = 2048  # positions whose logits exist at the same time
 ROOT = Path(__file__).resolve().parent
 VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
+
+# -----------------------------------------------------------------------------
+# The language model that the harness asks
 
 
 class CheckpointLM(TemplateLM):
-    """A model of the training scripts, as the harness's language model.
+    """A model of the training scripts, as one of the harness's language models.
 
-    TemplateLM splits texts into context and continuation; here begins what is done with their tokens. Batches are
-    filled up on the right: in a causal model with learned positions, that leaves every real token as it is.
+    TemplateLM splits texts into context and continuation; the methods here work on their tokens. Batches are
+    padded on the right: in a causal model with learned positions, that changes nothing for the real tokens.
+
+    With several processes, rank 0 alone runs the harness and hands out the requests. The harness's own way, a
+    share of the documents for every rank, would draw other few-shot examples for every world size.
     """
 
     def __init__(self, model, tokenizer: Tokenizer, batch_size: int | str = CPU_BATCH):
-        """batch_size: requests in a forward pass; auto: on a GPU what fits, found by trying, on a CPU 8."""
+        """batch_size: requests in a forward pass; auto: what fits on a GPU, by trial, and 8 on a CPU."""
         super().__init__()
-        self.model, self._device, self.batch_size = model.eval(), model.wte.weight.device, batch_size
-        self._encode, self._eot = tokenizer.encode, tokenizer.eos_id
-        self._bytes = {rank: piece for piece, rank in tokenizer.ranks.items()} | {self._eot: END_OF_TEXT.encode()}
+        self.model = model.eval()
+        self._device = model.wte.weight.device
+        self._encode = tokenizer.encode
+        self._eot = tokenizer.eos_id
+        self._bytes = {rank: piece for piece, rank in tokenizer.ranks.items()}
+        self._bytes[self._eot] = END_OF_TEXT.encode()
+        self.batch_size = batch_size
         if batch_size == "auto":
             self.batch_size = self._largest_batch() if self._device.type == "cuda" else CPU_BATCH
 
@@ -84,53 +106,55 @@ class CheckpointLM(TemplateLM):
         return self.model.config.n_positions
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        """Token ids, as in the training data: without special tokens, and none is read out of the text."""
+        """Token ids as in the training data: no special token is added, or read out of the text."""
         return self._encode([string])[0].tolist()
 
     def tok_decode(self, tokens):
-        """The text of token ids; those that fill the vocabulary up to 50,304 have none."""
+        """The text of token ids; the ids that pad the vocabulary to 50,304 have none."""
         return b"".join(self._bytes.get(token, b"") for token in tokens).decode("utf-8", errors="replace")
 
     def loglikelihood(self, requests, disable_tqdm=False):
-        return super().loglikelihood(requests, disable_tqdm or quiet())
+        return super().loglikelihood(requests, disable_tqdm or no_bar())
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Log-probabilities in nats of whole texts, cut into windows that score each token once."""
         windows = []
         for (text,) in (request.args for request in requests):
-            pairs = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
+            tokens = self.tok_encode(text)
+            pairs = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             windows.append([(None, *make_disjoint_window(pair)) for pair in pairs])
-        scores = iter(self._loglikelihood_tokens([window for each in windows for window in each]))
-        totals = [sum(next(scores)[0] for _ in each) for each in windows]
+        scores = iter(self._loglikelihood_tokens(list(chain.from_iterable(windows))))
+        totals = [sum(next(scores)[0] for _ in own) for own in windows]
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     def _loglikelihood_tokens(self, requests, **kwargs):
-        """(log-probability in nats, whether greedy decoding would say it) of each request's continuation.
+        """(log-probability in nats, whether greedy decoding produces it) of each request's continuation.
 
-        A request is (its texts or None, context tokens, continuation tokens). A context that is too long loses its
-        beginning; a continuation that does not fit is an InputError.
+        A request is (its texts or None, context tokens, continuation tokens). A context that is too long
+        loses its beginning; a continuation that does not fit is an InputError.
         """
-        cut = sum(len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests)
         longest = max((len(continuation) for *_, continuation in requests), default=0)
         if longest > self.max_length:
-            raise InputError(f"a continuation of {longest} tokens does not fit n_positions, {self.max_length}")
+            what = f"a continuation of {longest} tokens"
+            raise InputError(f"{what} does not fit the model's n_positions, {self.max_length}")
+        cut = sum(len(context + continuation) > self.max_length + 1 for _, context, continuation in requests)
         if cut:
-            said = f"{cut:,} of {len(requests):,} requests are longer than {self.max_length:,} tokens"
-            tqdm.write(f"{said}; the beginning of their context is cut off", file=sys.stderr)
+            what = f"{cut:,} of {len(requests):,} requests are longer than {self.max_length:,} tokens"
+            tqdm.write(f"{what}; the beginning of their context is cut off", file=sys.stderr)
         return self._share_out("_score", requests)
 
     def generate_until(self, requests, disable_tqdm=False):
-        """Greedy continuations, each up to its first stop string. InputError where a task asks for something else."""
+        """Greedy continuations, each up to its first stop string; InputError where a task wants sampling."""
         return self._share_out("_generate", [request.args for request in requests])
 
     def _share_out(self, method, requests):
-        """The answers of a method below, in the order of the requests, of which every rank takes its share."""
-        count, answers = ranks()[1], [None] * len(requests)
-        shares = [(method, requests[rank::count]) for rank in range(count)]
-        for rank, share in enumerate(everyone(self._answer(handed_out(shares)))):
-            answers[rank::count] = share
+        """The answers of _score or _generate, in the order of the requests; every rank takes a share."""
+        shares = [(method, requests[rank::WORLD_SIZE]) for rank in range(WORLD_SIZE)]
+        answers = [None] * len(requests)
+        for rank, share in enumerate(gather(self._answer(scatter(shares)))):
+            answers[rank::WORLD_SIZE] = share
         return answers
 
     def _answer(self, share):
@@ -139,53 +163,70 @@ class CheckpointLM(TemplateLM):
 
     def serve(self):
         """On the other ranks: answer the shares that rank 0 hands out, until it hands out None."""
-        while share := handed_out():
-            everyone(self._answer(share))
+        while share := scatter():
+            gather(self._answer(share))
 
     def _score(self, requests):
-        """As _loglikelihood_tokens. The longest go first: batches are of a length, memory runs out at once or never."""
-        by_length = Collator(requests, sort_fn=lambda request: -len(request[1] + request[2]))
+        """As _loglikelihood_tokens. The longest go first: if memory runs out, it does so at once."""
+        by_length = harness.Collator(requests, sort_fn=lambda request: -len(request[1] + request[2]))
         answers = []
-        with tqdm(total=len(requests), desc="scoring", unit="request", disable=quiet()) as bar:
+        with tqdm(total=len(requests), desc="scoring", unit="request", disable=no_bar()) as bar:
             for batch in by_length.get_batched(n=self.batch_size):
                 for (texts, *_), answer in zip(batch, self._score_batch(batch), strict=True):
                     answers.append(answer)
-                    if texts is not None:  # else a window, whose request caches the sum
+                    if texts is not None:  # None: a window, whose request caches the sum
                         self.cache_hook.add_partial("loglikelihood", texts, answer)
                 bar.update(len(batch))
         return by_length.get_original(answers)
 
     @torch.inference_mode()
     def _score_batch(self, batch):
-        """As _score, in one forward pass. Only what predicts a continuation goes through the output embedding."""
-        lengths = [len(continuation) for *_, continuation in batch]
-        rows = [((context or [self._eot]) + continuation)[-self.max_length - 1 :] for _, context, continuation in batch]
-        inputs = pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True).to(self._device)
-        hidden = self.model.hidden_states(inputs)  # [B, T, d]
-        ends = [len(row) - 1 for row in rows]
-        hidden = torch.cat([h[end - n : end] for h, end, n in zip(hidden, ends, lengths, strict=True)])
-        targets = torch.tensor([token for *_, continuation in batch for token in continuation], device=self._device)
-        log_p, greedy = [], []
-        for some, wanted in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+        """As _score, in one forward pass."""
+        rows = []
+        lengths = []
+        for _, context, continuation in batch:
+            row = (context or [self._eot]) + continuation
+            rows.append(torch.tensor(row[-self.max_length - 1 :]))
+            lengths.append(len(continuation))
+        inputs = pad_sequence([row[:-1] for row in rows], batch_first=True).to(self._device)
+        hidden = self.model.hidden_states(inputs)  # [B, T, C]
+
+        # Only the positions that predict a continuation go through the LM head, a bounded number at a time.
+        states = []
+        targets = []
+        for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            start = len(row) - length
+            states.append(hidden[i, start - 1 : len(row) - 1])
+            targets.append(row[start:])
+        states = torch.cat(states).split(HEAD_ROWS)
+        targets = torch.cat(targets).to(self._device).split(HEAD_ROWS)
+        log_p = []
+        greedy = []
+        for some, wanted in zip(states, targets, strict=True):
             logits = F.linear(some, self.model.wte.weight).float()
             log_p.append(-F.cross_entropy(logits, wanted, reduction="none"))
             greedy.append(logits.argmax(dim=-1) == wanted)
-        parts = zip(torch.cat(log_p).cpu().split(lengths), torch.cat(greedy).cpu().split(lengths), strict=True)
+        log_p = torch.cat(log_p).cpu()
+        greedy = torch.cat(greedy).cpu()
+
+        if not log_p.isfinite().all():
+            raise InputError("its log-probabilities are not finite: it has diverged, or is damaged")
+        parts = zip(log_p.split(lengths), greedy.split(lengths), strict=True)
         return [(float(values.sum()), bool(same.all())) for values, same in parts]
 
     def _generate(self, requests):
-        """The text that continues each (prompt, settings of its task)."""
-        by_length = Collator(
+        """The text that continues each (prompt, generation settings of its task)."""
+        by_length = harness.Collator(
             requests,
             sort_fn=lambda request: -len(self.tok_encode(request[0])),
             group_by="gen_kwargs",
             group_fn=lambda request: request[1],
         )
         texts = []
-        with tqdm(total=len(requests), desc="generating", unit="request", disable=quiet()) as bar:
+        with tqdm(total=len(requests), desc="generating", unit="request", disable=no_bar()) as bar:
             for batch in by_length.get_batched(n=self.batch_size):
                 stops, new = greedy_settings(batch[0][1], self.max_length)
-                prompts = [self.tok_encode(context)[new - self.max_length :] or [self._eot] for context, _ in batch]
+                prompts = [self.tok_encode(text)[new - self.max_length :] or [self._eot] for text, _ in batch]
                 for request, text in zip(batch, self._continue(prompts, stops, new), strict=True):
                     texts.append(text)
                     self.cache_hook.add_partial("generate_until", request, text)
@@ -196,12 +237,13 @@ class CheckpointLM(TemplateLM):
     def _continue(self, prompts, stops, new):
         """Greedy continuations of token lists by at most `new` tokens, each cut before its first stop string.
 
-        Positions are learned, so every row starts at position 0, and beyond the shortest prompt the batch goes on one
-        token at a time: a row reads the next token of its prompt while there is one, and then writes the likeliest.
+        Positions are learned, so every row starts at position 0. Once the shortest prompt is read, the batch
+        advances one token at a time: a row reads the rest of its prompt, then writes the likeliest token.
         """
-        lengths, texts = [len(prompt) for prompt in prompts], [None] * len(prompts)
-        tokens = F.pad(pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True), (0, new))
-        tokens = tokens.to(self._device)
+        lengths = [len(prompt) for prompt in prompts]
+        texts = [None] * len(prompts)
+        tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+        tokens = F.pad(tokens, (0, new)).to(self._device)
         cache = self.model.make_cache(*tokens.shape)
         for end in range(min(lengths), tokens.shape[1]):
             hidden = self.model.hidden_states(tokens[:, cache.length : end], cache)
@@ -212,7 +254,7 @@ class CheckpointLM(TemplateLM):
                     tokens[i, end] = token
                     text = self.tok_decode(tokens[i, lengths[i] : end + 1].tolist())
                     if written == new or any(stop in text for stop in stops):
-                        texts[i] = postprocess_generated_text(text, stops, None)
+                        texts[i] = harness.postprocess_generated_text(text, stops, None)
             if None not in texts:
                 break
         return texts
@@ -230,50 +272,49 @@ class CheckpointLM(TemplateLM):
 
 
 def greedy_settings(settings, n_positions):
-    """The stop strings and the most new tokens of a task to generate; InputError where it cannot be run like that."""
-    settings = normalize_gen_kwargs(settings, NEW_TOKENS)
+    """(stop strings, most new tokens) of a task's generation_kwargs; InputError where they cannot be met."""
+    settings = harness.normalize_gen_kwargs(settings, NEW_TOKENS)
     new = settings["max_gen_toks"]
     if settings.get("do_sample") or settings.get("num_beams", 1) > 1:
         raise InputError(f"run_eval.py decodes greedily, the task asks for {json.dumps(settings)}")
     if new >= n_positions:
-        raise InputError(f"{new} new tokens leave no room for a prompt in the model's n_positions, {n_positions}")
-    return handle_stop_sequences(settings["until"], eos=END_OF_TEXT), new
+        raise InputError(f"{new} new tokens leave no room for a prompt in n_positions, {n_positions}")
+    return harness.handle_stop_sequences(settings["until"], eos=END_OF_TEXT), new
 
 
-def ranks():
-    """The rank of this process and the number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+# -----------------------------------------------------------------------------
+# Processes
 
 
-def everyone(value):
-    """What each rank passed, in their order; every rank has to call it."""
-    if not dist.is_initialized():
+def gather(value):
+    """What each rank passed, in the order of ranks; every rank has to call it."""
+    if WORLD_SIZE == 1:
         return [value]
-    values = [None] * dist.get_world_size()
+    values = [None] * WORLD_SIZE
     dist.all_gather_object(values, value)
     return values
 
 
-def handed_out(shares=None):
+def scatter(values=None):
     """This rank's item of a list that rank 0 passes; every rank has to call it."""
-    if not dist.is_initialized():
-        return shares[0]
-    share = [None]
-    dist.scatter_object_list(share, shares, src=0)
-    return share[0]
+    if WORLD_SIZE == 1:
+        return values[0]
+    received = [None]
+    dist.scatter_object_list(received, values, src=0)
+    return received[0]
 
 
 def together(check):
-    """check(), once it has passed on every rank; else all end, and the first error is printed once."""
-    result, error = None, None
+    """check(), where it passes on every rank; otherwise all end, and the first error is printed once."""
     try:
-        result = check()
+        result, error = check(), None
     except (InputError, OSError) as caught:
-        error = one_line(caught)
-    if errors := [error for error in everyone(error) if error]:
-        if ranks()[0] == 0:
-            print(f"run_eval.py: error: {errors[0]}", file=sys.stderr, flush=True)
-        everyone(None)  # torchrun ends the others when one has ended, and rank 0 has to print first
+        result, error = None, one_line(caught)
+    errors = [error for error in gather(error) if error]
+    if errors:
+        if RANK == 0:
+            print_error(errors[0])
+        gather(None)  # torchrun ends the others when one has ended, and rank 0 has to print first
         sys.exit(2)
     return result
 
@@ -282,18 +323,17 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
-def quiet():
+def print_error(error):
+    print(f"run_eval.py: error: {one_line(error)}", file=sys.stderr, flush=True)
+
+
+def no_bar():
     """For tqdm's `disable`: no bar off rank 0, and none where no terminal would show it."""
-    return ranks()[0] != 0 or not sys.stderr.isatty()
+    return RANK != 0 or not sys.stderr.isatty()
 
 
-@contextlib.contextmanager
-def script_errors():
-    """The training scripts' own errors, each script's of a class of its own, as InputError."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
+# -----------------------------------------------------------------------------
+# Checkpoints
 
 
 @dataclass
@@ -314,7 +354,8 @@ class Checkpoint:
     def size(self):
         """300M or 1.2B; None for a model of another shape."""
         for size in ("300M", "1.2B"):
-            published = yaml.safe_load((ROOT / f"configs/model_config_{size}.yaml").read_text(encoding="utf-8"))
+            text = (ROOT / f"configs/model_config_{size}.yaml").read_text(encoding="utf-8")
+            published = yaml.safe_load(text)
             if all(self.model_config[name] == published[name] for name in ("n_layer", "n_embd", "n_head")):
                 return size
         return None
@@ -324,7 +365,8 @@ class Checkpoint:
 
     def description(self):
         """All of it, for JSON."""
-        return vars(self) | {"size": self.size, "script": self.script.__name__, "tokenizer": self.tokenizer.name}
+        readable = {"script": self.script.__name__, "tokenizer": self.tokenizer.name}
+        return vars(self) | {"size": self.size} | readable
 
     def fingerprint(self, dtype):
         """Of what an answer depends on beside the request, for --use_cache, which knows the request alone."""
@@ -332,58 +374,117 @@ class Checkpoint:
 
 
 def open_checkpoint(alias, path, tokenizer, val_data):
-    """Everything of a checkpoint but its weights. InputError where the alias, tokenizer or data do not fit it."""
+    """A Checkpoint; InputError where the alias, the tokenizer or the validation data do not belong to it."""
     if alias not in VARIANTS:
         raise InputError(f"--model {alias}: expected one of {', '.join(VARIANTS)}")
-    scripts = {name: variant["script"]["300M"] for name, variant in VARIANTS.items()}  # each reads both sizes
-    script = import_module(scripts[alias].removesuffix(".py"))
+    script = script_of(alias)
     with script_errors():
         try:
-            contents = script.read_checkpoint(path)
+            contents = try_loading(script, path)
         except script.RunError as error:
-            if fitting := [name for name, file in scripts.items() if file in str(error)]:
-                raise InputError(f"--model {alias}: {path} is a checkpoint of --model {fitting[0]}") from error
+            fitting = []
+            for name in VARIANTS:
+                with contextlib.suppress(ValueError):
+                    try_loading(script_of(name), path)
+                    fitting.append(name)
+            if fitting:
+                hint = f"{path} is a checkpoint of --model {' or '.join(fitting)}"
+                raise InputError(f"--model {alias}: {hint}") from error
             raise
-        with warnings.catch_warnings(action="ignore"):  # on a device without memory, all is tried but copying numbers
-            script.load_model(path, device="meta")
-        config, train_config = dict(contents["model_config"]), dict(contents.get("train_config") or {})
-        vocabulary = config["vocab_size"]
-        if val_data and (needed := script.TokenDataset(val_data, config["n_positions"]).vocab_size) > vocabulary:
-            raise InputError(f"--val_data {val_data}: has {needed} token ids, and {path} knows {vocabulary}")
-    tokenizer = find_tokenizer(tokenizer, [val_data, train_config.get("train_data")])
-    if tokenizer.eos_id >= vocabulary:
-        needed = f"{tokenizer.name} has {tokenizer.eos_id + 1} token ids, and {path} knows {vocabulary}"
-        raise InputError(f"{needed}; pass the tokenizer that it was trained with, --tokenizer PATH.tiktoken or bytes")
+
+    # A vocabulary that is too large for the model is certainly another one.
+    config = dict(contents["model_config"])
+    train_config = dict(contents.get("train_config") or {})
+    known = f"and {path} knows {config['vocab_size']}"
+    if val_data:
+        with script_errors():
+            needed = script.get_dataloader(val_data, 1, config["n_positions"]).dataset.vocab_size
+        if needed > config["vocab_size"]:
+            raise InputError(f"--val_data {val_data}: has {needed} token ids, {known}")
+    recorded = contents.get("tokenizer")
+    tokenizer = find_tokenizer(tokenizer, path, recorded, val_data, train_config.get("train_data"))
+    if tokenizer.eos_id >= config["vocab_size"]:
+        needed = f"{tokenizer.name} has {tokenizer.eos_id + 1} token ids, {known}"
+        raise InputError(f"{needed}; pass its own tokenizer, --tokenizer PATH.tiktoken or bytes")
+
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     place = contents.get("step"), contents.get("tokens_seen")
-    return Checkpoint(alias, path, digest, *place, config, train_config, script, tokenizer)
+    return Checkpoint(alias, path, sha256, *place, config, train_config, script, tokenizer)
 
 
-def find_tokenizer(argument, data_folders):
-    """The tokenizer asked for; by default the one stored beside the data, or else GPT-2's."""
-    stored = [Path(folder) / "tokenizer.tiktoken" for folder in data_folders if folder]
-    return loaded_once(argument or next((str(path) for path in stored if path.is_file()), "gpt2"))
+def script_of(alias):
+    """The 300M training script of a variant, which reads checkpoints of both sizes."""
+    return import_module(VARIANTS[alias]["script"]["300M"].removesuffix(".py"))
+
+
+def try_loading(script, path):
+    """The contents of a checkpoint that the script can load; its errors where it cannot."""
+    contents = script.read_checkpoint(path)
+    with warnings.catch_warnings(action="ignore"):  # on the meta device, all is tried but copying the numbers
+        script.load_model(path, device="meta")
+    return contents
+
+
+@contextlib.contextmanager
+def script_errors():
+    """The errors of the training scripts, each script's of a class of its own, as InputError."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
+
+
+def find_tokenizer(argument, path, recorded, val_data, train_data):
+    """The tokenizer of a checkpoint's training data; InputError where the validation data has another one.
+
+    recorded: {name, vocab_size, sha256} in the checkpoint; None where it does not say, as the released ones.
+    Without --tokenizer it is the one stored beside the data, or that the checkpoint names, or GPT-2's.
+    """
+    stored = {}
+    for folder in (val_data, train_data):
+        file = Path(folder or "", "tokenizer.tiktoken")
+        if folder and file.is_file():
+            stored[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
+    named = recorded["name"] if recorded else "gpt2"
+    choice = argument or next(iter(stored), named)
+    tokenizer = loaded_once(choice)
+
+    # The checkpoint's word counts before that of its training folder, which may hold other data by now.
+    expected = {}
+    if recorded:
+        expected[f"{path}, which is {named}"] = recorded["sha256"]
+    for file, sha256 in stored.items():
+        if not (recorded or argument) or val_data and Path(file).parent == Path(val_data):
+            expected[file] = sha256
+    for place, sha256 in expected.items():
+        if sha256 != ranks_sha256(tokenizer):
+            wanted = f"pass a --tokenizer and a --val_data that belong to {path}"
+            raise InputError(f"{choice} is not the tokenizer of {place}; {wanted}")
+    return tokenizer
+
+
+def ranks_sha256(tokenizer):
+    """SHA-256 of the tokenizer.tiktoken that dataset_download.py stores beside data of this tokenizer."""
+    ranks = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
+    lines = b"".join(b"%s %d\n" % (base64.b64encode(piece), rank) for piece, rank in ranks)
+    return hashlib.sha256(lines).hexdigest()
 
 
 loaded_once = cache(load_tokenizer)  # for several checkpoints
 
 
-def open_tasks(names, include_path, n_positions):
-    """The harness's TaskManager. InputError for a task that is unknown, without data, or not to be run like this."""
-    if include_path and not Path(include_path).is_dir():
-        raise InputError(f"--include_path {include_path}: no such folder")
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if any(name not in manager.task_index for name in names):
-        manager = TaskManager(include_path=include_path)  # the harness's own are 14,000 files: seconds to read
-    if unknown := [name for name in names if name not in manager.task_index]:
-        similar = " or ".join(get_close_matches(unknown[0], manager.all_tasks)) or "a name that --list_tasks prints"
-        raise InputError(f"--tasks {unknown[0]}: no such task; expected {similar}")
+# -----------------------------------------------------------------------------
+# Tasks
+
+
+def open_tasks(names, include_path, num_fewshot, n_positions):
+    """The harness's TaskManager; InputError for a task that is unknown, without data, or cannot be run."""
+    manager = find_tasks(names, include_path)
     for name in names:
         try:
             for task in manager.load([name])["tasks"].values():
-                if task.OUTPUT_TYPE == "generate_until":
-                    greedy_settings(task.config.generation_kwargs, n_positions)
+                check_task(task, num_fewshot, n_positions)
         except InputError as error:
             raise InputError(f"--tasks {name}: {error}") from error
         except Exception as error:  # a task file can hold anything, code included
@@ -393,41 +494,121 @@ def open_tasks(names, include_path, n_positions):
     return manager
 
 
+def find_tasks(names, include_path):
+    """A TaskManager that knows all names; InputError where one is unknown, or may stand in a broken file."""
+    if include_path and not Path(include_path).is_dir():
+        raise InputError(f"--include_path {include_path}: no such folder")
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    missing = [name for name in names if name not in manager.task_index]
+    if not missing:
+        return manager
+
+    # The harness passes over a file that it cannot read, and would take its own task of that name.
+    for file in sorted(Path(include_path).rglob("*.yaml")) if include_path else []:
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:  # of the syntax, an include, the encoding
+            found = f"--tasks {missing[0]}: not found in {include_path}, where {file} cannot be read"
+            raise InputError(f"{found}: {one_line(error)}") from error
+
+    manager = TaskManager(include_path=include_path)  # the harness's own are 14,000 files: seconds to read
+    for name in missing:
+        if name not in manager.task_index:
+            similar = get_close_matches(name, manager.all_tasks) or ["a name that --list_tasks prints"]
+            raise InputError(f"--tasks {name}: no such task; expected {' or '.join(similar)}")
+    return manager
+
+
+def check_task(task, num_fewshot, n_positions):
+    """InputError where a task cannot be run; its own errors where its code or its templates fail."""
+    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+        raise InputError("needs code of the model to be run, or pictures to be shown: not with run_eval.py")
+    if task.OUTPUT_TYPE == "generate_until":
+        greedy_settings(task.config.generation_kwargs, n_positions)
+
+    # The harness keeps to 0 where a task says so. A document is never an example in its own prompt.
+    shots = 0 if task.config.num_fewshot == 0 else num_fewshot
+    if shots and hasattr(task, "sampler"):
+        examples = len(task.sampler.fewshot_docs())
+        if task.fewshot_cfg.split == task.config.test_split:
+            examples -= 1
+        if examples < shots:
+            raise InputError(f"has {examples} examples for a prompt, and --num_fewshot asks for {shots}")
+    _, document = next(task.doc_iterator(limit=1))
+    task.fewshot_context(document, num_fewshot=shots)
+
+
 def out_of_reach(names, manager):
     """What to say without a network: which task needs which data set of the hub, and how to do without."""
-    data = {name: (manager.task_index[name].cfg or {}).get("dataset_path", "several") for name in names}
-    needed = ", ".join(f"{name} ({dataset})" for name, dataset in data.items() if dataset != "json")
-    local = "to run on local files, write task files with dataset_path: json (README.md) and pass --include_path DIR"
-    return f"the hub is out of reach, and not all of the data is on this machine: {needed}; {local}"
+    needed = []
+    for name in names:
+        dataset = (manager.task_index[name].cfg or {}).get("dataset_path", "several")
+        if dataset != "json":
+            needed.append(f"{name} ({dataset})")
+    local = "write task files with dataset_path: json (README.md) and pass --include_path DIR"
+    return (
+        "the hub is out of reach, and not all of the data is on this machine: "
+        f"{', '.join(needed)}; to run on local files, {local}"
+    )
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
 
 
 def prepare(options):
-    """Check all that can be checked before the first forward pass: (device, checkpoints, TaskManager or None)."""
+    """(device, checkpoints, TaskManager or None), once all that can be checked beforehand is."""
     device = find_device(options.device)
     if options.dtype == "auto":
-        options.dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-    aliases, paths = options.model or [], options.checkpoint or []
-    if not paths or len(aliases) not in (1, len(paths)):
-        raise InputError("expected --checkpoint PATH ... and --model ALIAS, one for all or one for each of them")
-    if options.output_path and not options.output_path.resolve().parent.is_dir():
-        raise InputError(f"--output_path {options.output_path}: there is no such folder")
+        fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        options.dtype = "bfloat16" if fits else "float32"
     if options.num_fewshot < 0:
         raise InputError(f"--num_fewshot {options.num_fewshot}: expected 0 or more")
-    tasks = ",".join(options.tasks or ([PERPLEXITY] if options.val_data else FIVE)).split(",")  # the harness's way too
-    if PERPLEXITY in tasks and not options.val_data:
-        raise InputError(f"--tasks {PERPLEXITY}: needs --val_data DIR, a split that dataset_download.py prepared")
-    options.tasks = [name for name in dict.fromkeys(tasks) if name != PERPLEXITY]
+    limit = options.limit
+    if limit is not None and not (0 < limit < 1 or limit >= 1 and limit.is_integer()):
+        raise InputError(f"--limit {limit:g}: expected a whole number above 0, or a share below 1")
+    if options.batch_size != "auto":
+        if not options.batch_size.isdecimal() or int(options.batch_size) == 0:
+            raise InputError(f"--batch_size {options.batch_size}: expected auto or a whole number above 0")
+        options.batch_size = int(options.batch_size)
+    if options.output_path and RANK == 0:
+        check_writable(options.output_path)
+
+    # Tasks are separated by spaces, or by commas as in the harness's own command.
+    tasks = options.tasks or ([PERPLEXITY] if options.val_data else FIVE)
+    tasks = list(dict.fromkeys(",".join(tasks).split(",")))
+    if PERPLEXITY in tasks:
+        if not options.val_data:
+            raise InputError(f"--tasks {PERPLEXITY}: needs --val_data DIR, files of dataset_download.py")
+        tasks.remove(PERPLEXITY)
+    options.tasks = tasks
+
+    aliases = options.model or []
+    paths = options.checkpoint or []
+    if not paths or len(aliases) not in (1, len(paths)):
+        raise InputError("expected --checkpoint PATH ... and --model ALIAS, one for all or one for each")
     if len(aliases) == 1:
         aliases = aliases * len(paths)
-    checkpoints = [
-        open_checkpoint(alias, path, options.tokenizer, options.val_data)
-        for alias, path in zip(aliases, paths, strict=True)
-    ]
+    checkpoints = []
+    for alias, path in zip(aliases, paths, strict=True):
+        checkpoints.append(open_checkpoint(alias, path, options.tokenizer, options.val_data))
     manager = None
-    if options.tasks and ranks()[0] == 0:  # which runs the harness
+    if options.tasks and RANK == 0:
         n_positions = min(checkpoint.model_config["n_positions"] for checkpoint in checkpoints)
-        manager = open_tasks(options.tasks, options.include_path, n_positions)
+        manager = open_tasks(options.tasks, options.include_path, options.num_fewshot, n_positions)
     return device, checkpoints, manager
+
+
+def check_writable(path):
+    """InputError where the report could not be written: said at once, and not after hours of work."""
+    if not path.parent.is_dir():
+        raise InputError(f"--output_path {path}: there is no such folder")
+    if path.is_dir():
+        raise InputError(f"--output_path {path}: is a folder, expected a file")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise InputError(f"--output_path {path}: cannot be written ({error.strerror})") from error
 
 
 def find_device(name):
@@ -437,7 +618,8 @@ def find_device(name):
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count()))
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -447,12 +629,12 @@ def find_device(name):
 
 
 def evaluate_checkpoint(checkpoint, options, device, manager):
-    """All that was asked for, of one checkpoint, as a dict for JSON; the harness's results on rank 0 alone."""
+    """All that was asked for, as a dict for JSON; the harness's results are on rank 0 alone."""
     with script_errors():
         model = checkpoint.script.load_model(checkpoint.path, device).to(getattr(torch, options.dtype))
     lm = CheckpointLM(model, checkpoint.tokenizer, options.batch_size)
     record = checkpoint.description() | {"parameters": sum(p.numel() for p in model.parameters())}
-    if options.tasks and ranks()[0] == 0:
+    if options.tasks and RANK == 0:
         record["harness"] = simple_evaluate(
             lm,
             tasks=options.tasks,
@@ -464,7 +646,7 @@ def evaluate_checkpoint(checkpoint, options, device, manager):
             task_manager=manager,
             log_samples=False,
         )
-        handed_out([None] * ranks()[1])
+        scatter([None] * WORLD_SIZE)
     elif options.tasks:
         lm.serve()
     if options.val_data:
@@ -473,37 +655,49 @@ def evaluate_checkpoint(checkpoint, options, device, manager):
 
 
 def perplexity(script, model, val_data, batch_size):
-    """{protocol: what evaluate() of the training script says}, over rows of n_positions tokens."""
+    """{protocol: what evaluate() of the training script returns}, over rows of n_positions tokens."""
     results = {}
     for protocol in ("padded", "packed"):
-        loader = script.get_dataloader(val_data, batch_size, model.config.n_positions, protocol)
-        bar = tqdm(loader, desc=f"{PERPLEXITY}, {protocol}", unit="batch", disable=quiet())
-        bar.dataset = loader.dataset  # evaluate() asks its loader for it
         with script_errors():
+            loader = script.get_dataloader(val_data, batch_size, model.config.n_positions, protocol)
+            bar = tqdm(loader, desc=f"{PERPLEXITY}, {protocol}", unit="batch", disable=no_bar())
+            bar.dataset = loader.dataset  # evaluate() asks its loader for it
             results[protocol] = script.evaluate(model, bar)
     return results
+
+
+# -----------------------------------------------------------------------------
+# The table and the report
 
 
 def figures(record):
     """{(task, metric): (value, standard error or None)} of a checkpoint; accuracies in per cent."""
     found = {}
-    for task, metrics in record.get("harness", {"results": {}})["results"].items():
+    results = record["harness"]["results"] if "harness" in record else {}
+    for task, metrics in results.items():
         for name, value in metrics.items():
             metric, comma, filtered = name.partition(",")
-            if comma and not metric.endswith("_stderr"):
-                stderr = metrics.get(f"{metric}_stderr,{filtered}")
-                scale, known = 100 if metric in PER_CENT else 1, isinstance(stderr, float) and math.isfinite(stderr)
-                metric += f", {filtered}" if filtered != "none" else ""
-                found[task, metric] = scale * value, scale * stderr if known else None
+            if not comma or metric.endswith("_stderr"):
+                continue
+            scale = 100 if metric in PER_CENT else 1
+            stderr = metrics.get(f"{metric}_stderr,{filtered}")
+            known = isinstance(stderr, float) and math.isfinite(stderr)  # not with a single document
+            title = metric if filtered == "none" else f"{metric}, {filtered}"
+            found[task, title] = scale * value, scale * stderr if known else None
+
+    # The paper's mean over the five is of acc. WinoGrande has no acc_norm: its acc stands in.
     if all((task, "acc") in found for task in FIVE):
-        for metric in ("acc", "acc_norm"):  # WinoGrande has no acc_norm; its acc stands in
-            values, stderrs = zip(*(found.get((task, metric), found[task, "acc"]) for task in FIVE), strict=True)
-            found["mean", metric] = fmean(values), None if None in stderrs else math.hypot(*stderrs) / len(FIVE)
+        for metric in ("acc", "acc_norm"):
+            parts = [found.get((task, metric), found[task, "acc"]) for task in FIVE]
+            values, stderrs = zip(*parts, strict=True)
+            stderr = None if None in stderrs else math.hypot(*stderrs) / len(FIVE)
+            found["mean", metric] = fmean(values), stderr
         found["mean, published at 1.2B", "5-shot"] = PUBLISHED.get(record["alias"]), None
+
     for protocol, result in record.get(PERPLEXITY, {}).items():
         if protocol == "padded":
-            found[PERPLEXITY, "padded, filling scored"] = result["perplexity"], None
-        found[PERPLEXITY, f"{protocol}, text alone"] = result["text_perplexity"], None
+            found[PERPLEXITY, "padded, over all positions"] = result["perplexity"], None
+        found[PERPLEXITY, f"{protocol}, over text only"] = result["text_perplexity"], None
         found[PERPLEXITY, f"{protocol}, bits per byte"] = result["bits_per_byte"], None
     return found
 
@@ -511,28 +705,31 @@ def figures(record):
 def table(records):
     """Lines with a row for each figure and a column for each checkpoint, of {label: record}."""
     columns = [figures(record) for record in records.values()]
-    rows = [["task", "metric", "chance", *records]]
+    rows = []
     for task, metric in columns[0]:
         chance = f"{CHANCE[task]:.1f}" if task in CHANCE and metric in PER_CENT else ""
         rows.append([task, metric, chance, *(cell(*column[task, metric]) for column in columns)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    headers = ["task", "metric", "chance", *records]
+    return tabulate(rows, headers, tablefmt="plain", disable_numparse=True).splitlines()
 
 
 def cell(value, stderr):
     if value is None:
         return "not given"
-    return f"{value:.2f}" + (f" ± {stderr:.2f}" if stderr is not None else "")
+    return f"{value:.2f}" if stderr is None else f"{value:.2f} ± {stderr:.2f}"
 
 
 def verdicts(records, options):
-    """Sentences: where acc differs from chance, from the paper's mean and from the first checkpoint, and where not."""
+    """Sentences: where acc differs from chance, from the paper's mean and from the first checkpoint."""
     scores = {label: accuracies(record) for label, record in records.items()}
-    first, lines = next(iter(scores)), []
+    first = next(iter(scores))
+    chance = {task: (value, 0.0) for task, value in CHANCE.items()}
+    lines = []
     for label, own in scores.items():
-        lines.append(compared(f"{label} minus chance", own, {task: (value, 0.0) for task, value in CHANCE.items()}))
+        lines.append(compared(f"{label} minus chance", own, chance))
         published = PUBLISHED.get(records[label]["alias"])
-        if published and records[label]["size"] == "1.2B" and options.num_fewshot == 5 and not options.limit:
+        as_published = records[label]["size"] == "1.2B" and options.num_fewshot == 5 and not options.limit
+        if published and as_published:
             lines.append(compared(f"{label} minus the paper", own, {"mean": (published, 0.0)}))
         if label != first:
             lines.append(compared(f"{label} minus {first}", own, scores[first]))
@@ -540,27 +737,27 @@ def verdicts(records, options):
 
 
 def accuracies(record):
-    """{task: (acc, standard error)} in per cent, of those of the five tasks that were run, and of their mean."""
+    """{task: (acc, standard error)} in per cent, of the five tasks and of their mean, where known."""
     found = figures(record)
-    known = {task: found.get((task, "acc"), (None, None)) for task in CHANCE}
-    return {task: (value, stderr) for task, (value, stderr) in known.items() if stderr is not None}
+    pairs = {task: found.get((task, "acc"), (None, None)) for task in CHANCE}
+    return {task: (value, stderr) for task, (value, stderr) in pairs.items() if stderr is not None}
 
 
 def compared(what, ours, theirs):
     """A sentence on two {task: (value, standard error)}; empty where they share no task.
 
-    The two errors are taken as independent. Two checkpoints answer the same questions, so that of their difference
-    is smaller: this may miss a difference, and makes up none.
+    The two errors are taken as independent. Two checkpoints answer the same questions, so the error of their
+    difference is smaller: this may miss a difference, and makes up none.
     """
-    within, beyond = [], []
-    for task in [task for task in ours if task in theirs]:
-        (value, stderr), (other, other_stderr) = ours[task], theirs[task]
-        difference, noise = value - other, math.hypot(stderr, other_stderr)
-        said = f"{task} ({difference:+.2f} ± {noise:.2f})"
-        (within if abs(difference) <= noise else beyond).append(said)
-    sides = {"within the standard error": within, "beyond it": beyond}
-    said = [f"\n    {side}: {', '.join(tasks)}" for side, tasks in sides.items() if tasks]
-    return f"{what}, by acc{''.join(said)}" if said else ""
+    sides = {"within the standard error": [], "beyond it": []}
+    for task in ours:
+        if task in theirs:
+            difference = ours[task][0] - theirs[task][0]
+            noise = math.hypot(ours[task][1], theirs[task][1])
+            side = "within the standard error" if abs(difference) <= noise else "beyond it"
+            sides[side].append(f"{task} ({difference:+.2f} ± {noise:.2f})")
+    parts = [f"\n    {side}: {', '.join(tasks)}" for side, tasks in sides.items() if tasks]
+    return f"{what}, by acc{''.join(parts)}" if parts else ""
 
 
 def write_report(path, records, options, lines):
@@ -568,7 +765,7 @@ def write_report(path, records, options, lines):
     packages = ("torch", "lm_eval", "datasets", "transformers", "tiktoken")
     report = {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "settings": vars(options) | {"processes": ranks()[1]},
+        "settings": vars(options) | {"processes": WORLD_SIZE},
         "chance": CHANCE,
         "published_mean_1.2B": PUBLISHED,
         "checkpoints": records,
@@ -578,14 +775,8 @@ def write_report(path, records, options, lines):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def positive(text):
-    if not 0 < (number := float(text)) < math.inf:
-        raise ValueError(text)
-    return number
-
-
-def batch_size(text):
-    return text if text == "auto" else int(positive(str(int(text))))
+# -----------------------------------------------------------------------------
+# The command line
 
 
 def parse(arguments):
@@ -593,47 +784,69 @@ def parse(arguments):
         prog="run_eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", nargs="+", metavar="ALIAS", help=f"{', '.join(VARIANTS)}; one for all checkpoints or one for each")
-    add("--checkpoint", nargs="+", metavar="PATH", help="ours or released, at either size; several make one table")
-    add("--tasks", nargs="+", metavar="TASK", help=f"of the harness, or {PERPLEXITY} (default: the paper's five)")
+    add("--model", nargs="+", metavar="ALIAS", help=f"{', '.join(VARIANTS)}; one for all or one for each")
+    add("--checkpoint", nargs="+", metavar="PATH", help="ours or released; several make one table")
+    add("--tasks", nargs="+", metavar="TASK", help=f"the harness's, or {PERPLEXITY} (default: the paper's)")
     add("--num_fewshot", type=int, default=5, help="solved examples before each question (default: 5)")
-    add("--batch_size", type=batch_size, default="auto", help="requests in a forward pass, or auto (default)")
-    add("--limit", type=positive, help="the first N documents of each task, or a share below 1: to try things out")
+    add("--batch_size", default="auto", help="requests in a forward pass, or auto (default)")
+    add("--limit", type=float, help="the first N documents of each task, or a share below 1, for a trial")
     add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPUs that have it")
-    add("--tokenizer", help="gpt2, bytes or PATH.tiktoken (default: the one stored beside the data, or else gpt2)")
-    add("--include_path", metavar="DIR", help="a folder of task files, which go before the harness's of that name")
-    add("--val_data", metavar="DIR", help=f"a split of dataset_download.py: its {PERPLEXITY}, in both protocols")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPUs")
+    add("--tokenizer", help="gpt2, bytes or PATH.tiktoken (default: that of the training data, or else gpt2)")
+    add("--include_path", metavar="DIR", help="a folder of task files, which go before the harness's own")
+    add("--val_data", metavar="DIR", help=f"files of dataset_download.py: {PERPLEXITY} in both protocols")
     add("--use_cache", metavar="PREFIX", help="keep the answers in SQLite files, and take them from there")
     add("--output_path", type=Path, metavar="FILE", help="write everything as JSON")
     add("--list_tasks", action="store_true", help="print the name of every task, and end")
     return parser.parse_args(arguments)
 
 
-def main(arguments=None):
-    options = parse(arguments)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every setting that differs from its own
-    if options.list_tasks:
-        print(*TaskManager(include_path=options.include_path).all_tasks, PERPLEXITY, sep="\n")
-        return
-    if "RANK" in os.environ and not dist.is_initialized():  # gloo, for counts and scores; no rank waits in vain:
-        dist.init_process_group("gloo", timeout=timedelta(weeks=1))  # torchrun ends them all when one has ended
-    try:
-        device, checkpoints, manager = together(lambda: prepare(options))
-        records = {}
-        for checkpoint in checkpoints:
-            label = str(checkpoint) if str(checkpoint) not in records else f"{checkpoint}, {checkpoint.path}"
+def run(options):
+    """Evaluate every checkpoint, write the report and print the table."""
+    device, checkpoints, manager = together(lambda: prepare(options))
+    records = {}
+    for checkpoint in checkpoints:
+        label = str(checkpoint)
+        if label in records:
+            label += f", {checkpoint.path}"
+        try:
             records[label] = evaluate_checkpoint(checkpoint, options, device, manager)
-        if ranks()[0] == 0:
-            lines = verdicts(records, options)
-            print(*table(records), "", *lines, sep="\n")
+        except InputError as error:
+            raise InputError(f"{checkpoint.path}: {error}") from error
+    if RANK == 0:
+        lines = verdicts(records, options)
+        try:
             if options.output_path:
                 write_report(options.output_path, records, options, lines)
+        finally:  # a full disk must not cost the scores, nor a closed pipe the report
+            print(*table(records), "", *lines, sep="\n", flush=True)
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each setting that is not its own
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # where ± cannot be encoded, a ? stands for it
+    if WORLD_SIZE > 1 and not dist.is_initialized():
+        # gloo is enough for scores. No rank waits in vain: torchrun ends them all when one has ended.
+        dist.init_process_group("gloo", timeout=timedelta(weeks=1))
+
+    try:
+        if options.list_tasks:
+            print(*TaskManager(include_path=options.include_path).all_tasks, PERPLEXITY, sep="\n")
+        else:
+            run(options)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        hint = "; lower --batch_size" if isinstance(error, torch.OutOfMemoryError) else ""
-        print(f"run_eval.py: error: {one_line(error)}{hint}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print_error(error)
+        sys.exit(2)
+    except sqlite3.Error as error:
+        print_error(f"--use_cache {options.use_cache}: {error}")
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print_error(f"{error}; lower --batch_size")
         sys.exit(2)
     except RuntimeError as error:
         if "gloo" not in str(error):

@@ -339,15 +339,15 @@ class TokenDataset(Dataset):
                 n_documents, n_tokens = chunk["documents"], chunk["documents"] + chunk["tokens"]
                 name = f"{chunk['name']}.tokens.npy"
                 tokens = np.load(self.path / name, mmap_mode="r")
-                require(tokens.shape != (chunk["tokens"],), "an older format; delete the data and prepare it again")
+                require(tokens.shape != (chunk["tokens"],), "an older format; delete it and prepare it again")
                 whole = tokens.shape == (n_tokens,) and tokens.dtype == np.uint16
-                require(whole, f"expected {n_tokens} numbers in uint16, found {tokens.shape} in {tokens.dtype}")
+                require(whole, f"expected {n_tokens} numbers in uint16, found {tokens.shape}")
                 require(tokens[-1] == self.eos_id, f"ends in token {tokens[-1]}, and eos_id is {self.eos_id}")
                 name = f"{chunk['name']}.offsets.npy"
                 offsets = np.load(self.path / name, mmap_mode="r")
-                whole = offsets.shape == (n_documents + 1,) and offsets.dtype == np.int64
-                rising = whole and offsets[0] == 0 and offsets[-1] == n_tokens and (np.diff(offsets) > 0).all()
-                require(rising, f"expected {n_documents + 1} numbers in int64, rising from 0 to {n_tokens}")
+                rising = offsets.shape == (n_documents + 1,) and offsets.dtype == np.int64 and offsets[0] == 0
+                rising = rising and offsets[-1] == n_tokens and (np.diff(offsets) > 0).all()
+                require(rising, f"expected {n_documents + 1} int64 that rise from 0 to {n_tokens}")
                 self.tokens.append(tokens)
                 self.offsets.append(offsets)
                 sizes.append(math.ceil(n_tokens / seq_length) if self.packed else n_documents)

@@ -1,11 +1,12 @@
-"""Hold the training scripts to the text that they share, and the README's table to configs/variants.yaml.
+"""Keep the training scripts in sync with each other, and the README's table with configs/variants.yaml.
 
-    python dev/sync_scripts.py            # show what is out of step; exit status 1 if anything is
-    python dev/sync_scripts.py --write    # carry the reference's shared text to every other script, renew the table
+    python dev/sync_scripts.py            # show what is out of sync; exit status 1 if anything is
+    python dev/sync_scripts.py --write    # copy the reference's shared text to the others, renew the table
 
-transformer_KQV_300_M.py owns the shared text. A script's own are its docstring, its two marked regions (constants and
-attention class) and the name of its model class. shared_text.sha256 records the text that was last carried over: a
-script with that text is merely behind, any other difference was made by hand, and --write refuses to overwrite it.
+transformer_KQV_300_M.py owns the shared text. A script's own parts are its docstring, its two marked regions
+(constants and attention class) and the name of its model class. tests/shared_text.sha256 records the shared
+text of the last --write: a script that still has it is merely behind. Any other difference was made by hand,
+and --write refuses to overwrite it.
 """
 
 import argparse
@@ -21,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = "transformer_KQV_300_M.py"
 RECORD = "tests/shared_text.sha256"
 OWN = re.compile(r'\A""".*?"""\n|^# \[variant: \w+\]\n.*?^# \[end of variant\]\n', re.DOTALL | re.MULTILINE)
-TABLE = re.compile(r"(<!-- generated from configs/variants.yaml by `make sync` -->\n).*?(<!-- end -->\n)", re.DOTALL)
+MARK = "<!-- generated from configs/variants.yaml by `make sync` -->"
+TABLE = re.compile(rf"({MARK}\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
 def variants(root):
@@ -43,16 +45,17 @@ def renamed(text, old, new):
 
 
 def shared_text(text, model_class):
-    """What a script shares with the others, with a gap for each of its own parts and the reference's class name."""
+    """What a script shares with the others: a gap for each of its own parts, the reference's class name."""
     return renamed(OWN.sub("\0", text), model_class, "GPT")
 
 
-def in_step(text, model_class, reference):
+def in_sync(text, model_class, reference):
     """The script as it should be: its own parts set into the reference's shared text."""
     own = OWN.findall(text)
     gaps = renamed(shared_text(reference, "GPT"), "GPT", model_class).split("\0")
     if len(own) != len(gaps) - 1:
-        raise ValueError("expected a docstring and two regions between '# [variant: ...]' and '# [end of variant]'")
+        regions = "two regions between '# [variant: ...]' and '# [end of variant]'"
+        raise ValueError(f"{model_class}: expected a docstring and {regions}, found {len(own)} parts")
     return "".join(gap + part for gap, part in zip(gaps, [*own, ""], strict=True))
 
 
@@ -63,7 +66,7 @@ def digest(text, model_class="GPT"):
 def wanted(root):
     """Every training script as it should be, by file name."""
     classes, scripts = model_classes(root), read(root)
-    return {name: in_step(text, classes[name], scripts[REFERENCE]) for name, text in scripts.items()}
+    return {name: in_sync(text, classes[name], scripts[REFERENCE]) for name, text in scripts.items()}
 
 
 def readme_table(root):
@@ -90,17 +93,17 @@ def readme(root):
 
 
 def check(root):
-    """Unified diffs of what is not in step, by file name."""
+    """Unified diffs of what is out of sync, by file name."""
     goals, diffs = wanted(root), {}
     pairs = {name: (text, goals[name]) for name, text in read(root).items()} | {"README.md": readme(root)}
     for name, (text, goal) in pairs.items():
         lines = text.splitlines(keepends=True), goal.splitlines(keepends=True)
-        diffs[name] = "".join(difflib.unified_diff(*lines, name, f"{name}, in step"))
+        diffs[name] = "".join(difflib.unified_diff(*lines, name, f"{name}, in sync"))
     return {name: diff for name, diff in diffs.items() if diff}
 
 
 def write(root):
-    """Bring everything in step; or, where scripts were edited by hand, change nothing and return their names."""
+    """Bring everything into sync; if scripts were edited by hand, change nothing and return their names."""
     classes, scripts, goals = model_classes(root), read(root), wanted(root)
     known = {(root / RECORD).read_text(encoding="utf-8").strip(), digest(scripts[REFERENCE])}
     edited = [n for n in scripts if scripts[n] != goals[n] and digest(scripts[n], classes[n]) not in known]
@@ -112,16 +115,17 @@ def write(root):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="carry the shared text to the other scripts")
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--write", action="store_true", help="copy the shared text to the other scripts")
     differences = check(ROOT)
-    out_of_step = write(ROOT) if parser.parse_args().write else list(differences)
-    for name in out_of_step:
+    out_of_sync = write(ROOT) if parser.parse_args().write else list(differences)
+    for name in out_of_sync:
         print(differences[name])
-    if out_of_step:
-        print(f"Out of step: {', '.join(out_of_step)}.")
-        sys.exit(f"Edit shared text in {REFERENCE} alone, undo it elsewhere, and run this with --write.")
-    print(f"all scripts are in step with {REFERENCE}, and the README with configs/variants.yaml")
+    if out_of_sync:
+        print(f"Out of sync: {', '.join(out_of_sync)}.")
+        sys.exit(f"Edit shared text in {REFERENCE} only, undo it elsewhere, and run this with --write.")
+    print(f"all scripts are in sync with {REFERENCE}, and the README with configs/variants.yaml")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
-import sys
 import venv
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import transformers
 from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, script_of
 from hypothesis import given
 from hypothesis import strategies as st
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 from test_export_model import build, greedy, tokens
 from transformers import (
@@ -143,33 +146,6 @@ def test_text_generation_pipelines(folder):
     assert all(text.startswith(prompt) for text, prompt in zip(alone, prompts, strict=True))
     # The pipeline asks for 256 tokens where nobody says how many; the model ends at its last position.
     assert generate("Document")[0]["generated_text"].startswith("Document")
-
-
-def test_a_reader_needs_nothing_of_this_repository(folder, tmp_path):
-    program = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("export_hf", "dataset_download", "tiktoken", "yaml_", "pydantic"):
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])  # nobody is asked, and no code of the folder is needed
-prompt = tokenizer("Document", return_tensors="pt")
-output = model.generate(**prompt, max_new_tokens=4, return_dict_in_generate=True)
-cache = getattr(output, "cache", None) or output.past_key_values
-print(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
-"""
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
-    moved = shutil.copytree(folder, tmp_path / "moved")
-    command = [sys.executable, "-c", program, str(moved)]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert result.returncode == 0, result.stderr
-    # K alone: 2 layers x 32 numbers of 4 bytes for 8 + 4 tokens but the last, which is not in the cache.
-    assert int(result.stdout.split()[-1]) == 2 * 32 * 4 * 11
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -527,18 +503,14 @@ def test_a_full_disk_leaves_no_folder(kind, checkpoints, tmp_path, capsys, monke
 
 
 def test_a_killed_export_leaves_nothing_under_the_final_name(checkpoints, tmp_path):
-    program = f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import export_hf
-export_hf.same_logits = lambda *models: os.kill(os.getpid(), signal.SIGKILL)  # when all files are written
-export_hf.main(sys.argv[1:])
-"""
     output = tmp_path / "hf"
-    arguments = ["--model", "kv", "--checkpoint", str(checkpoints / "kv.pt"), "--tokenizer", "none"]
-    command = [sys.executable, "-c", program, *arguments, "--output_dir", str(output)]
-    result = subprocess.run(command, capture_output=True)
-    assert result.returncode == -9
+    child = os.fork()
+    if child == 0:  # killed when all files are written
+        export_hf.same_logits = lambda *models: os.kill(os.getpid(), signal.SIGKILL)
+        export("kv", checkpoints / "kv.pt", output, "--tokenizer", "none")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
     assert not output.exists()
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("hf.tmp")
@@ -564,8 +536,57 @@ def test_an_export_that_computes_something_else_is_refused(checkpoints, tmp_path
 # Other environments
 
 
-def site_packages():
-    return Path(transformers.__file__).parents[1]
+def site_packages(environment):
+    (folder,) = environment.glob("lib/python*/site-packages")
+    return folder
+
+
+def needed_by(*names):
+    """Distributions of this environment: the named ones, and what they need, directly or not."""
+    found = {}
+    waiting = list(names)
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name not in found:
+            found[name] = metadata.distribution(name)
+            for requirement in map(Requirement, found[name].requires or []):
+                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                    waiting.append(requirement.name)
+    return found.values()
+
+
+@pytest.mark.slow
+def test_a_reader_needs_torch_and_transformers_alone(folder, tmp_path):
+    """In a virtual environment that holds links to this one's torch, transformers and what they need."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    own = site_packages(tmp_path / "venv")
+    for distribution in needed_by("torch", "transformers"):
+        for file in distribution.files:
+            top = file.parts[0]
+            if top not in ("..", "__pycache__") and not (own / top).exists():
+                (own / top).symlink_to(distribution.locate_file(top))
+    program = """
+import sys
+from importlib.util import find_spec
+assert not [name for name in ("tiktoken", "accelerate", "datasets", "export_hf") if find_spec(name)]
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+generate = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
+print(generate("Document", max_new_tokens=4))
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])  # nobody is asked, and no code of the folder is needed
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+prompt = tokenizer("Document", return_tensors="pt")
+output = model.generate(**prompt, max_new_tokens=4, eos_token_id=None, return_dict_in_generate=True)
+print(sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers))
+"""
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+    command = [tmp_path / "venv/bin/python", "-c", program, str(shutil.copytree(folder, tmp_path / "moved"))]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert result.returncode == 0, result.stderr
+    assert "generated_text" in result.stdout
+    # K alone: 2 layers x 32 numbers of 4 bytes for 8 + 4 tokens but the last, which is not in the cache.
+    assert int(result.stdout.split()[-1]) == 2 * 32 * 4 * 11
 
 
 @pytest.mark.slow
@@ -577,12 +598,12 @@ def test_the_oldest_transformers_that_requirements_admit(folder, tmp_path):
     oldest = bounds.partition(">=")[2].partition(",")[0]
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
-    (own,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", f"transformers=={oldest}"]
     installed = subprocess.run(install, capture_output=True, text=True)
     if installed.returncode != 0:
         pytest.skip(f"transformers {oldest} cannot be installed here: {installed.stderr[-200:]}")
-    (own / "others.pth").write_text(f"{site_packages()}\n")  # behind its own, so that its own goes first
+    others = Path(transformers.__file__).parents[1]  # behind its own, so that its own goes first
+    (site_packages(tmp_path / "venv") / "others.pth").write_text(f"{others}\n")
 
     files = [f"tests/{name}" for name in ("test_export_model.py", "test_export.py")]
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", f"--basetemp={tmp_path / 'tests'}"]

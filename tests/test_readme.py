@@ -37,7 +37,9 @@ def commands():
     """All of them once, in their order: lines of the bash blocks, and code in the text that begins with a program."""
     lines = [line for text in blocks("bash") if not text.startswith("#!") for line in text.splitlines()]
     lines = [re.sub(r"\s+# .*", "", line) for line in lines]
-    in_text = [code for code in re.findall(r"`([^`\n]+)`", PROSE) if code.startswith(PROGRAMS) and " " in code]
+    in_text = [
+        code for code in re.findall(r"`([^`\n]+)`", PROSE) if code.startswith(PROGRAMS) and " " in code
+    ]
     return list(dict.fromkeys(filter(None, lines + in_text)))
 
 
@@ -51,7 +53,9 @@ TRAINED = f"{TINY} --output_dir $(mktemp -d -p .)"
 RUNS = "RUNS='KQV:kqv:padded:true:42 KV_1:kv:padded:true:42'"
 ENVIRONMENT = f"BIN={Path(sys.executable).parent} --assume-old=.venv/installed"
 COUNTED = "--sizes 300M --variants kv --contexts 16 --output_dir elsewhere"
-MEASURED = "--variants kqv kv --rounds 1 --steps 1 --set n_layer=1 n_embd=32 n_head=2 n_inner=64 vocab_size=64"
+MEASURED = (
+    "--variants kqv kv --rounds 1 --steps 1 --set n_layer=1 n_embd=32 n_head=2 n_inner=64 vocab_size=64"
+)
 TEXTS = "--source texts --tokenizer bytes --target_tokens 9e3 --validation_tokens 900"
 SMALL = [  # how a command begins, and what is added to it; the first that fits
     ("make demo", f"{ENVIRONMENT} DEMO='{settings('demo')} {TINY} --output_dir outputs_tried'"),
@@ -72,11 +76,17 @@ SMALL = [  # how a command begins, and what is added to it; the first that fits
     ("python tests/benchmarks/evaluation.py", "--requests 8 --rounds 1"),
     ("python tests/benchmarks/training.py", "--layers 1 --rounds 1"),
     ("python run_eval.py", "--tasks piqa --include_path FOLDER --tokenizer bytes --limit 2"),
-    ("torchrun --nproc_per_node=8 run_eval.py", "--tasks piqa --include_path FOLDER --tokenizer bytes --limit 2"),
+    (
+        "torchrun --nproc_per_node=8 run_eval.py",
+        "--tasks piqa --include_path FOLDER --tokenizer bytes --limit 2",
+    ),
     ("python transformer_", TRAINED),
     ("torchrun", TRAINED),
 ]
-SLOW = {"python tests/benchmarks/training.py", "python tests/benchmarks/training.py --rounds 3"}  # of the real width
+SLOW = {
+    "python tests/benchmarks/training.py",
+    "python tests/benchmarks/training.py --rounds 3",
+}  # of the real width
 HERE = {  # what a command needs that this machine has not; one after the other
     "torchrun --nproc_per_node=8": "torchrun --standalone --nproc_per_node=2",
     "--nproc_per_node=8": "--nproc_per_node=2",
@@ -114,7 +124,11 @@ def clone(tmp_path_factory):
 def environment(clone):
     """This interpreter under the names that the README uses, and data sets in a temporary folder."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "HF_DATASETS_CACHE": str(clone / "datasets"), "PYTHONDONTWRITEBYTECODE": "1"}
+    return os.environ | {
+        "PATH": path,
+        "HF_DATASETS_CACHE": str(clone / "datasets"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
 
 
 def run(command, clone, **changes):
@@ -155,7 +169,8 @@ def test_the_files_that_the_readme_names_exist():
 
 def test_the_sections_that_the_readme_links_to_exist():
     titles = [
-        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)", PROSE, re.M)
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.+)", PROSE, re.M)
     ]
     targets = re.findall(r"\]\(#([^)]+)\)", README)
     assert targets and not set(targets) - set(titles)
@@ -250,7 +265,9 @@ def rotate(x, positions):
 def rotary_attention(own, config):
     """The script's attention with the README's lines for rotary positions in place of its own."""
     source = Path(script_of("kv").__file__).read_text(encoding="utf-8")
-    (original,) = [node for node in ast.parse(source).body if getattr(node, "name", "") == "CausalSelfAttention"]
+    (original,) = [
+        node for node in ast.parse(source).body if getattr(node, "name", "") == "CausalSelfAttention"
+    ]
     (forward,) = [node for node in original.body if getattr(node, "name", "") == "forward"]
     docstring, shape, heads, projections, _, _, result = forward.body
     forward.body = [docstring, shape, heads, projections, *ast.parse(changed_lines()[1]).body, result]
@@ -281,7 +298,9 @@ def test_with_rotary_positions_only_distances_count(clone):
 def results():
     """The committed results of `make replicate`: trained with the filling scored, and with it masked."""
     tables = json.loads((ROOT / "results/reduced_scale/results_table.json").read_text(encoding="utf-8"))
-    (scored,), (masked,) = ([t for t in tables if t["title"][-1].endswith(how)] for how in ("scored", "masked"))
+    (scored,), (masked,) = (
+        [t for t in tables if t["title"][-1].endswith(how)] for how in ("scored", "masked")
+    )
     return [{row["alias"]: row for row in table["rows"]} for table in (scored, masked)]
 
 
@@ -306,6 +325,8 @@ def test_the_first_table_holds_the_published_and_the_committed_results():
 def test_the_effect_of_scoring_the_filling_is_that_of_the_committed_results():
     scored, masked = (table["kv"] for table in results())
     of_all, of_text = (f"{scored[f'{key}_vs_qkv']:+.1f} %" for key in ("perplexity", "text_perplexity"))
-    assert re.search(rf"^\| .*scored.* \| {re.escape(of_all)} \| {re.escape(of_text)} \|$", README, re.MULTILINE)
+    assert re.search(
+        rf"^\| .*scored.* \| {re.escape(of_all)} \| {re.escape(of_text)} \|$", README, re.MULTILINE
+    )
     of_text = f"{masked['text_perplexity_vs_qkv']:+.1f} %"
     assert re.search(rf"^\| .*masked.* \| \| {re.escape(of_text)} \|$", README, re.MULTILINE)

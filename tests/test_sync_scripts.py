@@ -1,10 +1,15 @@
-"""The training scripts differ in nothing but what the paper varies, and the tool that sees to it can be trusted."""
+"""The training scripts differ only in what the paper varies, and the tool that keeps them so can be trusted."""
 
 import shutil
+import subprocess
+import sys
 
 import pytest
-import sync_scripts
 from conftest import ROOT
+
+sys.path.append(str(ROOT / "dev"))
+
+import sync_scripts
 
 SCRIPTS = sorted(sync_scripts.model_classes(ROOT))
 
@@ -12,9 +17,9 @@ SCRIPTS = sorted(sync_scripts.model_classes(ROOT))
 @pytest.fixture
 def copy(tmp_path):
     """A folder with all that the tool reads, free to be edited."""
-    for folder in ("tests", "configs"):
+    for folder in ("tests", "configs", "dev"):
         (tmp_path / folder).mkdir()
-    for name in [*SCRIPTS, sync_scripts.RECORD, "configs/variants.yaml", "README.md"]:
+    for name in [*SCRIPTS, sync_scripts.RECORD, "configs/variants.yaml", "README.md", "dev/sync_scripts.py"]:
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 
@@ -25,7 +30,7 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def test_every_script_and_the_readme_are_in_step():
+def test_every_script_and_the_readme_are_in_sync():
     differences = sync_scripts.check(ROOT)
     assert not differences, "run `python dev/sync_scripts.py --write`\n" + "\n".join(differences.values())
 
@@ -39,7 +44,7 @@ def test_every_training_script_is_in_the_table():
     assert sorted(path.name for path in ROOT.glob("transformer_*.py")) == SCRIPTS
 
 
-def test_a_change_of_the_reference_is_carried_over(copy):
+def test_a_change_of_the_reference_is_copied_to_the_others(copy):
     edit(copy / sync_scripts.REFERENCE, "LOSS_CHUNK = 2048 ", "LOSS_CHUNK = 1024 ")
     assert "transformer_KV_1_300_M.py" in sync_scripts.check(copy)
     assert sync_scripts.write(copy) == []
@@ -76,3 +81,27 @@ def test_a_model_class_under_the_wrong_name_is_found(copy):
 def test_the_readme_s_table_follows_the_variants(copy):
     edit(copy / "configs/variants.yaml", "class: GPT_K\n", "class: GPT_Key\n")
     assert "`GPT_Key`" in sync_scripts.check(copy)["README.md"]
+
+
+def test_the_command_says_what_is_out_of_sync_and_mends_it(copy):
+    name = "transformer_KV_1_300_M.py"
+    edit(copy / sync_scripts.REFERENCE, "LOSS_CHUNK = 2048 ", "LOSS_CHUNK = 1024 ")
+
+    def command(*options):
+        ended = subprocess.run(
+            [sys.executable, "dev/sync_scripts.py", *options],
+            cwd=copy,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return ended.returncode, ended.stdout, ended.stderr
+
+    status, printed, advice = command()
+    assert status == 1
+    assert "+LOSS_CHUNK = 1024 " in printed
+    assert name in printed.splitlines()[-1]
+    assert printed.splitlines()[-1].startswith("Out of sync: ")
+    assert advice.count("\n") == 1 and "--write" in advice
+    assert command("--write") == (0, command()[1], "")
+    assert command()[0] == 0

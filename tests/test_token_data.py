@@ -1,7 +1,10 @@
 """Token files -> rows -> batches -> the figures of an evaluation, each against a few lines of numpy."""
 
+import hashlib
 import json
 import math
+import subprocess
+import sys
 import tempfile
 from itertools import islice
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import gpt2_of, script_of
+from conftest import ROOT, gpt2_of, script_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +25,10 @@ examples = settings(max_examples=60, deadline=None, derandomize=True)
 
 def documents_of(lengths):
     """Documents of these lengths, whose tokens follow from their number."""
-    return [np.random.default_rng(i).integers(0, EOS, length).astype(np.uint16) for i, length in enumerate(lengths)]
+    documents = []
+    for i, length in enumerate(lengths):
+        documents.append(np.random.default_rng(i).integers(0, EOS, length).astype(np.uint16))
+    return documents
 
 
 def write(folder, documents, chunks=None, finished=True, vocabulary=TOKEN_BYTES):
@@ -30,34 +36,39 @@ def write(folder, documents, chunks=None, finished=True, vocabulary=TOKEN_BYTES)
     chunks = chunks or [len(documents)]
     assert sum(chunks) == len(documents)
     folder.mkdir(parents=True, exist_ok=True)
-    entries, left = [], iter(documents)
+    eos, entries, left = len(vocabulary) - 1, [], iter(documents)
     for number, count in enumerate(chunks):
-        chunk = list(islice(left, count))
+        chunk = [np.append(document, eos) for document in islice(left, count)]
         offsets = np.cumsum([0, *map(len, chunk)]).astype(np.int64)
-        name = f"chunk_{number:03d}"
-        np.save(folder / f"{name}.tokens.npy", np.concatenate(chunk).astype(np.uint16))
-        np.save(folder / f"{name}.offsets.npy", offsets)
-        size = {"documents": count, "tokens": int(offsets[-1]), "bytes": 0}
-        entries.append({"name": name} | size | {"tokens_sha256": "0", "offsets_sha256": "0"})
+        entry = {"name": f"chunk_{number:03d}"}
+        entry |= {"documents": count, "tokens": int(offsets[-1]) - count, "bytes": 0}
+        for kind, array in (("tokens", np.concatenate(chunk).astype(np.uint16)), ("offsets", offsets)):
+            path = folder / f"{entry['name']}.{kind}.npy"
+            np.save(path, array)
+            entry[f"{kind}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        entries.append(entry)
     np.save(folder / "token_bytes.npy", vocabulary)
     totals = {key: sum(entry[key] for entry in entries) for key in ("documents", "tokens", "bytes")}
     names = {"source": "test", "revision": None, "text_column": "text", "tokenizer": "test", "split": "train"}
-    sizes = {"vocab_size": len(vocabulary), "eos_id": len(vocabulary) - 1, "target_tokens": 1, "chunk_tokens": 1}
+    sizes = {"vocab_size": len(vocabulary), "eos_id": eos, "target_tokens": 1, "chunk_tokens": 1}
     metadata = names | sizes | totals | {"finished": finished, "chunks": entries}
     (folder / "metadata.json").write_text(json.dumps(metadata))
     return folder
 
 
-def rows_of(documents, seq_length, sequence, eos=EOS):
+def rows_of(documents, seq_length, sequence, eos=EOS, chunks=None):
     """What the loader must give: the rows, and where they are text."""
-    if sequence == "packed":
-        stream = np.concatenate([np.append(document, eos) for document in documents]).astype(np.int64)
-        texts = [stream[start : start + seq_length] for start in range(0, len(stream), seq_length)]
-    else:
-        texts = [document[:seq_length].astype(np.int64) for document in documents]
-    rows = np.stack([np.pad(text, (0, seq_length - len(text)), constant_values=eos) for text in texts])
+    texts, left = [], iter(documents)
+    for count in chunks or [len(documents)]:
+        chunk = list(islice(left, count))
+        if sequence == "packed":
+            stream = np.concatenate([np.append(document, eos) for document in chunk])
+            texts += [stream[start : start + seq_length] for start in range(0, len(stream), seq_length)]
+        else:
+            texts += [document[:seq_length] for document in chunk]
+    rows = [np.pad(text.astype(np.int64), (0, seq_length - len(text)), constant_values=eos) for text in texts]
     is_text = np.stack([np.arange(seq_length) < len(text) for text in texts])
-    return rows, is_text
+    return np.stack(rows), is_text
 
 
 def read(loader):
@@ -74,7 +85,7 @@ def check_rows(lengths, chunks, seq_length, sequence):
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder) / "train", documents, chunks)
         rows, is_text = read(SCRIPT.get_dataloader(path, 4, seq_length, sequence))
-    expected_rows, expected_text = rows_of(documents, seq_length, sequence)
+    expected_rows, expected_text = rows_of(documents, seq_length, sequence, chunks=chunks)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_array_equal(is_text, expected_text)
 
@@ -105,7 +116,8 @@ def test_rows_hold_the_documents_at_every_edge(case, sequence):
     seq_length=st.integers(2, 17),
 )
 def test_rows_hold_the_documents_whatever_their_lengths_and_chunks(sequence, chunks, seq_length):
-    check_rows([length for chunk in chunks for length in chunk], [len(chunk) for chunk in chunks], seq_length, sequence)
+    lengths = [length for chunk in chunks for length in chunk]
+    check_rows(lengths, [len(chunk) for chunk in chunks], seq_length, sequence)
 
 
 @examples
@@ -120,21 +132,33 @@ def test_packed_rows_joined_are_the_documents_each_followed_by_an_end_of_text(le
     assert len(ends) == len(documents)
     for document, start, end in zip(documents, [-1, *ends], ends, strict=False):
         np.testing.assert_array_equal(stream[start + 1 : end], document)
-    assert not is_text.ravel()[len(stream) :].any()
-    assert len(rows.ravel()) - len(stream) < seq_length
+    padding = (~is_text).sum(axis=1)
+    assert padding.max() < seq_length
+    assert (padding > 0).sum() <= len(documents)  # a row of each chunk at most
 
 
 @each_sequence
 def test_what_dataset_download_prepared_is_read_back(sequence, data_dir):
-    documents = []
+    documents, chunks = [], []
     for path in sorted((data_dir / "train").glob("*.offsets.npy")):
-        tokens = np.load(path.with_name(path.name.replace("offsets", "tokens")))
-        documents += np.split(tokens, np.load(path)[1:-1])
+        tokens, offsets = np.load(path.with_name(path.name.replace("offsets", "tokens"))), np.load(path)
+        documents += [tokens[start : end - 1] for start, end in zip(offsets, offsets[1:], strict=False)]
+        chunks.append(len(offsets) - 1)
     assert len(documents) == 110
+    assert len(chunks) > 1
     rows, is_text = read(SCRIPT.get_dataloader(data_dir / "train", 7, 96, sequence))
-    expected_rows, expected_text = rows_of(documents, 96, sequence, eos=256)
+    expected_rows, expected_text = rows_of(documents, 96, sequence, 256, chunks)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_array_equal(is_text, expected_text)
+
+
+@each_sequence
+def test_there_is_no_row_before_the_first_or_behind_the_last(sequence, tmp_path):
+    dataset = SCRIPT.get_dataloader(write(tmp_path, documents_of([5, 9])), 2, 4, sequence).dataset
+    dataset[len(dataset) - 1]
+    for row in (-1, len(dataset)):
+        with pytest.raises(IndexError):
+            dataset[row]
 
 
 @each_sequence
@@ -160,6 +184,12 @@ def test_ids_up_to_the_largest_uint16_are_kept(sequence, tmp_path):
     assert rows.tolist() == [[65_533, 0, 40_000, 65_534]]
 
 
+def test_another_way_to_make_rows_is_refused(tmp_path):
+    path = write(tmp_path, documents_of([5, 9]))
+    with pytest.raises(ValueError, match="sequence: expected padded or packed, got 'pakced'"):
+        SCRIPT.get_dataloader(path, 2, 7, "pakced")
+
+
 def test_tokens_stay_on_disk_memory_mapped(tmp_path):
     """Reading a row must not bring a chunk of 100 million tokens into memory."""
     path = write(tmp_path, documents_of([5, 9, 3]), [2, 1])
@@ -180,7 +210,8 @@ ROWS = 23
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
     """A data set whose padded row i begins with token i."""
-    return write(tmp_path_factory.mktemp("numbered"), [np.full(3, i, np.uint16) for i in range(ROWS)], [9, 14])
+    documents = [np.full(3, i, np.uint16) for i in range(ROWS)]
+    return write(tmp_path_factory.mktemp("numbered"), documents, [9, 14])
 
 
 def order(path, count, batch_size=3, seed=5, **place):
@@ -192,19 +223,18 @@ def order(path, count, batch_size=3, seed=5, **place):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 5])
-@pytest.mark.parametrize("start", [0, 60])
-def test_any_number_of_processes_reads_the_same_global_batches(numbered, world_size, batch_size, start):
+@pytest.mark.parametrize("rows_seen", [0, 60])
+def test_any_number_of_processes_reads_the_same_global_batches(numbered, world_size, batch_size, rows_seen):
     """Of 4 micro batches a step: a process alone takes them all, of two each takes two, and so on."""
     steps, micro_batches = 3, 4
     count = steps * micro_batches * batch_size
-    alone = np.array(order(numbered, count, batch_size, start=start)).reshape(-1, batch_size)
-    shared = [
-        np.array(
-            order(numbered, count // world_size, batch_size, start=start, rank=rank, world_size=world_size)
-        ).reshape(-1, batch_size)
-        for rank in range(world_size)
-    ]
-    np.testing.assert_array_equal(np.stack(shared, axis=1).reshape(-1, batch_size), alone)
+    alone = np.array(order(numbered, count, batch_size, rows_seen=rows_seen)).reshape(-1, batch_size)
+    shares = []
+    for rank in range(world_size):
+        place = {"rows_seen": rows_seen, "rank": rank, "world_size": world_size}
+        share = order(numbered, count // world_size, batch_size, **place)
+        shares.append(np.array(share).reshape(-1, batch_size))
+    np.testing.assert_array_equal(np.stack(shares, axis=1).reshape(-1, batch_size), alone)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 30])
@@ -221,10 +251,10 @@ def test_the_order_does_not_depend_on_the_batch_size(numbered):
 
 
 @examples
-@given(start=st.integers(0, 5 * ROWS), batch_size=st.integers(1, 6))
-def test_a_loader_starts_where_a_run_was_interrupted(numbered, start, batch_size):
+@given(rows_seen=st.integers(0, 5 * ROWS), batch_size=st.integers(1, 6))
+def test_a_loader_starts_where_a_run_was_interrupted(numbered, rows_seen, batch_size):
     whole = order(numbered, 5 * ROWS + 20)
-    assert order(numbered, 20, batch_size, start=start) == whole[start : start + 20]
+    assert order(numbered, 20, batch_size, rows_seen=rows_seen) == whole[rows_seen : rows_seen + 20]
 
 
 def test_the_order_is_the_seeds(numbered):
@@ -239,6 +269,24 @@ def test_without_a_seed_every_row_comes_once_in_order_and_the_last_batch_is_shor
     assert sum(batches, []) == list(range(ROWS))
 
 
+@examples
+@given(world_size=st.integers(1, 9), batch_size=st.integers(1, 30))
+def test_without_a_seed_the_ranks_take_the_batches_in_turn(numbered, world_size, batch_size):
+    """All rows but no row twice; with more ranks than batches, some have none."""
+    rows = list(range(ROWS))
+    batches = [rows[start : start + batch_size] for start in range(0, ROWS, batch_size)]
+    for rank in range(world_size):
+        loader = SCRIPT.get_dataloader(numbered, batch_size, 4, rank=rank, world_size=world_size)
+        assert [ids[:, 0].tolist() for ids, _ in loader] == batches[rank::world_size]
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize(("rank", "world_size"), [(2, 2), (7, 3), (-1, 2), (0, 0)])
+def test_a_rank_beyond_the_world_size_is_refused(numbered, rank, world_size, seed):
+    with pytest.raises(ValueError, match=f"rank: expected 0 to {world_size - 1}, got {rank}"):
+        SCRIPT.get_dataloader(numbered, 3, 4, seed=seed, rank=rank, world_size=world_size)
+
+
 # ---- files that are not whole
 
 
@@ -251,39 +299,76 @@ def rewrite(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def more_tokens(folder, extra):
-    path = folder / "chunk_001.tokens.npy"
-    tokens = np.load(path)
-    np.save(path, np.append(tokens, tokens)[: len(tokens) + extra])
+def change(folder, name, make):
+    """Put make(array) in the place of an array."""
+    np.save(folder / name, make(np.load(folder / name)))
 
 
-DAMAGE = {
-    "no metadata": lambda folder: (folder / "metadata.json").unlink(),
-    "unfinished": lambda folder: rewrite(folder, finished=False),
-    "metadata cut off": lambda folder: half(folder / "metadata.json"),
-    "metadata empty": lambda folder: (folder / "metadata.json").write_text(""),
-    "metadata of something else": lambda folder: (folder / "metadata.json").write_text('{"name": "x"}'),
-    "chunk missing": lambda folder: (folder / "chunk_001.tokens.npy").unlink(),
-    "offsets missing": lambda folder: (folder / "chunk_001.offsets.npy").unlink(),
-    "token_bytes missing": lambda folder: (folder / "token_bytes.npy").unlink(),
-    "tokens cut off": lambda folder: half(folder / "chunk_001.tokens.npy"),
-    "offsets cut off": lambda folder: half(folder / "chunk_001.offsets.npy"),
-    "tokens empty": lambda folder: (folder / "chunk_001.tokens.npy").write_bytes(b""),
-    "offsets empty": lambda folder: (folder / "chunk_001.offsets.npy").write_bytes(b""),
-    "token_bytes empty": lambda folder: (folder / "token_bytes.npy").write_bytes(b""),
-    "tokens no array": lambda folder: (folder / "chunk_001.tokens.npy").write_text("tokens"),
-    "a token more": lambda folder: more_tokens(folder, 1),
-    "a token less": lambda folder: more_tokens(folder, -1),
-    "no documents": lambda folder: rewrite(folder, documents=0, chunks=[]),
+def older_format(folder):
+    """As it was before end-of-text tokens: the same metadata, only the documents, their offsets."""
+    for path in folder.glob("*.offsets.npy"):
+        offsets = np.load(path)
+        name = path.name.replace("offsets", "tokens")
+        change(folder, name, lambda tokens, ends=offsets[1:] - 1: np.delete(tokens, ends))
+        np.save(path, offsets - np.arange(len(offsets)))
+
+
+METADATA, BYTES = "metadata.json", "token_bytes.npy"
+TOKENS, OFFSETS = "chunk_001.tokens.npy", "chunk_001.offsets.npy"
+DAMAGE = {  # what is done to the folder, and what the message names
+    "no metadata": (lambda folder: (folder / METADATA).unlink(), METADATA),
+    "unfinished": (lambda folder: rewrite(folder, finished=False), "not finished"),
+    "metadata cut off": (lambda folder: half(folder / METADATA), METADATA),
+    "metadata empty": (lambda folder: (folder / METADATA).write_text(""), METADATA),
+    "metadata of something else": (lambda folder: (folder / METADATA).write_text('{"name": "x"}'), METADATA),
+    "metadata no text": (lambda folder: (folder / METADATA).write_bytes(b"\xff\x00"), METADATA),
+    "no chunks": (lambda folder: rewrite(folder, chunks=[]), METADATA),
+    "no documents": (lambda folder: rewrite(folder, documents=0, chunks=[]), "not finished"),
+    "another eos_id": (lambda folder: rewrite(folder, eos_id=3), "chunk_000.tokens.npy"),
+    "eos_id beyond the vocabulary": (lambda folder: rewrite(folder, eos_id=EOS + 1), METADATA),
+    "eos_id below zero": (lambda folder: rewrite(folder, eos_id=-1), METADATA),
+    "tokens no array": (lambda folder: (folder / TOKENS).write_text("tokens"), TOKENS),
+    "older format": (older_format, "chunk_000"),
 }
+for name in (TOKENS, OFFSETS, BYTES):
+    DAMAGE[f"{name} missing"] = (lambda folder, name=name: (folder / name).unlink(), name)
+    DAMAGE[f"{name} cut off"] = (lambda folder, name=name: half(folder / name), name)
+    DAMAGE[f"{name} empty"] = (lambda folder, name=name: (folder / name).write_bytes(b""), name)
+OTHER_ARRAYS = {  # arrays that are whole, in the place of the right ones
+    "token_bytes short": (BYTES, lambda array: array[:-1]),
+    "token_bytes text": (BYTES, lambda array: array.astype(str)),
+    "tokens of another type": (TOKENS, lambda array: array.astype(np.int32)),
+    "tokens in two columns": (TOKENS, lambda array: np.stack([array, array], axis=1)),
+    "tokens a number": (TOKENS, lambda array: array[0]),
+    "a token more": (TOKENS, lambda array: np.append(array, array[-1])),
+    "a token less": (TOKENS, lambda array: array[:-1]),
+    "no end of text at the end": (TOKENS, lambda array: np.append(array[:-1], array[:1])),
+    "offsets reversed": (OFFSETS, lambda array: array[::-1]),
+    "offsets that fall": (OFFSETS, lambda array: array[[0, 2, 1, 3]]),
+    "offsets that stand": (OFFSETS, lambda array: array[[0, 1, 1, 3]]),
+    "offsets below zero": (OFFSETS, lambda array: np.append(-5, array[1:])),
+    "offsets beyond the tokens": (OFFSETS, lambda array: np.append(array[:-1], 99)),
+    "offsets that are no integers": (OFFSETS, lambda array: array.astype(float)),
+    "an offset less": (OFFSETS, lambda array: array[[0, 2, 3]]),
+}
+for case, (name, make) in OTHER_ARRAYS.items():
+    DAMAGE[case] = (lambda folder, name=name, make=make: change(folder, name, make), name)
 
 
 @each_sequence
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_token_files_that_are_not_whole_are_refused_by_name(damage, sequence, tmp_path):
-    folder = write(tmp_path / "train", documents_of([9, 30, 12]), [1, 2])
-    DAMAGE[damage](folder)
-    check_refused(folder, sequence)
+    folder = write(tmp_path / "train", documents_of([9, 30, 12, 4]), [1, 3])
+    do, named = DAMAGE[damage]
+    do(folder)
+    assert named in check_refused(folder, sequence)
+
+
+def test_files_of_the_older_format_are_refused_with_what_to_delete(tmp_path):
+    older_format(write(tmp_path / "data/train", documents_of([9, 30, 12, 4]), [1, 3]))
+    message = check_refused(tmp_path / "data/train")
+    assert "older format" in message
+    assert f"delete {tmp_path / 'data'} " in message
 
 
 def test_a_folder_that_is_missing_is_refused_with_what_to_run(tmp_path):
@@ -291,18 +376,88 @@ def test_a_folder_that_is_missing_is_refused_with_what_to_run(tmp_path):
 
 
 def check_refused(folder, sequence="padded"):
-    with pytest.raises(ValueError) as caught:
+    """A RunError of one line that names the folder and the script that makes it anew; returns the line."""
+    with pytest.raises(SCRIPT.RunError) as caught:
         SCRIPT.get_dataloader(folder, 2, 8, sequence)
     message = str(caught.value)
     assert str(folder) in message
     assert "dataset_download.py" in message
     assert "\n" not in message
+    return message
+
+
+KEYS = ["vocab_size", "eos_id", "tokenizer", "tokenizer_sha256", "documents", "tokens", "finished", "chunks"]
+CHUNK_KEYS = ["name", "documents", "tokens", "bytes", "tokens_sha256", "offsets_sha256"]
+PLACES = [[], ["chunks", 0], *([key] for key in KEYS), *(["chunks", 0, key] for key in CHUNK_KEYS)]
+TEXT = st.text(max_size=5)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.sampled_from([0, 1, -1, 61.0])
+SHORT = {"max_size": 3}
+JSON = st.recursive(LEAVES, lambda inner: st.lists(inner, **SHORT) | st.dictionaries(TEXT, inner, **SHORT))
+
+
+@pytest.fixture(scope="module")
+def overwritten(tmp_path_factory):
+    """A split whose metadata.json is there to be overwritten, and what stood in it."""
+    folder = write(tmp_path_factory.mktemp("overwritten"), documents_of([9, 30, 12]), [2, 1])
+    return folder, (folder / METADATA).read_text()
+
+
+@settings(examples, max_examples=200)
+@given(place=st.sampled_from(PLACES), value=JSON)
+def test_whatever_stands_in_metadata_the_rows_are_right_or_refused_in_a_line(overwritten, place, value):
+    folder, original = overwritten
+    root = {"metadata": json.loads(original)}
+    *parents, last = ["metadata", *place]
+    inner = root
+    for key in parents:
+        inner = inner[key]
+    inner[last] = value
+    (folder / METADATA).write_text(json.dumps(root["metadata"]))
+    for sequence in ("padded", "packed"):
+        try:
+            rows, is_text = read(SCRIPT.get_dataloader(folder, 2, 8, sequence))
+        except SCRIPT.RunError:
+            message = check_refused(folder, sequence)
+            assert place or METADATA in message
+        else:
+            expected_rows, expected_text = rows_of(documents_of([9, 30, 12]), 8, sequence, chunks=[2, 1])
+            np.testing.assert_array_equal(rows, expected_rows)
+            np.testing.assert_array_equal(is_text, expected_text)
+
+
+@each_sequence
+def test_a_token_beyond_the_vocabulary_ends_the_reading_with_the_name_of_its_file(sequence, tmp_path):
+    """It is found where it is read: looking through all tokens would take a minute at 10B."""
+    folder = write(tmp_path / "train", documents_of([9, 30, 12]), [1, 2])
+    tokens = np.load(folder / TOKENS)
+    tokens[3] = EOS + 1
+    np.save(folder / TOKENS, tokens)
+    loader = SCRIPT.get_dataloader(folder, 1, 8, sequence)
+    with pytest.raises(SCRIPT.RunError) as caught:
+        list(loader)
+    message = str(caught.value)
+    assert str(folder / TOKENS) in message
+    assert f"token {EOS + 1} in a vocabulary of {EOS + 1}" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", [TOKENS, OFFSETS])
+def test_a_change_of_one_bit_is_found_by_verification(name, tmp_path):
+    folder = write(tmp_path / "train", documents_of([9, 30, 12]), [1, 2])
+    SCRIPT.get_dataloader(folder, 2, 8).dataset.verify()
+    contents = bytearray((folder / name).read_bytes())
+    contents[-7 if name == TOKENS else -16] ^= 1
+    (folder / name).write_bytes(contents)
+    dataset = SCRIPT.get_dataloader(folder, 2, 8).dataset  # it looks whole
+    with pytest.raises(SCRIPT.RunError, match=f"^{folder / name}: ") as caught:
+        dataset.verify()
+    assert "\n" not in str(caught.value)
 
 
 # ---- evaluation
 
 T = 12
-DOCUMENTS = documents_of([5, 30, 0, 1, 12, 2, 7, 19, 11, 3])
+DOCUMENTS, CHUNKS = documents_of([5, 30, 0, 1, 12, 2, 7, 19, 11, 3]), [4, 6]
 
 
 def model_of(dropout=0.0, n_positions=T):
@@ -314,7 +469,7 @@ def model_of(dropout=0.0, n_positions=T):
 
 
 def expected_of(model, rows, is_text):
-    """An evaluation in numpy: the log-probability of each token of a row but the first, from the model's logits."""
+    """An evaluation in numpy: the log-probability of each token of a row but the first, from the logits."""
     with torch.no_grad():
         logits = model(torch.from_numpy(rows))[0][:, :-1].double().numpy()
     targets, text = rows[:, 1:], is_text[:, 1:]
@@ -333,14 +488,14 @@ def expected_of(model, rows, is_text):
 
 @pytest.fixture(scope="module")
 def split(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("evaluated"), DOCUMENTS, [4, 6])
+    return write(tmp_path_factory.mktemp("evaluated"), DOCUMENTS, CHUNKS)
 
 
 @each_sequence
 def test_an_evaluation_is_the_obvious_arithmetic_over_the_rows(sequence, split):
     model = model_of()
     results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, 3, T, sequence))
-    expected = expected_of(model, *rows_of(DOCUMENTS, T, sequence))
+    expected = expected_of(model, *rows_of(DOCUMENTS, T, sequence, chunks=CHUNKS))
     assert {name: results[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert all(type(value) is float for value in results.values())  # for metrics.jsonl
 
@@ -348,11 +503,84 @@ def test_an_evaluation_is_the_obvious_arithmetic_over_the_rows(sequence, split):
 @each_sequence
 @pytest.mark.parametrize("max_batches", [1, 2, 100, None])
 def test_max_batches_takes_the_first_ones(sequence, max_batches, split):
-    model, (rows, is_text) = model_of(), rows_of(DOCUMENTS, T, sequence)
+    model, (rows, is_text) = model_of(), rows_of(DOCUMENTS, T, sequence, chunks=CHUNKS)
     results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, 2, T, sequence), max_batches)
     taken = None if max_batches is None else 2 * max_batches
     expected = expected_of(model, rows[:taken], is_text[:taken])
     assert {name: results[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("max_batches", [0, -1])
+def test_an_evaluation_of_no_batches_is_refused(max_batches, split):
+    with pytest.raises(ValueError, match=f"max_batches: expected at least 1, got {max_batches}"):
+        SCRIPT.evaluate(model_of(), SCRIPT.get_dataloader(split, 2, T), max_batches)
+
+
+def test_an_evaluation_ends_at_the_next_batch_when_a_signal_arrives(split):
+    model, received, batches = model_of(), [], []
+
+    def second_batch_brings_a_signal(*_):
+        batches.append(1)
+        if len(batches) == 2:
+            received.append(15)
+
+    model.h[0].register_forward_hook(second_batch_brings_a_signal)
+    model.train()
+    assert SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, 2, T), None, received) is None
+    assert len(batches) == 2
+    assert model.training
+
+
+RANK_PROGRAM = """
+import json
+import sys
+
+sys.path[:0] = sys.argv[1:3]
+from test_token_data import CASES, SCRIPT, T, model_of
+
+read = []
+whole = SCRIPT.TokenDataset.__getitem__
+SCRIPT.TokenDataset.__getitem__ = lambda self, i: read.append(int(i)) or whole(self, i)
+SCRIPT.init_distributed()
+for sequence, batch_size, max_batches in CASES:
+    read.clear()
+    loader = SCRIPT.get_dataloader(sys.argv[3], batch_size, T, sequence)
+    results = SCRIPT.evaluate(model_of(), loader, max_batches)
+    with open(f"{sys.argv[4]}/rank_{SCRIPT.RANK}.jsonl", "a") as file:
+        file.write(json.dumps([results, read]) + "\\n")
+SCRIPT.dist.destroy_process_group()
+"""
+CASES = [("padded", 2, None), ("packed", 3, None), ("padded", 4, None), ("padded", 2, 1), ("packed", 2, 4)]
+
+
+@pytest.fixture(scope="module")
+def ranks(split, tmp_path_factory):
+    """What each of three ranks got from the evaluations of CASES, and the rows that it read for them."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "ranks.py").write_text(RANK_PROGRAM)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    command = [*launch, folder / "ranks.py", ROOT, ROOT / "tests", split, folder]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    lines = [(folder / f"rank_{rank}.jsonl").read_text().splitlines() for rank in range(3)]
+    return [[json.loads(line) for line in of_rank] for of_rank in lines]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_several_ranks_evaluate_the_same_and_no_row_is_read_twice(case, ranks, split):
+    """In two of the cases there are fewer batches than ranks, so that a rank has nothing to read."""
+    sequence, batch_size, max_batches = CASES[case]
+    rows, is_text = rows_of(DOCUMENTS, T, sequence, chunks=CHUNKS)
+    taken = len(rows) if max_batches is None else min(len(rows), batch_size * max_batches)
+    expected = expected_of(model_of(), rows[:taken], is_text[:taken])
+    read = []
+    for of_rank in ranks:
+        results, own = of_rank[case]
+        assert results == ranks[0][case][0]
+        assert {name: results[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+        assert len(own) <= math.ceil(taken / batch_size / 3) * batch_size
+        read += own
+    assert sorted(read) == list(range(taken))
 
 
 @each_sequence
@@ -364,15 +592,17 @@ def test_the_batch_size_does_not_change_an_evaluation(batch_size, sequence, spli
     assert results == pytest.approx(reference, rel=1e-6)
 
 
-def test_packed_rows_are_text_but_for_the_end_of_the_last(tmp_path):
+def test_packed_rows_are_text_but_for_the_end_of_each_chunk(tmp_path):
     model = model_of()
-    full = write(tmp_path / "full", documents_of([11, 23, 11]), [2, 1])  # 4 rows of 12, with the ends of text
+    # with the ends of text, 36 tokens and 12: three rows and one
+    full = write(tmp_path / "full", documents_of([11, 23, 11]), [2, 1])
     results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(full, 2, T, "packed"))
     assert results["padding_fraction"] == 0
     assert results["text_loss"] == results["loss"]
-    tail = write(tmp_path / "tail", documents_of([11, 23, 11, 2]))  # a fifth, of 3
+    # 17 tokens and 27: two rows and three
+    tail = write(tmp_path / "tail", documents_of([11, 4, 23, 2]), [2, 2])
     results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(tail, 2, T, "packed"))
-    assert results["padding_fraction"] == pytest.approx(9 / 60)
+    assert results["padding_fraction"] == pytest.approx((7 + 9) / 60)
     assert results["text_loss"] != results["loss"]
 
 
@@ -414,15 +644,16 @@ ten_million = pytest.param(10_000_000, marks=[pytest.mark.slow, pytest.mark.time
 @pytest.mark.parametrize("total", [60_000, ten_million])
 @each_sequence
 def test_an_evaluation_is_that_of_transformers_on_the_same_tokens(sequence, total, tmp_path):
-    """The size of the paper's validation set, in the slow test: its rows by numpy, its losses by GPT2LMHeadModel."""
+    """Rows by numpy, losses by GPT2LMHeadModel; in the slow test, of the size of the paper's validation set."""
     T, lengths = 256, np.random.default_rng(0).lognormal(5, 1, total // 245).astype(int)
     documents, model = documents_of(lengths), model_of(n_positions=T)
-    path = write(tmp_path, documents, [len(documents) // 2, len(documents) - len(documents) // 2])
+    chunks = [len(documents) // 2, len(documents) - len(documents) // 2]
+    path = write(tmp_path, documents, chunks)
     assert lengths.sum() == pytest.approx(total, rel=0.1)
     results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(path, 16, T, sequence))
 
     gpt2, losses = gpt2_of(model), []
-    rows, is_text = rows_of(documents, T, sequence)
+    rows, is_text = rows_of(documents, T, sequence, chunks=chunks)
     for start in range(0, len(rows), 16):
         ids = torch.from_numpy(rows[start : start + 16])
         with torch.no_grad():

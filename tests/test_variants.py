@@ -51,7 +51,9 @@ def text_of(alias, size="300M"):
 
 def changed_lines(left, right):
     """As `diff` counts them; with autojunk, difflib does not match the blank ones."""
-    changes = difflib.SequenceMatcher(None, left.splitlines(), right.splitlines(), autojunk=False).get_opcodes()
+    changes = difflib.SequenceMatcher(
+        None, left.splitlines(), right.splitlines(), autojunk=False
+    ).get_opcodes()
     return sum(i2 - i1 + j2 - j1 for tag, i1, i2, j1, j2 in changes if tag != "equal")
 
 
@@ -67,7 +69,9 @@ def test_the_table_names_every_script_and_no_other():
 def test_the_table_is_the_paper_s():
     assert {alias: row["paper"] for alias, row in VARIANTS.items()} == PAPER
     for size, folders in OUTPUT_DIRS.items():
-        assert {alias: row["output_dir"][size] for alias, row in VARIANTS.items() if size in row["script"]} == folders
+        assert {
+            alias: row["output_dir"][size] for alias, row in VARIANTS.items() if size in row["script"]
+        } == folders
     groups = {alias: row["groups"] for alias, row in VARIANTS.items() if row["groups"]}
     several, one = {"300M": 4, "1.2B": 8}, {"300M": 1, "1.2B": 1}
     assert groups == {"gqa": several, "mqa": one, "qgqa": several, "qmqa": one}
@@ -163,7 +167,11 @@ def decode_step(alias, trace, dtype=torch.float32):
     script, past = script_of(alias), 1999
     groups = {"qgqa": 4, "qmqa": 1}.get(alias)
     shape = {"vocab_size": 61, "n_positions": 2000, "n_embd": 256, "n_layer": 2, "n_head": 8, "n_inner": 64}
-    model = getattr(script, VARIANTS[alias]["class"])(script.ModelConfig(**shape, n_kv_groups=groups)).eval().to(dtype)
+    model = (
+        getattr(script, VARIANTS[alias]["class"])(script.ModelConfig(**shape, n_kv_groups=groups))
+        .eval()
+        .to(dtype)
+    )
     with torch.no_grad():
         cache = model.make_cache(3)
         model(torch.zeros(3, past, dtype=torch.int64), cache=cache)
@@ -190,13 +198,21 @@ def test_a_decode_step_allocates_no_second_tensor_of_the_size_of_the_cached_keys
 COPIES = {
     "a copy of the key": lambda k, v, shared: (k.clone(), v),
     "a copy of the value": lambda k, v, shared: (k, v.clone()),
-    "repeated heads": lambda k, v, shared: (k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)),
+    "repeated heads": lambda k, v, shared: (
+        k.repeat_interleave(shared, dim=1),
+        v.repeat_interleave(shared, dim=1),
+    ),
 }
 
 
 @pytest.mark.parametrize(
     ("alias", "copy"),
-    [("kv", "a copy of the value"), ("k", "a copy of the key"), ("qgqa", "repeated heads"), ("qmqa", "repeated heads")],
+    [
+        ("kv", "a copy of the value"),
+        ("k", "a copy of the key"),
+        ("qgqa", "repeated heads"),
+        ("qmqa", "repeated heads"),
+    ],
 )
 def test_an_attention_that_copies_would_be_found(alias, copy, tmp_path, monkeypatch):
     fused = F.scaled_dot_product_attention
