@@ -1,28 +1,30 @@
 """How fast the training scripts decode, beside transformers' GPT-2 with its dynamic and its static KV cache.
 
-    python tests/benchmarks/decode.py                                  # half an hour on 2 cores, 10 GB of memory
+    python tests/benchmarks/decode.py                                # all variants; an hour on 2 cores, 12 GB
     python tests/benchmarks/decode.py --scenes long --dtypes fp32 --variants kqv kv --rounds 9
-    python tests/benchmarks/decode.py --scenes short --scripts DIR     # of another checkout: run the two in turn
+    python tests/benchmarks/decode.py --scenes short --scripts DIR   # of another checkout, in turn with this
 
     short   4 layers, d 512, 8 heads, a prompt of 384 tokens and 128 new ones
     long    8 layers of the 300M width (d 1024, 16 heads), a prompt of 4,064 tokens and 32 new ones
 
-Held equal: the shape, the vocabulary, batch 1, greedy choice, dtype of weights and cache, eval mode, the process and
-its threads. GPT-2 holds the weights of QKV, and in fp32 the run ends with an error if the two disagree on a token.
-All go through their own `generate`. Contestants take turns, after a warm-up round that is not counted; a ratio is
-that of one round, median (lowest to highest), so that what else the machine does falls on both.
+Held equal: the shape, the vocabulary, batch 1, greedy choice, the dtype of weights and cache, eval mode, the
+process and its threads. GPT-2 holds the weights of QKV, and in fp32 the run ends with an error if the two
+disagree on a token. All go through their own `generate`. The contestants take turns, after a warm-up round
+that is not counted. A ratio is that of one round, so that what else the machine does falls on both: the median
+of the rounds (lowest to highest).
 
-    prefill   the prompt and the first new token; not in bf16 where the processor only emulates it: the caches are
-              then filled in fp32 and cast
+    prefill   the prompt and the first new token; not in bf16 where the processor only emulates it, so that the
+              caches are then filled in fp32 and cast
     decode    the other new tokens, out of the filled cache
     better    the faster of the two transformers caches, in each round
     step      bytes that a decode step has to read: the weights without the positions, and the cache
-    share     of the read bandwidth, which is measured in each round by passes over a large matrix that only read
+    share     of the read bandwidth, measured in each round by passes over a large matrix that only read
     over QKV  QKV's time over the variant's, and what the bytes of a step promise
 """
 
 import argparse
 import copy
+import inspect
 import os
 import sys
 import time
@@ -47,8 +49,12 @@ SCENES = {  # shape, tokens of the prompt, new tokens
     "short": ({"n_layer": 4, "n_embd": 512, "n_head": 8}, 384, 128),
     "long": ({"n_layer": 8, "n_embd": 1024, "n_head": 16}, 4064, 32),
 }
+PREFILL_ROUNDS = 3
 DYNAMIC, STATIC = "transformers, dynamic", "transformers, static"
 CPU = torch.device("cpu")
+# what transformers calls the cache, before 5.24 and since
+FORWARD = inspect.signature(transformers.GPT2LMHeadModel.forward).parameters
+CACHE_ARGUMENT = "cache" if "cache" in FORWARD else "past_key_values"
 
 
 # -----------------------------------------------------------------------------
@@ -66,7 +72,7 @@ def build(alias, **shape):
 
 
 def build_gpt2(qkv, **settings):
-    """transformers' GPT-2 with the weights of QKV. Without an end token there is nothing to stop at or to mask."""
+    """transformers' GPT-2 with the weights of QKV; without an end token it stops nowhere, masks nothing."""
     names = ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")
     shape = {name: getattr(qkv.config, name) for name in names}
     gpt2 = transformers.GPT2LMHeadModel(
@@ -109,7 +115,7 @@ class GPT2:
 
     def generate(self, tokens, new, cache):
         length = {"max_new_tokens": new, "min_new_tokens": new}
-        return self.model.generate(tokens, past_key_values=cache, do_sample=False, **length)
+        return self.model.generate(tokens, do_sample=False, **length, **{CACHE_ARGUMENT: cache})
 
 
 def cast_cache(cache, dtype):
@@ -144,7 +150,7 @@ def timed(contestant, tokens, new, cache):
 
 
 def measure(contestants, prompt, new, dtypes, rounds):
-    """By dtype: seconds of prefill and of decode by contestant, a list over the rounds, and the read bandwidths."""
+    """By dtype: seconds of prefill and of a decode step by contestant and round, and the read bandwidths."""
     filled, first, results = {}, {}, {}
     for dtype in dtypes:
         for contestant in contestants.values():
@@ -154,7 +160,7 @@ def measure(contestants, prompt, new, dtypes, rounds):
 
         # Prefill fills the caches from which the decode starts.
         if dtype == "fp32" or bf16_is_native(CPU):
-            for _ in range(max(2, rounds // 2)):
+            for _ in range(PREFILL_ROUNDS):
                 for name, contestant in contestants.items():
                     filled[name] = contestant.empty_cache(prompt.shape[1] + new)
                     seconds, _, first[name] = timed(contestant, prompt, 1, filled[name])
@@ -165,19 +171,18 @@ def measure(contestants, prompt, new, dtypes, rounds):
 
         for number in range(rounds + 1):
             bandwidth = read_bandwidth(CPU, repeats=2)
-            expected = {}
+            answers = {}
             for name, contestant in contestants.items():
                 cache = copy.deepcopy(filled[name])
-                _, seconds, tokens = timed(contestant, first[name], new - 1, cache)
-                expected[name] = tokens
-                if number:  # the first is the warm-up
+                _, seconds, answers[name] = timed(contestant, first[name], new - 1, cache)
+                if number:  # the first round is the warm-up
                     decode[name].append(seconds / (new - 1))
-            if dtype == "fp32" and "kqv" in expected:
-                for name in (DYNAMIC, STATIC):
-                    agree = torch.equal(expected["kqv"], expected[name])
-                    assert agree, f"QKV and {name} disagree on a token"
             if number:
                 bandwidths.append(bandwidth)
+            if dtype == "fp32" and "kqv" in answers:
+                for name in (DYNAMIC, STATIC):
+                    agree = torch.equal(answers["kqv"], answers[name])
+                    assert agree, f"QKV and {name} disagree on a token"
         results[dtype] = prefill, decode, bandwidths
     return results
 
@@ -186,10 +191,15 @@ def measure(contestants, prompt, new, dtypes, rounds):
 # Printing
 
 
-def ratios(theirs, ours):
-    """Their time over ours, round by round: median (lowest to highest)."""
+def ratio(theirs, ours):
+    """Their time over ours, the median over the rounds."""
+    return f"{median(a / b for a, b in zip(theirs, ours, strict=True)):.2f}"
+
+
+def ratio_and_range(theirs, ours):
+    """The same, with the lowest and the highest."""
     values = [a / b for a, b in zip(theirs, ours, strict=True)]
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else ""
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def table(contestants, prefill, decode, bandwidths, length):
@@ -205,19 +215,18 @@ def table(contestants, prefill, decode, bandwidths, length):
         row = {"": VARIANTS[name]["paper"] if name in VARIANTS else name}
         if prefill[name]:
             row["prefill, s"] = f"{median(prefill[name]):.2f}"
-        row["tokens/s"] = f"{1 / median(decode[name]):.1f}"
+            row["vs transformers"] = ratio(better_prefill, prefill[name]) if name in read else ""
+        row["decode, tokens/s"] = f"{1 / median(decode[name]):.1f}"
         if name in read:
-            if prefill[name]:
-                row["prefill vs better"] = ratios(better_prefill, prefill[name])
-            row["decode vs dynamic"] = ratios(decode[DYNAMIC], decode[name])
-            row["vs static"] = ratios(decode[STATIC], decode[name])
-            row["vs better"] = ratios(better, decode[name])
+            row["vs dynamic"] = ratio(decode[DYNAMIC], decode[name])
+            row["vs static"] = ratio(decode[STATIC], decode[name])
+            row["vs better"] = ratio_and_range(better, decode[name])
             row["step, MB"] = f"{read[name] / 1e6:.0f}"
             shares = [read[name] / s / b for s, b in zip(decode[name], bandwidths, strict=True)]
             row["share"] = f"{100 * median(shares):.0f} %"
-            if "kqv" in read:
-                row["over QKV"] = ratios(decode["kqv"], decode[name])
-                row["promised"] = f"{read['kqv'] / read[name]:.2f}"
+        if name in read and "kqv" in read:
+            row["over QKV"] = ratio_and_range(decode["kqv"], decode[name])
+            row["promised"] = f"{read['kqv'] / read[name]:.2f}"
         rows.append(row)
     return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
 
