@@ -132,7 +132,7 @@ def test_two_sizes_of_a_variant_differ_in_a_few_lines(alias):
 
 @pytest.fixture(scope="module")
 def started(data, tmp_path_factory):
-    """A function that waits for the end of a script's run of two steps and gives its folder; two run at once."""
+    """A function that waits for the end of a script's run of two steps; gives its folder. Two run at once."""
     configs = [f"--{kind}_config={ROOT}/configs/{kind}_config_demo.yaml" for kind in ("model", "train")]
     shape = ["n_head=8", "n_embd=64"]  # as many heads as the most groups
     settings = [*configs, *TINY_MODEL, *TINY_RUN, *shape, *data, "target_tokens=512"]
