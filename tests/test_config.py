@@ -192,8 +192,15 @@ def test_a_wrong_value_on_the_command_line_is_refused_with_key_and_what_was_expe
     key, in_file, typed, expected, tmp_path
 ):
     line = refused(tmp_path / "out", f"{key}={typed}")
-    for part in ("command line", f"{key}: expected ", expected):
+    for part in (f"{key}: expected ", expected):
         assert part in line
+    assert "command line" in line or f" with {key}={typed}" in line
+
+
+def test_the_setting_that_is_wrong_is_named_and_not_another_beside_it(tmp_path):
+    line = refused(tmp_path / "out", "n_embd=wide", "n_layer=2", "seed=3")
+    assert "n_embd: expected a valid integer, got 'wide'" in line
+    assert "n_layer" not in line and "seed" not in line
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -291,7 +298,7 @@ def test_a_file_that_is_no_config_is_refused_by_name(kind, content, tmp_path):
 )  # fmt: skip
 def test_what_is_no_setting_is_refused_on_the_command_line(argument, tmp_path):
     line = refused(tmp_path / "out", argument)
-    assert "command line" in line
+    assert "command line" in line or f" with {argument}" in line
     assert argument.partition("=")[0] in line
     assert "expected" in line
 
