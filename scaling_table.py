@@ -6,6 +6,7 @@
 The complete runs of the folders are read as one grid, which results/scaling/README.md defines.
 
     gap            text loss less QKV's of the same seed; in percent: the change of perplexity it comes to
+    converted      QKV, made Q–K=V by convert_checkpoint.py without training (conversion.txt beside a run)
     common rate    the peak learning rate at which QKV is best, for both
     own rate       the rate at which each is best
     intervals      95 %, by a bootstrap over the seeds
@@ -18,6 +19,7 @@ Contents: the grid, slopes, reports, printing, plotting, command line.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -27,6 +29,7 @@ import analysis_computation_profiler as profiler
 from analysis_computation_profiler import VARIANTS
 from dataset_download import InputError
 from results_table import (
+    Run,
     command_line,
     dumped,
     figure,
@@ -48,6 +51,8 @@ MATTERS = (
     0.005  # nats: a change of the gap from 5 to 80 tokens for each parameter that counts, half a percent
 )
 SEEDS_TO_DECIDE = 3
+CONVERTED = "converted"  # stands among the aliases of the variants
+CONVERSION = re.compile(r"^text perplexity: ([\d.]+) before, ([\d.]+) after", re.MULTILINE)
 
 
 # -----------------------------------------------------------------------------
@@ -100,6 +105,31 @@ class Cell:
         return {seed: loss - of_qkv[seed] for seed, loss in losses.items() if seed in of_qkv}
 
 
+@dataclass
+class Converted:
+    """A run of QKV whose model was made Q–K=V without training, in the place of a Run in a Cell."""
+
+    run: Run
+    final: dict
+
+
+def converted(run):
+    """A run with the text loss after its conversion, from conversion.txt; None where there is none."""
+    path = run.folder / "conversion.txt"
+    if not path.exists():
+        return None
+    found = CONVERSION.search(path.read_text(encoding="utf-8"))
+    if not found:
+        raise InputError(f"{path}: expected what convert_checkpoint.py prints, with the text perplexities")
+    before, after = map(float, found.groups())
+    if abs(before / run.final["text_perplexity"] - 1) > 1e-3:
+        trained = f"{run.final['text_perplexity']:.4f} of this run"
+        raise InputError(
+            f"{path}: converts another model: its text perplexity is {before:.4f}, not the {trained}"
+        )
+    return Converted(run, {"text_loss": run.final["text_loss"] + math.log(after / before)})
+
+
 def studies(runs):
     """Complete runs by the data and recipe they share: [(settings, cells)], the largest first."""
     groups = {}
@@ -132,6 +162,9 @@ def cells_of(runs):
         seeds = cell.runs.setdefault(run.alias, {}).setdefault(run.config.learning_rate, {})
         refuse_twice(run, seeds.values())
         seeds[run.seed] = run
+        if run.alias == "kqv" and (after := converted(run)):
+            rates = cell.runs.setdefault(CONVERTED, {})
+            rates.setdefault(run.config.learning_rate, {})[run.seed] = after
     return sorted(cells.values(), key=lambda cell: (cell.parameters, cell.tokens, cell.protocol, cell.row))
 
 
@@ -269,12 +302,18 @@ def main_cells(cells):
 
 
 def compared(cells):
-    """The variants beside QKV, in the order of the paper."""
-    return [alias for alias in VARIANTS if alias != "kqv" and any(alias in cell.runs for cell in cells)]
+    """The variants beside QKV, in the order of the paper, and QKV converted."""
+    return [
+        alias
+        for alias in (*VARIANTS, CONVERTED)
+        if alias != "kqv" and any(alias in cell.runs for cell in cells)
+    ]
 
 
 def paper_name(cells, alias):
     """As the paper writes a variant, with its number of KV heads."""
+    if alias == CONVERTED:
+        return "QKV, converted to Q–K=V"
     runs = next(cell.runs[alias] for cell in cells if alias in cell.runs)
     return next(run.variant.paper for seeds in runs.values() for run in seeds.values())
 
@@ -314,7 +353,8 @@ def gap_records(cells):
             }
             record |= gap_fields(cell.gaps(alias, "common"), "gap_common")
             record |= gap_fields(own, "gap_own")
-            record["compute_lost_percent"] = compute_lost(cells, cell, alias)
+            lost = None if alias == CONVERTED else compute_lost(cells, cell, alias)
+            record["compute_lost_percent"] = lost
             records.append(record)
     return records
 
@@ -459,8 +499,8 @@ def study_notes(settings, of_first, cells):
         if value != of_first[key]:
             lines.append(f"Not to be compared with the first: {key}: {of_first[key]} there, {value} here.")
     for cell in cells:
-        for alias in cell.runs:
-            if len(cell.runs[alias]) > 2 and cell.at_edge(alias):
+        for alias in VARIANTS:
+            if len(cell.runs.get(alias, ())) > 2 and cell.at_edge(alias):
                 tried = listed(f"{rate:g}" for rate in sorted(cell.runs[alias]))
                 where = f"{cell.size}, {cell.tokens_per_parameter:g} tokens / parameter, rows of {cell.row}"
                 who = f"{paper_name(cells, alias)}, {where}, {cell.protocol}"
@@ -611,7 +651,7 @@ def gap_figure(path, report):
     """Q–K=V's gap against tokens for each parameter, a line a size; other variants at the smallest size."""
     cells = report["main"]
     sizes = list(dict.fromkeys(cell.size for cell in cells))
-    others = [alias for alias in compared(cells) if alias != "kv"]
+    others = [alias for alias in compared(cells) if alias not in ("kv", CONVERTED)]
 
     def draw(axes):
         for ax, at in zip(axes, ("own", "common"), strict=False):
@@ -619,6 +659,8 @@ def gap_figure(path, report):
                 here = [cell for cell in cells if cell.size == size]
                 points = [(cell.tokens_per_parameter, cell.gaps("kv", at)) for cell in here]
                 gap_line(ax, points, look, f"{size}, N = {here[0].parameters:,}")
+                points = [(cell.tokens_per_parameter, cell.gaps(CONVERTED, "common")) for cell in here]
+                gap_line(ax, points, (look[0], "x", "-."), f"{size}, QKV converted")
         for alias in others:
             here = [cell for cell in cells if cell.size == sizes[0]]
             points = [(cell.tokens_per_parameter, cell.gaps(alias, "own")) for cell in here]

@@ -127,4 +127,19 @@ grid() {
 
 grid | xargs -P "${JOBS:-2}" -L 1 bash -euc 'train "$@"' train
 
+
+# -----------------------------------------------------------------------------
+# QKV's end points as Q–K=V without training, and the tables
+
+for model in outputs_scaling/kqv_*_T256_packed_seed*/final_model.pt; do
+    [ -e $model ] || continue
+    folder=$(dirname $model)
+    to=results/scaling/$(basename $folder)/conversion.txt
+    if [ ! -e $to ]; then
+        "$PYTHON" convert_checkpoint.py --checkpoint $model --to kv --data scaling_data/train \
+            --val_data scaling_data/validation --output $folder/converted.pt > $folder/conversion.txt
+        cp $folder/conversion.txt $to
+    fi
+done
+
 "$PYTHON" scaling_table.py results/scaling --output_dir results/scaling

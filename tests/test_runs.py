@@ -18,12 +18,14 @@ GROUPS = {"gqa": 2, "qgqa": 2}
 # Stands in for the interpreter: notes its arguments, and leaves a finished run where a training script would.
 STUB = r"""#!/bin/bash
 echo "$@" >> calls.txt
+[[ $1 == convert_checkpoint.py ]] && echo "text perplexity: 2.0 before, 2.1 after (+5%)"
 [[ $1 == transformer_* ]] || exit 0
 to=$(grep -oP -- '--output_dir \K\S+' <<< "$@")
 [[ "$@" =~ $FAIL ]] && { echo "it failed"; exit $STATUS; }
 mkdir -p $to
 echo "seed: 1" > $to/train_config.yaml
 echo '{"kind": "final", "step": 1}' > $to/metrics.jsonl
+touch $to/final_model.pt
 """
 
 
@@ -112,6 +114,20 @@ def test_the_grid_is_not_repeated_where_its_results_are(house):
     done, calls = run(house, "scaling")
     again = [call for call in calls if call[0].startswith("transformer_")]
     assert done.returncode == 0 and again == first[:1]
+
+
+def test_every_end_point_of_qkv_is_converted_once(house):
+    _, calls = run(house, "scaling")
+    trained = [
+        call[call.index("--output_dir") + 1] for call in calls if call[0] == "transformer_KQV_300_M.py"
+    ]
+    packed = [f"{folder}/final_model.pt" for folder in trained if "_T256_packed_" in folder]
+    models = [call[call.index("--checkpoint") + 1] for call in calls if call[0] == "convert_checkpoint.py"]
+    assert sorted(models) == sorted(packed)
+    name = "kqv_d64_n20_lr4e-3_T256_packed_seed42"
+    assert "2.1 after" in (house / f"results/scaling/{name}/conversion.txt").read_text(encoding="utf-8")
+    _, calls = run(house, "scaling")
+    assert "convert_checkpoint.py" not in [call[0] for call in calls]
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(house):

@@ -261,6 +261,35 @@ def test_the_length_of_rows_by_protocol(tmp_path, capsys):
     assert [f["fall_text"] for f in report["falls"]] == pytest.approx([0, 0, 0], abs=1e-9)
 
 
+def test_a_converted_qkv_stands_beside_the_variants(tmp_path, capsys):
+    for seed, after in ((42, 7.5), (43, 7.6)):
+        write_run(tmp_path / f"kqv_{seed}", "kqv", 2.0, seed=seed)
+        write_run(tmp_path / f"kv_{seed}", "kv", 2.1, seed=seed)
+        text = (
+            f"layer  0: 1.0 % left out\ntext perplexity: {math.exp(2.0):.4f} before, {after} after (+1.0%)\n"
+        )
+        (tmp_path / f"kqv_{seed}/conversion.txt").write_text(text, encoding="utf-8")
+    (report,) = reports(tmp_path, capsys=capsys)
+    kv, converted = report["gaps"]
+    assert (kv["alias"], converted["alias"], converted["seeds"]) == ("kv", "converted", [42, 43])
+    expected = 100 * (math.sqrt(7.5 * 7.6) / math.exp(2.0) - 1)
+    assert converted["gap_common"] == converted["gap_own"] == pytest.approx(expected, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("killed\n", "expected what convert_checkpoint.py prints"),
+        ("text perplexity: 9.0000 before, 9.1000 after (+1.1%)\n", "converts another model"),
+    ],
+)
+def test_a_conversion_that_is_not_of_the_run_is_refused(text, message, tmp_path, capsys):
+    write_run(tmp_path / "kqv_42", "kqv", 2.0)
+    (tmp_path / "kqv_42/conversion.txt").write_text(text, encoding="utf-8")
+    status, output, errors = run(tmp_path, capsys=capsys)
+    assert (status, output) == (2, "") and message in errors and errors.count("\n") == 1
+
+
 def test_another_corpus_is_another_study(tmp_path, capsys):
     other = DATA | {"train_data": [{"name": "a", "tokens_sha256": "3"}]}
     for alias, seed in product(("kqv", "kv"), (42, 43)):
