@@ -67,10 +67,10 @@ def whole_run(data, tmp_path_factory):
     return output_dir
 
 
-def to_a_moment(moment, action, args, **options):
+def to_a_moment(moment, action, args, terminal=subprocess.PIPE, **options):
     """Start the script as its command line does, to be killed or held at a moment; see to_a_moment.py."""
     command = [sys.executable, str(TO_A_MOMENT), moment, str(action), str(ROOT / "transformer_KV_1_300_M.py"), *args]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    return subprocess.Popen(command, text=True, stdout=terminal, stderr=terminal, **options)
 
 
 def wait_until_held(process, file):
