@@ -103,17 +103,18 @@ class Variant:
             sizes = " and ".join(self.row["script"])
             raise InputError(f"{self.row['paper']} ({alias}) has no {size} model, only {sizes}")
         self.script = import_module(self.row["script"][size].removesuffix(".py"))
+        changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]  # JSON is YAML
         try:
             path = ROOT / f"configs/model_config_{size}.yaml"
-            self.config = self.script.load_config(self.script.ModelConfig, path, settings)
+            self.config = self.script.load_config(self.script.ModelConfig, path, changes)
         except self.script.RunError as error:
             raise InputError(str(error)) from error
         groups = self.config.n_kv_groups
         self.paper = f"{self.row['paper']}-{groups}" if groups and groups > 1 else self.row["paper"]
         self.key = self.row["published"].get("release_name", self.paper)  # in the JSON
         self.label = {"size": size, "variant": self.paper, "alias": alias}  # of a record
-        if settings:
-            self.label["set"] = " ".join(f"{key}={value}" for key, value in settings.items())
+        if changes:
+            self.label["set"] = " ".join(changes)
 
     def build(self, device="meta", dtype=torch.float32, **changes):
         """The script's model in eval mode, with random weights; `changes` replace fields of its config."""
@@ -976,15 +977,15 @@ def complete(options):
 
 
 def parse_settings(arguments):
-    """KEY=VALUE arguments as a dict, read and checked as by the training scripts."""
+    """KEY=VALUE arguments as a dict of fields of ModelConfig."""
     script = import_module(VARIANTS["kqv"]["script"]["300M"].removesuffix(".py"))
-    try:
-        settings = script.parse_overrides(arguments)
-    except script.RunError as error:
-        raise InputError(str(error)) from error
     known = [field.name for field in fields(script.ModelConfig)]
-    if others := [key for key in settings if key not in known]:
-        raise InputError(f"--set {others[0]}: expected one of {', '.join(known)}")
+    settings = {}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in known or not value:
+            raise InputError(f"--set {argument}: expected KEY=VALUE with a KEY out of {', '.join(known)}")
+        settings[key] = yaml.safe_load(value)
     return settings
 
 

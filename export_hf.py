@@ -29,12 +29,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
 
-from dataset_download import GPT2_PATTERN, InputError, Tokenizer, load_tokenizer
+from dataset_download import GPT2_PATTERN, InputError, Tokenizer, load_tokenizer, read_metadata
 from modeling_qkv import QKVConfig, QKVForCausalLM
 
 ROOT = Path(__file__).resolve().parent
 VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
-GROUPED = ("gqa", "qgqa")
 SHAPE = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "n_kv_groups"]
 SHAPE += ["dropout", "layer_norm_epsilon", "initializer_range"]
 AUTO_MAP = {
@@ -50,8 +49,8 @@ UNKNOWN = "not known"
 # Checkpoints
 
 
-def open_checkpoint(alias: str, path: Path) -> tuple[ModuleType, dict, torch.nn.Module]:
-    """The training script of a variant, the contents of its checkpoint, ours or released, and its model.
+def open_checkpoint(alias: str, path: Path) -> tuple[dict, torch.nn.Module]:
+    """The contents of a checkpoint, ours or released, and the training script's model with its weights.
 
     InputError where the alias or the file is not what it should be, or a weight is not finite.
     """
@@ -64,10 +63,8 @@ def open_checkpoint(alias: str, path: Path) -> tuple[ModuleType, dict, torch.nn.
             if VARIANTS[other]["script"]["300M"] in str(error):
                 raise InputError(f"--model {alias}: {path} is a checkpoint of --model {other}") from error
         raise InputError(str(error)) from error
-    for name, weight in model.state_dict().items():
-        if not weight.isfinite().all():
-            raise InputError(f"{path}: {name} holds values that are not finite; take an earlier checkpoint")
-    return script, contents, model
+    refuse_what_is_not_finite(model, path)
+    return contents, model
 
 
 def script_of(alias: str) -> ModuleType:
@@ -77,11 +74,17 @@ def script_of(alias: str) -> ModuleType:
     return import_module(VARIANTS[alias]["script"]["300M"].removesuffix(".py"))
 
 
+def refuse_what_is_not_finite(model: torch.nn.Module, path: Path) -> None:
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise InputError(f"{path}: {name} holds values that are not finite; take an earlier checkpoint")
+
+
 def same_logits(model: torch.nn.Module, exported: QKVForCausalLM) -> bool:
-    """Whether the script's model and that of transformers say the same of some random tokens."""
+    """Whether the training script's model and that of transformers give random tokens the same logits."""
     generator = torch.Generator().manual_seed(0)
-    T = min(32, model.config.n_positions)
-    tokens = torch.randint(model.config.vocab_size, (2, T), generator=generator)
+    length = min(32, model.config.n_positions)
+    tokens = torch.randint(model.config.vocab_size, (2, length), generator=generator)
     with torch.inference_mode():
         logits, _ = model(tokens)
         others = exported(tokens).logits
@@ -92,7 +95,12 @@ def same_logits(model: torch.nn.Module, exported: QKVForCausalLM) -> bool:
 # Tokenizer
 
 
-def find_tokenizer(argument: str | None, contents: dict, path: Path) -> Tokenizer | None:
+def find_tokenizer(
+    argument: str | None,
+    contents: dict,
+    vocab_size: int,
+    path: Path,
+) -> Tokenizer | None:
     """The tokenizer asked for, by default the one stored beside the run's data; None for "none".
 
     InputError where there is none, and where it is not the one that the checkpoint was trained with.
@@ -113,7 +121,7 @@ def find_tokenizer(argument: str | None, contents: dict, path: Path) -> Tokenize
             "pass --tokenizer gpt2, bytes, PATH.tiktoken or none"
         )
 
-    ids, vocab_size = tokenizer.eos_id + 1, contents["model_config"]["vocab_size"]
+    ids = tokenizer.eos_id + 1
     if ids > vocab_size:
         raise InputError(f"--tokenizer {tokenizer.name}: has {ids} token ids, and {path} knows {vocab_size}")
     if recorded.get("sha256") not in (None, ranks_sha256(tokenizer)):
@@ -126,8 +134,9 @@ def stored_tokenizer(*data_folders: str | None) -> Tokenizer | None:
     for folder in data_folders:
         ranks = Path(folder or "nowhere") / "tokenizer.tiktoken"
         if ranks.is_file():
-            metadata = json.loads((ranks.parent / "metadata.json").read_text(encoding="utf-8"))
-            return replace(load_tokenizer(str(ranks)), name=metadata["tokenizer"])
+            tokenizer = load_tokenizer(str(ranks))
+            metadata = read_metadata(ranks.parent) or {}
+            return replace(tokenizer, name=metadata.get("tokenizer", tokenizer.name))
     return None
 
 
@@ -168,16 +177,22 @@ def model_card(
     tokenizer: Tokenizer | None,
 ) -> str:
     """The README.md of the folder: what is known of the model, and what is not."""
+    # The architecture, out of the model itself.
     c = model.config
-    train_config = dict(contents.get("train_config") or {})
     title = VARIANTS[alias]["paper"]
-    if alias in GROUPED:
+    if title.endswith("GQA"):
         title += f"-{c.n_kv_groups}"
-    heads = f"{c.n_head} heads of {c.n_embd // c.n_head}, {c.n_kv_groups or c.n_head} of them KV heads"
+    heads = f"{c.n_head} heads of width {c.n_embd // c.n_head}, {c.n_kv_groups or c.n_head} KV heads"
     shape = f"{c.n_layer} layers, width {c.n_embd:,}, {heads}, feed-forward {c.n_inner:,}"
-    cached = " and ".join(name.upper() for name in VARIANTS[alias]["cached"])
+    cached = "K alone" if VARIANTS[alias]["cached"] == ["k"] else "K and V"
     bytes_a_token, qkv_bytes = cache_bytes(model)
+
+    # The run, out of the checkpoint and what stands beside it. A checkpoint of the release, or one fine-tuned
+    # elsewhere, does not tell its licence.
+    train_config = dict(contents.get("train_config") or {})
     evaluation = metrics_of(path, contents.get("step"))
+    trained_here = "variant" in contents and bool(train_config)
+    licence = "MIT, as the code that trained it; the data have terms of their own"
     rows = {
         "variant": f"{title} (`{alias}`): {VARIANTS[alias]['name']}",
         "parameters": f"{count_parameters(model):,}",
@@ -189,11 +204,11 @@ def model_card(
         "perplexity over text only": figure(evaluation, "text_perplexity"),
         "bits per byte of text": figure(evaluation, "bits_per_byte"),
         "tokenizer": tokenizer.name if tokenizer else "none in this folder",
-        "licence": "MIT, as the code that trained it; the data have terms of their own",
+        "licence": licence if trained_here else UNKNOWN,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""---
-license: mit
+license: {"mit" if trained_here else "unknown"}
 library_name: transformers
 pipeline_tag: text-generation
 ---
@@ -202,7 +217,7 @@ pipeline_tag: text-generation
 
 A language model of the {title} variant in
 [Do Transformers Need Three Projections? A Systematic Study of QKV Variants](https://arxiv.org/abs/2606.04032)
-(ICML 2026), trained with a reproduction of its experiments.
+(ICML 2026), exported from a reproduction of its experiments.
 
 | | |
 |---|---|
@@ -262,11 +277,8 @@ def figure(evaluation: dict, name: str) -> str:
 
 def data_of(train_config: dict) -> str:
     """The source of the training data, out of the metadata beside them."""
-    try:
-        metadata = json.loads(Path(train_config["train_data"], "metadata.json").read_text(encoding="utf-8"))
-        source = metadata["source"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return UNKNOWN
+    metadata = read_metadata(Path(train_config.get("train_data") or "nowhere")) or {}
+    source = metadata.get("source") or UNKNOWN
     if Path(source).is_absolute():  # of this machine, and nobody else's business
         source = f"local files, {Path(source).name}"
     if metadata.get("revision"):
@@ -312,25 +324,26 @@ def export(alias: str, path: Path, output_dir: Path, tokenizer_argument: str | N
     """Write the folder, and say what is in it and how to load it. InputError where something does not fit."""
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise InputError(f"--output_dir {output_dir}: exists already; remove it or choose another name")
-    _, contents, model = open_checkpoint(alias, path)
-    tokenizer = find_tokenizer(tokenizer_argument, contents, path)
+    contents, model = open_checkpoint(alias, path)
+    tokenizer = find_tokenizer(tokenizer_argument, contents, model.config.vocab_size, path)
 
     # All files go into a folder of another name. It is renamed when they are there and load again.
-    partial = output_dir.with_name(f"{output_dir.name}.tmp{os.getpid()}")
+    final = output_dir.absolute()
+    partial = final.with_name(f"{final.name}.tmp{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         write_folder(partial, alias, contents, model, path, tokenizer)
         exported = QKVForCausalLM.from_pretrained(partial)
         if not same_logits(model, exported):
             raise InputError(f"{path}: the exported model does not compute what the training script does")
-        partial.replace(output_dir)
+        partial.replace(final)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{output_dir}: not written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
     bytes_a_token, qkv_bytes = cache_bytes(model)
-    size = (output_dir / "model.safetensors").stat().st_size / 1e6
+    size = (final / "model.safetensors").stat().st_size / 1e6
     print(f"{output_dir}: {alias}, {count_parameters(model):,} parameters, {size:,.1f} MB")
     print(f"KV cache: {bytes_a_token:,} bytes a token in bf16; QKV of this shape takes {qkv_bytes:,}")
     print(f"tokenizer: {tokenizer.name if tokenizer else 'none'}; model card: {output_dir / 'README.md'}")
@@ -391,7 +404,7 @@ def to_checkpoint(folder: Path, output_dir: Path, alias: str | None) -> None:
 
     script = script_of(config.variant)
     model_config = {name: getattr(config, name) for name in SHAPE}
-    if config.variant not in (*GROUPED, "mqa", "qmqa"):
+    if VARIANTS[config.variant]["groups"] is None:
         del model_config["n_kv_groups"]  # one for each head, which the scripts write as none at all
     weights = {name: weight.contiguous() for name, weight in exported.transformer.state_dict().items()}
     contents = {"variant": script.VARIANT, "model_config": model_config, "model_state_dict": weights}
@@ -405,12 +418,12 @@ def to_checkpoint(folder: Path, output_dir: Path, alias: str | None) -> None:
         if not same_logits(model, exported):
             raise InputError(f"{folder}: the training script does not compute what the exported model does")
         partial.replace(output)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+    except (OSError, RuntimeError, ValueError) as error:  # torch turns a full disk into a RuntimeError
         raise InputError(f"{output}: not written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
     print(f"{output}: {config.variant}, {count_parameters(model):,} parameters")
-    print(f"score it: python run_eval.py --model {config.variant} --checkpoint {output} --tokenizer ...")
+    print(f"score it: python run_eval.py --model {config.variant} --checkpoint {output}")
 
 
 def read_folder(folder: Path) -> QKVForCausalLM:
@@ -418,13 +431,13 @@ def read_folder(folder: Path) -> QKVForCausalLM:
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder}: holds an adapter; save the model after merge_and_unload()")
     try:
-        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        model_type = described["model_type"]
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = settings["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: not a folder of transformers: {error}") from error
     if model_type != QKVConfig.model_type:
         raise InputError(f"{folder}: a {model_type} model, not one that export_hf.py wrote")
-    if not described.get("tie_word_embeddings", True):
+    if not settings.get("tie_word_embeddings", True):
         raise InputError(f"{folder}: untied embeddings; in the training scripts, output and input share one")
     options = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
@@ -436,6 +449,7 @@ def read_folder(folder: Path) -> QKVForCausalLM:
             names = ", ".join(str(name) for name in sorted(loaded[problem])[:3])
             problem = problem.replace("_", " ")
             raise InputError(f"{folder}: weights and config.json do not fit, {problem}: {names}")
+    refuse_what_is_not_finite(exported, folder)
     return exported
 
 
@@ -450,16 +464,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", metavar="ALIAS", help=", ".join(VARIANTS))
     add("--checkpoint", type=Path, metavar="PATH", help="of a training script, of the release, or converted")
-    add("--output_dir", type=Path, metavar="DIR", help="the folder to write; with --to_checkpoint, FOLDER")
+    add("--output_dir", type=Path, metavar="DIR", help="the folder to write (with --to_checkpoint: FOLDER)")
     add("--tokenizer", help="gpt2, bytes, PATH.tiktoken or none (default: the one beside the run's data)")
     add("--to_checkpoint", type=Path, metavar="FOLDER", help="the way back: FOLDER -> DIR/final_model.pt")
-    options = parser.parse_args(arguments)
-    if options.to_checkpoint:
-        if options.checkpoint or options.tokenizer:
-            parser.error("--to_checkpoint takes neither --checkpoint nor --tokenizer")
-    elif not (options.model and options.checkpoint and options.output_dir):
-        parser.error("expected --model ALIAS --checkpoint PATH --output_dir DIR, or --to_checkpoint FOLDER")
-    return options
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -467,10 +475,14 @@ def main(arguments: list[str] | None = None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        if options.to_checkpoint:
+        if options.to_checkpoint and (options.checkpoint or options.tokenizer):
+            raise InputError("--to_checkpoint takes neither --checkpoint nor --tokenizer")
+        elif options.to_checkpoint:
             to_checkpoint(options.to_checkpoint, options.output_dir or options.to_checkpoint, options.model)
-        else:
+        elif options.model and options.checkpoint and options.output_dir:
             export(options.model, options.checkpoint, options.output_dir, options.tokenizer)
+        else:
+            raise InputError("expected --model, --checkpoint and --output_dir, or --to_checkpoint FOLDER")
     except (InputError, OSError) as error:
         print(f"export_hf.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

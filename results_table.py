@@ -4,9 +4,9 @@
     python results_table.py outputs_kqv outputs_gqa --format markdown
     python results_table.py outputs_replicate --output_dir results/reduced_scale
 
-A folder of runs is searched one level deep. A table holds runs of one shape and one data protocol; a row, those
-of one variant that differ in the seed alone. A row marked * was trained otherwise than QKV, as the lines
-below the table say.
+A folder of runs is searched one level deep. A table holds runs of one shape and one data protocol; a row,
+those of one variant that differ in the seed alone. A row marked * was trained otherwise than QKV, as the
+lines below the table say.
 
     perplexity        of the final evaluation, over all positions, padding included: the paper's protocol. A
                       model that was trained with the padding masked cannot predict it: there it says nothing
@@ -35,37 +35,31 @@ from pathlib import Path
 from statistics import fmean
 
 import numpy as np
-import pydantic
 import torch
 import yaml
 from tabulate import tabulate
 
 import analysis_computation_profiler as profiler
 import transformer_KQV_300_M as script  # what the training scripts share
-from analysis_computation_profiler import PERPLEXITY, SIZES, VARIANTS, Variant
+from analysis_computation_profiler import SIZES, VARIANTS, Variant
 from dataset_download import InputError, write_atomically
 
-PUBLISHED_CHANGE = {  # percent, as Tables 4 and 10 state it
-    "300M": {"qk": 4.9, "kv": 3.1, "k": 25.4, "gqa": 0.7, "mqa": 1.5, "qgqa": 3.9, "qmqa": 4.8},
-    "1.2B": {"kv": 2.48, "gqa": 0.52, "mqa": 1.06, "qgqa": 3.08, "qmqa": 4.16},
-}
+RECORDED = (
+    "variant",
+    "train_data",
+    "val_data",
+    "init_from",
+    "changes",
+)  # in run.yaml and in every checkpoint
 TABLES = {"300M": ["300M (Table 4)"], "1.2B": ["1.2B (Table 10)"]}
 FIGURES = ("perplexity", "text_perplexity", "loss", "text_loss")  # of an evaluation
 SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
 GROUPED_BY = {*SHAPE, "n_kv_groups", "sequence", "score_padding", "seq_length"}  # or the variant itself
-FORMER_KEYS = {"plain_attention"}  # of configs, in the folders of earlier runs
 UNKNOWN = {  # what is said of runs that have not recorded it
     "variant": "Variant taken from the folder's name",
     "train_data": "Training data known by path",
     "val_data": "Validation data known by path",
 }
-# Settings that cannot change the result, but for rounding. The global batch stands in for its three factors,
-# and the contents of the data for their paths.
-CANNOT_CHANGE_THE_RESULT = (
-    "use_flash_attention", "compile", "micro_batch_size", "gradient_accumulation", "num_gpus",
-    "train_data", "val_data", "eval_batches", "log_interval", "eval_interval", "save_interval",
-    "keep_checkpoints", "sample_tokens", "wandb",
-)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -89,7 +83,7 @@ def find_runs(paths):
 
 def is_run(folder):
     """Whether a training script has written into a folder: its log, or a checkpoint whose log is gone."""
-    return (folder / "metrics.jsonl").exists() or bool(checkpoints(folder))
+    return (folder / "metrics.jsonl").exists() or bool(script.checkpoints(folder))
 
 
 class Run:
@@ -100,11 +94,14 @@ class Run:
         self.about = recorded(folder)
         self.alias = alias_of(folder, self.about)
         own = import_module(VARIANTS[self.alias]["script"]["300M"].removesuffix(".py"))
-        model = read_config(own.ModelConfig, folder / "model_config.yaml")
-        self.config = read_config(script.TrainingConfig, folder / "train_config.yaml")
+        try:
+            model = own.load_config(own.ModelConfig, folder / "model_config.yaml", [])
+            self.config = script.load_config(script.TrainingConfig, folder / "train_config.yaml", [])
+        except ValueError as error:  # the RunError of either script
+            raise InputError(str(error)) from error
         self.variant = Variant(self.alias, "300M", **asdict(model))
         self.seed = self.config.seed
-        self.step, self.evaluations, self.unreadable = read_metrics(folder / "metrics.jsonl")
+        self.step, self.evaluations = read_metrics(folder / "metrics.jsonl")
 
     @cached_property
     def final(self):
@@ -153,9 +150,13 @@ class Run:
 
     @cached_property
     def setup(self):
-        """What is the same where runs differ in variant and seed alone; data by contents, if known."""
+        """What is the same where runs differ in variant and seed alone.
+
+        Without what cannot change the result: the contents of the data stand in for its paths where they are
+        known, and the global batch for its three factors.
+        """
         c = self.config
-        left_out = GROUPED_BY | set(CANNOT_CHANGE_THE_RESULT) | {"seed"}
+        left_out = GROUPED_BY | set(script.CANNOT_CHANGE_THE_RESULT) | {"seed"}
         settings = asdict(self.variant.config) | asdict(c)
         settings = {key: value for key, value in settings.items() if key not in left_out}
         for split in ("train_data", "val_data"):
@@ -164,6 +165,7 @@ class Run:
                 fingerprint(chunks) if chunks else f"{getattr(c, split)}, contents not recorded,"
             )
         return settings | {
+            "init_from": self.about.get("init_from"),
             "rows a step": c.rows_per_step,
             "rows evaluated": c.eval_batches * c.micro_batch_size if c.eval_batches else "all",
         }
@@ -189,43 +191,15 @@ def recorded(folder):
     """What a run recorded of itself: its variant, by the name of its script, and the chunks of its data."""
     about = folder / "run.yaml"
     if about.exists():
-        return read_yaml(about)
-    for path in (*checkpoints(folder), folder / "final_model.pt"):
+        try:
+            return dict(yaml.safe_load(about.read_text(encoding="utf-8")))
+        except (TypeError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{about}: expected a YAML file of 'key: value' lines") from error
+    for path in (*(path for _, path in script.checkpoints(folder)), folder / "final_model.pt"):
         with contextlib.suppress(Exception):  # a damaged file can fail in any way; the next one may be whole
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return {"variant": contents["variant"], "train_data": contents.get("data")}
+            return {key: contents[key] for key in RECORDED if key in contents}
     return {}
-
-
-def checkpoints(folder):
-    """The checkpoints of a run, the newest first."""
-    numbered = {}
-    for path in folder.glob("checkpoint_step_*.pt"):
-        step = path.stem.removeprefix("checkpoint_step_")
-        if step.isdecimal():
-            numbered[int(step)] = path
-    return [numbered[step] for step in sorted(numbered, reverse=True)]
-
-
-def read_yaml(path):
-    try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: expected a YAML file of 'key: value' lines ({reason})") from error
-
-
-def read_config(kind, path):
-    """A ModelConfig or TrainingConfig out of a folder of a run; InputError names the key that is wrong."""
-    values = {key: value for key, value in read_yaml(path).items() if key not in FORMER_KEYS}
-    try:
-        return kind(**values)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or kind.__name__
-        raise InputError(f"{path}: {key}: {first['msg']} (got {first['input']!r})") from error
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 def alias_of(folder, about):
@@ -245,49 +219,35 @@ def alias_of(folder, about):
 
 
 def read_metrics(path):
-    """The last step in a metrics.jsonl, its evaluations by step, and the number of lines that cannot be read.
+    """The last step in a metrics.jsonl, and its evaluations by step.
 
-    The log is only ever appended to. A killed run leaves a torn line, which is passed over; resumed, it logs the
-    steps since its checkpoint again, and the last record of a step counts.
+    The log is only ever appended to. A killed run leaves a torn line, which is passed over; resumed, it logs
+    the steps since its checkpoint again, and the last record of a step counts.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing, though checkpoints lie beside it") from error
+    if not path.exists():
+        raise InputError(f"{path}: missing, though checkpoints lie beside it")
+    records = script.read_metrics(path)
+    if path.stat().st_size and not records:
+        raise InputError(
+            f"{path}: not the metrics of a training script: no line is a record with kind and step"
+        )
 
-    evaluations = {}
-    last_step, unreadable = 0, 0
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            unreadable += 1
-            continue
-        where = f"{path}, line {number}"
-        if not isinstance(record, dict) or record.get("kind") not in ("train", "val", "final"):
-            raise InputError(
-                f"{where}: not the metrics of a training script: expected a record of a known kind"
-            )
-        last_step = max(last_step, finite(record, "step", where))
+    last_step, evaluations = 0, {}
+    for record in records:
+        step = number(record, "step", path)
+        last_step = max(last_step, step)
         if record["kind"] != "train":
             wanted = ("step", "tokens", "padding_fraction", *FIGURES)
-            numbers = {key: finite(record, key, where) for key in wanted}
-            evaluations[record["step"]] = {"kind": record["kind"]} | numbers
-
-    if unreadable == len(lines) and lines:
-        raise InputError(
-            f"{path}: not the metrics of a training script: none of its {len(lines)} lines is JSON"
-        )
-    return last_step, [evaluations[step] for step in sorted(evaluations)], unreadable
+            evaluations[step] = {"kind": record["kind"]} | {key: number(record, key, path) for key in wanted}
+    return last_step, [evaluations[step] for step in sorted(evaluations)]
 
 
-def finite(record, key, where):
+def number(record, key, path):
     """A number of a record; InputError where it is missing, a text, infinite or not a number."""
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(
-            f"{where}: not the metrics of a training script: {key}: expected a number, got {value!r}"
-        )
+        where = f"step {record['step']}: {key}: expected a number, got {value!r}"
+        raise InputError(f"{path}: not the metrics of a training script: {where}")
     return value
 
 
@@ -352,6 +312,10 @@ def row_record(row, reference, published_at):
     """A row of the table: the means over its complete runs, unrounded."""
     variant, alias = row[0].variant, row[0].alias
     cached = profiler.cache_account(variant, [])
+
+    def published(figure):
+        return VARIANTS[alias]["published"].get(figure, {}).get(published_at)
+
     record = {
         "variant": variant.paper + ("*" if differences(row, reference) else ""),
         "alias": alias,
@@ -359,8 +323,8 @@ def row_record(row, reference, published_at):
         "parameters": variant.parameters["total"],
         "cache_bytes_per_token": cached["bytes_per_token"],
         "cache_reduction_percent": cached["reduction_percent"],
-        "published": PERPLEXITY[published_at].get(alias),
-        "published_vs_qkv": PUBLISHED_CHANGE[published_at].get(alias),
+        "published": published("perplexity"),
+        "published_vs_qkv": published("perplexity_change"),
     }
 
     # Changes are those of a seed, against QKV's run of the same seed.
@@ -409,19 +373,19 @@ def notes(rows, reference):
         lines.append(
             "The padding was masked in training: a perplexity that includes it says nothing, the text's does."
         )
-    return lines + unknown(everyone)
+    return lines + recorded_notes(everyone)
 
 
-def unknown(runs):
-    """Lines about what runs have not recorded, and about logs that a kill has torn."""
+def recorded_notes(runs):
+    """Lines about what runs have not recorded, and about settings that changed while they ran."""
     lines = []
+    for run in runs:
+        if run.about.get("changes"):
+            lines.append(f"{run.folder.name}: settings changed on the way: {listed(run.about['changes'])}.")
     for key, what in UNKNOWN.items():
         without = [run for run in runs if not run.about.get(key)]
         if without:
             lines.append(f"{what} alone: {'all runs' if without == runs else folders(without)}.")
-    torn = [run for run in runs if run.unreadable]
-    if torn:
-        lines.append(f"Lines of metrics.jsonl that cannot be read were passed over: {folders(torn)}.")
     return lines
 
 

@@ -6,6 +6,7 @@
 The complete runs of the folders are read as one grid, which results/scaling/README.md defines.
 
     gap            text loss less QKV's of the same seed; in percent: the change of perplexity it comes to
+    converted      QKV, made Q–K=V by convert_checkpoint.py without training (conversion.txt beside a run)
     common rate    the peak learning rate at which QKV is best, for both
     own rate       the rate at which each is best
     intervals      95 %, by a bootstrap over the seeds
@@ -18,6 +19,7 @@ Contents: the grid, slopes, reports, printing, plotting, command line.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -27,6 +29,7 @@ import analysis_computation_profiler as profiler
 from analysis_computation_profiler import VARIANTS
 from dataset_download import InputError
 from results_table import (
+    Run,
     command_line,
     dumped,
     figure,
@@ -34,19 +37,22 @@ from results_table import (
     grid,
     listed,
     mean,
+    recorded_notes,
     refuse_twice,
     shape,
     sheet,
-    unknown,
     write_texts,
 )
 
-SWEPT = {"learning_rate", "min_lr", "warmup_steps", "target_tokens", "rows a step"}
+# What differs over the grid. A run starts from a file of its own, of initial weights that its seed shares.
+SWEPT = {"learning_rate", "min_lr", "warmup_steps", "target_tokens", "rows a step", "init_from"}
 RESAMPLES = 10_000
 MATTERS = (
     0.005  # nats: a change of the gap from 5 to 80 tokens for each parameter that counts, half a percent
 )
 SEEDS_TO_DECIDE = 3
+CONVERTED = "converted"  # stands among the aliases of the variants
+CONVERSION = re.compile(r"^text perplexity: ([\d.]+) before, ([\d.]+) after", re.MULTILINE)
 
 
 # -----------------------------------------------------------------------------
@@ -99,6 +105,31 @@ class Cell:
         return {seed: loss - of_qkv[seed] for seed, loss in losses.items() if seed in of_qkv}
 
 
+@dataclass
+class Converted:
+    """A run of QKV whose model was made Q–K=V without training, in the place of a Run in a Cell."""
+
+    run: Run
+    final: dict
+
+
+def converted(run):
+    """A run with the text loss after its conversion, from conversion.txt; None where there is none."""
+    path = run.folder / "conversion.txt"
+    if not path.exists():
+        return None
+    found = CONVERSION.search(path.read_text(encoding="utf-8"))
+    if not found:
+        raise InputError(f"{path}: expected what convert_checkpoint.py prints, with the text perplexities")
+    before, after = map(float, found.groups())
+    if abs(before / run.final["text_perplexity"] - 1) > 1e-3:
+        trained = f"{run.final['text_perplexity']:.4f} of this run"
+        raise InputError(
+            f"{path}: converts another model: its text perplexity is {before:.4f}, not the {trained}"
+        )
+    return Converted(run, {"text_loss": run.final["text_loss"] + math.log(after / before)})
+
+
 def studies(runs):
     """Complete runs by the data and recipe they share: [(settings, cells)], the largest first."""
     groups = {}
@@ -131,6 +162,9 @@ def cells_of(runs):
         seeds = cell.runs.setdefault(run.alias, {}).setdefault(run.config.learning_rate, {})
         refuse_twice(run, seeds.values())
         seeds[run.seed] = run
+        if run.alias == "kqv" and (after := converted(run)):
+            rates = cell.runs.setdefault(CONVERTED, {})
+            rates.setdefault(run.config.learning_rate, {})[run.seed] = after
     return sorted(cells.values(), key=lambda cell: (cell.parameters, cell.tokens, cell.protocol, cell.row))
 
 
@@ -253,7 +287,7 @@ def report(runs):
             "rates": rate_records(main),
             "notes": study_notes(settings, found[0][0], cells),
         })  # fmt: skip
-    reports[0]["notes"] += unknown(runs)
+    reports[0]["notes"] += recorded_notes(runs)
     incomplete = [run for run in runs if not run.final]
     if incomplete:
         reports[0]["notes"].append(f"Incomplete, and left out: {folders(incomplete)}.")
@@ -268,12 +302,18 @@ def main_cells(cells):
 
 
 def compared(cells):
-    """The variants beside QKV, in the order of the paper."""
-    return [alias for alias in VARIANTS if alias != "kqv" and any(alias in cell.runs for cell in cells)]
+    """The variants beside QKV, in the order of the paper, and QKV converted."""
+    return [
+        alias
+        for alias in (*VARIANTS, CONVERTED)
+        if alias != "kqv" and any(alias in cell.runs for cell in cells)
+    ]
 
 
 def paper_name(cells, alias):
     """As the paper writes a variant, with its number of KV heads."""
+    if alias == CONVERTED:
+        return "QKV, converted to Q–K=V"
     runs = next(cell.runs[alias] for cell in cells if alias in cell.runs)
     return next(run.variant.paper for seeds in runs.values() for run in seeds.values())
 
@@ -313,7 +353,8 @@ def gap_records(cells):
             }
             record |= gap_fields(cell.gaps(alias, "common"), "gap_common")
             record |= gap_fields(own, "gap_own")
-            record["compute_lost_percent"] = compute_lost(cells, cell, alias)
+            lost = None if alias == CONVERTED else compute_lost(cells, cell, alias)
+            record["compute_lost_percent"] = lost
             records.append(record)
     return records
 
@@ -321,8 +362,8 @@ def gap_records(cells):
 def compute_lost(cells, cell, alias):
     """Percent of a variant's training compute that QKV of the same shape does not need for the same loss.
 
-    Both at their own rates; compute is the MACs of a token's forward pass times the tokens. Negative where QKV
-    needs more.
+    Both at their own rates; compute is the MACs of a token's forward pass times the tokens. Negative where
+    QKV needs more.
     """
     gaps = cell.gaps(alias, "own")
     curve = []
@@ -375,11 +416,16 @@ def length_groups(cells):
     return [group for group in groups.values() if len({cell.protocol for cell in group}) > 1]
 
 
+def varied(group):
+    """The variants that were trained with more than one kind of rows."""
+    return [alias for alias in compared(group) if sum(alias in cell.runs for cell in group) > 1]
+
+
 def length_records(cells):
     """A row for every variant, protocol and length of rows: the gap over all positions and over text only."""
     records = []
     for group in length_groups(cells):
-        for alias in compared(group):
+        for alias in varied(group):
             for cell in group:
                 gaps = cell.gaps(alias, "common")
                 if not gaps:
@@ -447,20 +493,19 @@ def rate_records(cells):
 
 
 def study_notes(settings, of_first, cells):
-    """Lines about what sets this study apart from the first, and about best rates at the edge of the tried."""
+    """Lines about what sets a study apart from the first, and about best rates at the edge of those tried."""
     lines = []
     for key, value in settings.items():
         if value != of_first[key]:
             lines.append(f"Not to be compared with the first: {key}: {of_first[key]} there, {value} here.")
     for cell in cells:
-        for alias in cell.runs:
-            if len(cell.runs[alias]) > 2 and cell.at_edge(alias):
+        for alias in VARIANTS:
+            if len(cell.runs.get(alias, ())) > 2 and cell.at_edge(alias):
                 tried = listed(f"{rate:g}" for rate in sorted(cell.runs[alias]))
                 where = f"{cell.size}, {cell.tokens_per_parameter:g} tokens / parameter, rows of {cell.row}"
                 who = f"{paper_name(cells, alias)}, {where}, {cell.protocol}"
-                lines.append(
-                    f"{who}: the best rate, {cell.best_rate(alias):g}, is at the edge of those tried, {tried}."
-                )
+                best = f"the best rate, {cell.best_rate(alias):g}, is at the edge of those tried"
+                lines.append(f"{who}: {best}: {tried}.")
     return lines
 
 
@@ -570,55 +615,65 @@ FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_
 SIZE_LOOKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", ":"), ("#CC79A7", "D", "-."))
 
 
-def gap_line(ax, points, colour, marker, line, label):
-    """A line through the means of (x, {seed: gap in nats}), every seed a dot, the interval shaded."""
-    points = [(x, [percent(gap) for gap in gaps.values()]) for x, gaps in points if gaps]
+def seed_line(ax, points, colour, marker, line, label, shaded=False):
+    """A line through the means of [(x, values)], every value a dot; if shaded, with their interval."""
+    points = [(x, values) for x, values in points if values]
     if not points:
         return
     x = [x for x, _ in points]
-    intervals = [bootstrap([values], [1]) for _, values in points]
-    ax.plot(x, [fmean(values) for _, values in points], color=colour, linestyle=line, label=label)
-    ax.fill_between(x, *zip(*intervals, strict=True), color=colour, alpha=0.15, linewidth=0)
+    ax.plot(x, [fmean(values) for _, values in points], color=colour, linestyle=line)
+    if shaded:
+        intervals = [bootstrap([values], [1]) for _, values in points]
+        ax.fill_between(x, *zip(*intervals, strict=True), color=colour, alpha=0.15, linewidth=0)
     for position, values in points:
         ax.scatter([position] * len(values), values, s=16, color=colour, marker=marker, zorder=3)
+    ax.plot([], [], color=colour, marker=marker, markersize=4, linestyle=line, label=label)  # in the legend
 
 
-def tokens_axis(ax, cells):
-    """Tokens for each parameter on a logarithmic axis, with the numbers that were run."""
-    ticks = sorted({cell.tokens_per_parameter for cell in cells})
+def gap_line(ax, points, look, label):
+    """A seed_line of [(x, {seed: gap in nats})], as changes of perplexity in percent."""
+    points = [(x, [percent(gap) for gap in gaps.values()]) for x, gaps in points]
+    seed_line(ax, points, *look, label, shaded=True)
+
+
+def finish(ax, ticks, xlabel, ylabel):
+    """A logarithmic x axis with its ticks, and a legend."""
+    ticks = sorted(set(ticks))
     ax.set_xscale("log")
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
-    ax.set_xlabel("tokens for each parameter, D / N")
-    ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.set_xlabel(xlabel)
+    ax.set_ylabel(ylabel)
+    ax.legend(frameon=False)
 
 
 def gap_figure(path, report):
     """Q–K=V's gap against tokens for each parameter, a line a size; other variants at the smallest size."""
     cells = report["main"]
     sizes = list(dict.fromkeys(cell.size for cell in cells))
-    others = [alias for alias in compared(cells) if alias != "kv"]
+    others = [alias for alias in compared(cells) if alias not in ("kv", CONVERTED)]
 
     def draw(axes):
         for ax, at in zip(axes, ("own", "common"), strict=False):
-            for size, (colour, marker, line) in zip(sizes, SIZE_LOOKS, strict=False):
+            for size, look in zip(sizes, SIZE_LOOKS, strict=False):
                 here = [cell for cell in cells if cell.size == size]
                 points = [(cell.tokens_per_parameter, cell.gaps("kv", at)) for cell in here]
-                label = f"{size}, N = {here[0].parameters:,}"
-                gap_line(ax, points, colour, marker, line, label)
+                gap_line(ax, points, look, f"{size}, N = {here[0].parameters:,}")
+                points = [(cell.tokens_per_parameter, cell.gaps(CONVERTED, "common")) for cell in here]
+                gap_line(ax, points, (look[0], "x", "-."), f"{size}, QKV converted")
         for alias in others:
-            colour, marker = profiler.LOOKS[alias]
             here = [cell for cell in cells if cell.size == sizes[0]]
             points = [(cell.tokens_per_parameter, cell.gaps(alias, "own")) for cell in here]
-            gap_line(axes[2], points, colour, marker, "-", paper_name(cells, alias))
+            gap_line(axes[2], points, (*profiler.LOOKS[alias], "-"), paper_name(cells, alias))
         for ax in axes:
-            tokens_axis(ax, cells)
-            ax.set_ylabel("text perplexity beyond QKV's, %")
-            if ax.get_legend_handles_labels()[1]:
-                ax.legend(frameon=False)
+            ax.axhline(0, color="0.6", linewidth=0.8)
+            ticks = [cell.tokens_per_parameter for cell in cells]
+            finish(ax, ticks, "tokens for each parameter, D / N", "text perplexity beyond QKV's, %")
 
     titles = ["Q–K=V, each at its own best rate", "Q–K=V, both at QKV's best rate"]
-    figure(path, titles + ([f"other variants at {sizes[0]}, own rates"] if others else []), draw)
+    if others:
+        titles.append(f"other variants at {sizes[0]}, own rates")
+    figure(path, titles, draw)
 
 
 def loss_figure(path, report):
@@ -627,25 +682,22 @@ def loss_figure(path, report):
     sizes = list(dict.fromkeys(cell.size for cell in cells))
 
     def draw(axes):
+        (ax,) = axes
         for alias in ("kqv", "kv"):
             for size, (_, marker, line) in zip(sizes, SIZE_LOOKS, strict=False):
-                here = [cell for cell in cells if cell.size == size and cell.best_rate(alias)]
-                losses = [list(cell.losses(alias, cell.best_rate(alias)).values()) for cell in here]
-                colour = profiler.LOOKS[alias][0]
+                points = []
+                for cell in cells:
+                    if cell.size == size:
+                        losses = cell.losses(alias, cell.best_rate(alias))
+                        points.append((cell.tokens / 1e6, list(losses.values())))
                 label = f"{VARIANTS[alias]['paper']}, {size}"
-                tokens = [cell.tokens for cell in here]
-                axes[0].plot(
-                    tokens, [fmean(values) for values in losses], color=colour, linestyle=line, label=label
-                )
-                for x, values in zip(tokens, losses, strict=True):
-                    axes[0].scatter([x] * len(values), values, s=16, color=colour, marker=marker)
-        axes[0].set_xscale("log")
-        axes[0].set_yscale("log")
-        axes[0].yaxis.set_major_formatter("{x:g}")
-        axes[0].yaxis.set_minor_formatter("{x:g}")
-        axes[0].set_xlabel("training tokens, D")
-        axes[0].set_ylabel("text loss, nats a token")
-        axes[0].legend(frameon=False)
+                seed_line(ax, points, profiler.LOOKS[alias][0], marker, line, label)
+        ax.set_yscale("log")
+        tokens = [cell.tokens / 1e6 for cell in cells]
+        finish(ax, [0.5, 1, 2, 4, 8, 16, 32], "training tokens D, millions", "text loss, nats a token")
+        ax.set_xlim(min(tokens) / 1.2, max(tokens) * 1.2)
+        losses = np.linspace(*ax.get_ylim(), 6)
+        ax.set_yticks(losses, [f"{loss:.2f}" for loss in losses])
 
     figure(path, ["each at its own best rate"], draw)
 
@@ -656,52 +708,41 @@ def rate_figure(path, report):
 
     def draw(axes):
         for ax, cell in zip(axes, swept, strict=True):
-            for alias, rates in cell.runs.items():
-                colour, marker = profiler.LOOKS[alias]
-                tried = sorted(rates)
-                losses = [list(cell.losses(alias, rate).values()) for rate in tried]
-                ax.plot(
-                    tried, [fmean(values) for values in losses], color=colour, label=paper_name(swept, alias)
-                )
-                for rate, values in zip(tried, losses, strict=True):
-                    ax.scatter([rate] * len(values), values, s=16, color=colour, marker=marker)
-            ticks = sorted({rate for rates in cell.runs.values() for rate in rates})
-            ax.set_xscale("log", base=2)
-            ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            ax.set_xlabel("peak learning rate")
-            ax.set_ylabel("text loss, nats a token")
-            ax.legend(frameon=False)
+            for alias in VARIANTS:
+                rates = sorted(cell.runs.get(alias, ()))
+                points = [(1000 * rate, list(cell.losses(alias, rate).values())) for rate in rates]
+                if points:
+                    seed_line(ax, points, *profiler.LOOKS[alias], "-", paper_name(swept, alias))
+            ticks = [1000 * rate for rates in cell.runs.values() for rate in rates]
+            finish(ax, ticks, "peak learning rate, x 1e-3", "text loss, nats a token")
 
     if swept:
-        figure(
-            path, [f"{cell.size}, {cell.tokens_per_parameter:g} tokens a parameter" for cell in swept], draw
-        )
+        titles = [f"{cell.size}, {cell.tokens_per_parameter:g} tokens a parameter" for cell in swept]
+        figure(path, titles, draw)
 
 
 def length_figure(path, report):
-    """Q–K=V's gap against the length of rows, by their content: over all positions, and over text only."""
-    groups = [group for group in length_groups(report["cells"]) if "kv" in compared(group)]
+    """Q–K=V's gap against the length of rows, by their content: over all positions, and over text only.
+
+    Without the padding in training a model cannot predict it, so there the first panel has no such line.
+    """
+    groups = [group for group in length_groups(report["cells"]) if "kv" in varied(group)]
+    if not groups:
+        return
+    cells = groups[0]
+    looks = dict(zip(dict.fromkeys(cell.protocol for cell in cells), SIZE_LOOKS, strict=False))
 
     def draw(axes):
         for ax, key in zip(axes, ("loss", "text_loss"), strict=True):
-            for group in groups[:1]:
-                protocols = list(dict.fromkeys(cell.protocol for cell in group))
-                for protocol, (colour, marker, line) in zip(protocols, SIZE_LOOKS, strict=False):
-                    here = [cell for cell in group if cell.protocol == protocol]
-                    if key == "loss" and protocol == "padded, padding masked":
-                        continue  # it never learned to predict the padding
-                    points = [(cell.row, cell.gaps("kv", "common", key)) for cell in here]
-                    gap_line(ax, points, colour, marker, line, protocol)
-                ticks = sorted({cell.row for cell in group})
-                ax.set_xscale("log", base=2)
-                ax.set_xticks(ticks, [f"{tick}" for tick in ticks])
-            ax.set_xlabel("tokens in a row, T")
-            ax.set_ylabel("perplexity beyond QKV's, %")
+            for protocol, look in looks.items():
+                if key == "loss" and protocol == "padded, padding masked":
+                    continue
+                here = [cell for cell in cells if cell.protocol == protocol]
+                gap_line(ax, [(cell.row, cell.gaps("kv", "common", key)) for cell in here], look, protocol)
             ax.axhline(0, color="0.6", linewidth=0.8)
-            ax.legend(frameon=False)
+            finish(ax, [cell.row for cell in cells], "tokens in a row, T", "perplexity beyond QKV's, %")
 
-    if groups:
-        figure(path, ["Q–K=V, over all positions", "Q–K=V, over text only"], draw)
+    figure(path, ["Q–K=V, over all positions", "Q–K=V, over text only"], draw)
 
 
 # -----------------------------------------------------------------------------

@@ -232,12 +232,13 @@ class GPT_GQA(nn.Module):
 
     def make_cache(self, batch_size: int, max_length: int | None = None, dtype=None) -> KVCache:
         """An empty cache, by default for n_positions tokens and in the dtype of the forward pass."""
-        device, dtype = self.wte.weight.device, dtype or self.wte.weight.dtype
+        device = self.wte.weight.device
         max_length = self.config.n_positions if max_length is None else max_length
         if batch_size < 1 or max_length < 1:
             raise ValueError(f"expected at least one row and one position, got {batch_size} x {max_length}")
-        if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
-            dtype = torch.get_autocast_dtype(device.type)
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else self.wte.weight.dtype
         return KVCache(self.config, batch_size, max_length, dtype, device)
 
     @torch.no_grad()
@@ -646,9 +647,10 @@ WAYS_ON = "use another --output_dir, or --resume never to move the old run aside
 
 def describe_run(model_config, config, train_set, val_set, init_from) -> dict:
     """What a run is, as its files record it; RunError if model and data do not go together."""
-    longest, size = model_config.n_positions, train_set.vocab_size
-    require(config.seq_length <= longest, f"seq_length: expected at most {longest}, got {config.seq_length}")
-    require(size <= model_config.vocab_size, f"vocab_size: {train_set.path} needs {size}")
+    length, longest = config.seq_length, model_config.n_positions
+    require(length <= longest, f"seq_length: expected at most n_positions ({longest}), got {length}")
+    size, known = train_set.vocab_size, model_config.vocab_size
+    require(size <= known, f"vocab_size: expected at least {size} for {train_set.path}, got {known}")
     same = (val_set.tokenizer, val_set.vocab_size) == (train_set.tokenizer, size)
     require(same, f"{val_set.path}: its tokenizer is not that of {train_set.path}; prepare both alike")
     if val_set.chunks == train_set.chunks:
@@ -664,7 +666,7 @@ def facts_of(run) -> dict:
     config = run["model_config"] | run["train_config"]
     facts = {key: value for key, value in config.items() if key not in CANNOT_CHANGE_THE_RESULT}
     for name, split in {"training text": "train_data", "validation text": "val_data"}.items():
-        facts[name] = hashlib.sha256(json.dumps(run[split]).encode()).hexdigest()[:12]
+        facts[name] = "sha256 " + hashlib.sha256(json.dumps(run[split]).encode()).hexdigest()[:8]
     rows = config["micro_batch_size"] * config["gradient_accumulation"] * config["num_gpus"]
     return facts | {"variant": run["variant"], "init_from": run["init_from"], "global batch": rows}
 
@@ -920,7 +922,7 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(device)
     if 0 < n_gpus < n_processes:
         print0(f"warning: {n_processes} processes share {n_gpus} GPU; start one process for each GPU")
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if n_gpus >= n_processes else "gloo")
         except (ValueError, RuntimeError) as error:
@@ -1042,19 +1044,22 @@ def load_config(cls, path, overrides):
     RunError names the file or the command line, the key, what was expected and what was found.
     """
     load = YAML(typ="safe", pure=True).load  # YAML 1.2: a key stands once, 2e-4 is a number, 010 is ten
-    place = path
+    place, typed = path, {}
     try:
         values = dict(load(Path(path).read_text(encoding="utf-8")))
         for key, _, value in (override.partition("=") for override in overrides):
             if key in cls.__annotations__:
-                place = f"{path} with {key}={value}"
-                values[key] = load(value)
-        return cls(**values)
+                place = f"command line: {key}"
+                typed[key] = load(value)
+        place = path
+        return cls(**values | typed)
     except ValidationError as error:
         first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "value_error":  # of __post_init__: values that do not go together
+            place = f"{path} and command line" if typed else path
             raise RunError(f"{place}: {first['ctx']['error']}") from error
+        key = first["loc"][0]
+        place = "command line" if key in typed else path
         expected = first["msg"].replace("Input should be", "expected") + f", got {first['input']!r}"
         if first["type"] == "missing":
             expected = "missing, expected a value"
@@ -1084,12 +1089,14 @@ def main(arguments=None):
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="in place of what the configs say")
     options = parser.parse_intermixed_args(arguments)
     try:
-        for setting in options.settings:
-            known_key = "=" in setting and setting.partition("=")[0] in known
-            expected = f"KEY=VALUE with a KEY out of {', '.join(known)}"
-            require(known_key, f"command line: {setting}: expected {expected}")
-        model_config = load_config(ModelConfig, options.model_config, options.settings)
-        config = load_config(TrainingConfig, options.train_config, options.settings)
+        init_distributed()
+        with errors_on_all_ranks():
+            for setting in options.settings:
+                known_key = "=" in setting and setting.partition("=")[0] in known
+                expected = f"KEY=VALUE with a KEY out of {', '.join(known)}"
+                require(known_key, f"command line: {setting}: expected {expected}")
+            model_config = load_config(ModelConfig, options.model_config, options.settings)
+            config = load_config(TrainingConfig, options.train_config, options.settings)
         how = (options.output_dir, options.resume, options.init_from, options.accept_changes)
         number = train(model_config, config, *how)
     except (RunError, OSError, RuntimeError) as error:

@@ -4,8 +4,8 @@
         --output start.pt
     python transformer_KV_1_300_M.py --init_from start.pt seed=42 ...
 
-A training script draws its weights tensor by tensor, so at one seed two variants start from different numbers.
-Here QKV is drawn, and every other variant takes from it what they have in common:
+A training script draws its weights tensor by tensor, so at one seed two variants start from different
+numbers. Here QKV is drawn, and every other variant takes from it what they have in common:
 
     embeddings, LayerNorms, c_proj, MLP     the same
     c_q, c_k                                the rows of the query and of the key in QKV's c_attn

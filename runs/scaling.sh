@@ -103,22 +103,22 @@ cells() {
 
 grid() {
     # Parts 1 and 2: the rate at 20 tokens for each parameter, then both ends of the slope
-    cells 64 20 "4 8 2 16" "42 43 44" 256 packed kqv kv
+    cells 64 20 "4 8 2 16 32" "42 43 44" 256 packed kqv kv
     cells 64 5 "4 8 2 16" "42 43 44" 256 packed kqv kv
-    cells 64 80 "4 8 2" "42 43 44" 256 packed kqv kv
+    cells 64 80 "8 16 4" "42 43 44" 256 packed kqv kv
 
     # Part 3: the rate of other variants
-    cells 64 20 "4 8 2 16" "42 43" 256 packed qk k
-    cells 64 20 "4 8 2 16" "42" 256 packed gqa qmqa
+    cells 64 20 "8 16 4 32" "42 43" 256 packed qk k
+    cells 64 20 "8 16 4 32" "42" 256 packed gqa qmqa
 
     # Part 4: the rate at other sizes
-    cells 96 5 "4 2 8" "42 43" 256 packed kqv kv
-    cells 128 5 "2 1 4" "42 43" 256 packed kqv kv
+    cells 96 5 "8 4 16" "42 43" 256 packed kqv kv
+    cells 128 5 "4 2 8" "42 43" 256 packed kqv kv
 
     # Part 5: rows of 64 and of 256, and what is in them
     for protocol in packed scored masked; do
         for row in 64 256; do
-            cells 64 20 "4 8" "42 43" $row $protocol kqv kv
+            cells 64 20 "8 16" "42 43" $row $protocol kqv kv
         done
     done
 
@@ -126,5 +126,20 @@ grid() {
 }
 
 grid | xargs -P "${JOBS:-2}" -L 1 bash -euc 'train "$@"' train
+
+
+# -----------------------------------------------------------------------------
+# QKV's end points as Q–K=V without training, and the tables
+
+for model in outputs_scaling/kqv_*_T256_packed_seed*/final_model.pt; do
+    [ -e $model ] || continue
+    folder=$(dirname $model)
+    to=results/scaling/$(basename $folder)/conversion.txt
+    if [ ! -e $to ]; then
+        "$PYTHON" convert_checkpoint.py --checkpoint $model --to kv --data scaling_data/train \
+            --val_data scaling_data/validation --output $folder/converted.pt > $folder/conversion.txt
+        cp $folder/conversion.txt $to
+    fi
+done
 
 "$PYTHON" scaling_table.py results/scaling --output_dir results/scaling

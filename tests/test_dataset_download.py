@@ -70,7 +70,7 @@ def refused(capsys, *arguments, **options):
 
 
 def read_split(folder):
-    """Metadata and the documents (uint16 arrays, end-of-text tokens taken off), every promise of the layout checked."""
+    """Metadata and the documents (uint16 arrays without end-of-text tokens), with the layout checked."""
     metadata = json.loads((folder / "metadata.json").read_text())
     assert set(metadata) == KEYS
     token_bytes = np.load(folder / "token_bytes.npy")
@@ -199,7 +199,11 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
     for name, text in {"a.txt": b"from text", "b.jsonl": (source / "b.jsonl").read_bytes()}.items():
         (source / name).write_bytes(b"\xef\xbb\xbf" + text)
     run(source, tmp_path / "out")
-    assert texts_of(tmp_path / "out/train") == ["from text", "from json", "\ufeffkept: a character of the text"]
+    assert texts_of(tmp_path / "out/train") == [
+        "from text",
+        "from json",
+        "\ufeffkept: a character of the text",
+    ]
 
 
 def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
@@ -211,7 +215,8 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, capsys):
     (source / "link.txt").symlink_to("a.txt")
     run(source, tmp_path / "out")
     assert texts_of(tmp_path / "out/train") == ["a.txt", "below.txt/b.txt", "a.txt"]
-    assert "3 files are read; left out: 2 hidden, 2 of other kinds" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"4 hidden files and others are left out, {source / '.cache'} first" in said
     run(source / ".hidden.txt", tmp_path / "hidden")  # named, and so meant
     assert texts_of(tmp_path / "hidden/train") == [".hidden.txt"]
 
@@ -244,7 +249,9 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path, capsys, monkeypatch)
 def packages(tmp_path, monkeypatch):
     """An environment with three packages, and the files of it that are read, in their order."""
     root = tmp_path / "environment"
-    contents = {f"{package}/{name}.py": f"# {package}.{name}\n\nimport os\n" for package in "abc" for name in "xyz"}
+    contents = {
+        f"{package}/{name}.py": f"# {package}.{name}\n\nimport os\n" for package in "abc" for name in "xyz"
+    }
     for name, text in contents.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,7 +290,7 @@ def paragraphs_of(texts):
 
 def test_paragraphs_of_the_standard_library(tmp_path):
     run("stdlib", tmp_path / "out", "--split_paragraphs", validation=100_000)
-    texts = [path.read_text(encoding="utf-8") for path in dataset_download.stdlib_files()]
+    texts = [path.read_text(encoding="utf-8") for path in dataset_download.installed_files("stdlib")[0]]
     found = texts_of(tmp_path / "out/validation") + texts_of(tmp_path / "out/train")
     assert found == paragraphs_of(texts)
     assert read_split(tmp_path / "out/train")[0]["split_paragraphs"] is True
@@ -300,7 +307,10 @@ def test_paragraphs(texts, line_end, stop, chunk):
     """In the order of the recipe, whatever the line ends, and when the run is stopped and started again."""
     expected = paragraphs_of(texts)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        source, output = write_jsonl(Path(folder) / "t.jsonl", [t.replace("\n", line_end) for t in texts]), Path(folder)
+        source, output = (
+            write_jsonl(Path(folder) / "t.jsonl", [t.replace("\n", line_end) for t in texts]),
+            Path(folder),
+        )
         options = ("--split_paragraphs", "--chunk_tokens", chunk)
         replace, calls = os.replace, iter(range(1_000))
 
@@ -424,7 +434,9 @@ def test_single_document_is_cut_at_the_validation_tokens(tmp_path):
     assert texts_of(tmp_path / "out/train") == [text[1_000:]]
 
 
-@pytest.mark.parametrize("texts", [["only one"], ["a" * 30, "b" * 30], [""] * 3, []])
+@pytest.mark.parametrize(
+    "texts", [["only one"], ["a" * 30, "b" * 30], ["a" * 9, "b" * 9], ["a" * 60, ""], [""] * 3, []]
+)
 def test_nothing_for_training_is_refused_and_can_be_mended(texts, tmp_path, capsys):
     source = write_jsonl(tmp_path / "texts.jsonl", texts)
     message = refused(capsys, source, tmp_path / "out", validation=50)
@@ -446,7 +458,7 @@ def test_a_document_of_validation_that_is_most_of_the_corpus(left, tmp_path, cap
         run(tmp_path / "texts.jsonl", tmp_path / "out", validation=100)
         assert texts_of(tmp_path / "out/validation") == texts[:1]
         assert texts_of(tmp_path / "out/train") == texts[2:]
-        said = "100 tokens were asked for, and the last document, which is not cut, made them 1,000"
+        said = "asked for 100 tokens, and took 1,000: its last document is not cut"
         assert f"{tmp_path / 'out/validation'}: {said}" in capsys.readouterr().out
 
 
@@ -476,22 +488,59 @@ def test_restart_after_a_failure_at_any_file(tmp_path, monkeypatch):
     assert allowed > 20
 
 
+HOLD = """
+import os, pathlib, sys, time
+name, marker, *arguments = sys.argv[1:]
+import dataset_download
+replace = os.replace
+
+def hold(before, after):
+    if str(after).endswith(name):
+        pathlib.Path(marker).touch()
+        time.sleep(600)
+    replace(before, after)
+
+os.replace = hold
+dataset_download.main(arguments)
+"""
+
+
+@contextlib.contextmanager
+def held(name, folder, *arguments):
+    """A process of the script that stands still before it gives the file of this name its name."""
+    marker = folder / "held"
+    command = [sys.executable, "-c", HOLD, name, marker, *arguments]
+    options = {"env": os.environ | OFFLINE, "cwd": SCRIPT.parent, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([str(value) for value in command], **options) as process:
+        try:
+            while not marker.exists():
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.002)
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize("split, chunks", [("validation", 2), ("train", 1), ("train", 15)])
 def test_restart_after_sigkill(split, chunks, tmp_path):
     source = write_jsonl(tmp_path / "texts.jsonl", random_texts(4_000))
-    options = ("--chunk_tokens", 3_000)
     output, path = tmp_path / "killed", tmp_path / f"killed/{split}/metadata.json"
-    arguments = ["--source", source, "--tokenizer", "bytes", "--validation_tokens", 30_000]
-    command = [sys.executable, SCRIPT, *map(str, (*arguments, "--output_dir", output, *options))]
-    with subprocess.Popen(command, env=os.environ | OFFLINE, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 20
-        while not path.exists() or len(json.loads(path.read_bytes())["chunks"]) < chunks:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.002)
+    arguments = [
+        "--source",
+        source,
+        "--tokenizer",
+        "bytes",
+        "--validation_tokens",
+        30_000,
+        "--output_dir",
+        output,
+    ]
+    options = ("--chunk_tokens", 3_000)
+    with held(f"{split}/chunk_{chunks:03}.tokens.npy", tmp_path, *arguments, *options) as process:
         process.send_signal(signal.SIGKILL)
     before = {file: file.stat().st_mtime_ns for file in output.rglob("chunk_*.npy")}
     metadata = json.loads(path.read_bytes())
-    assert not metadata["finished"]
+    assert not metadata["finished"] and len(metadata["chunks"]) == chunks
     run(source, output, *options, validation=30_000)
     run(source, tmp_path / "whole", *options, validation=30_000)
     assert files_of(output) == files_of(tmp_path / "whole")
@@ -792,7 +841,16 @@ def test_split_revision_and_text_column(hub, tmp_path, capsys):
     [
         ("--validation_tokens", "50"),
         ("--validation_tokens", "0", "--config", "small", "--revision", "v1"),
-        ("--validation_from_train", "50", "--split", "english", "--chunk_tokens", "900", "--text_column", "text"),
+        (
+            "--validation_from_train",
+            "50",
+            "--split",
+            "english",
+            "--chunk_tokens",
+            "900",
+            "--text_column",
+            "text",
+        ),
     ],
 )
 def test_the_preparing_command_is_recorded(options, hub, tmp_path, capsys):

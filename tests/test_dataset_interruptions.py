@@ -23,7 +23,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dataset_download import OFFLINE, SCRIPT, files_of, random_texts, refused, run, texts_of, write_jsonl
+from test_dataset_download import (
+    OFFLINE,
+    SCRIPT,
+    files_of,
+    held,
+    random_texts,
+    refused,
+    run,
+    texts_of,
+    write_jsonl,
+)
 
 import dataset_download
 
@@ -50,7 +60,9 @@ def command(source, output, *options):
 
 def start(*arguments, **options):
     environment = os.environ | OFFLINE
-    return subprocess.Popen(command(*arguments), env=environment, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command(*arguments), env=environment, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def complete_files_are_whole(output, expected):
@@ -60,15 +72,8 @@ def complete_files_are_whole(output, expected):
             assert content == expected[path]
 
 
-def begun(process, output):
-    """Wait for the first file, so that a signal does not strike the imports alone."""
-    while not list(output.glob("validation/*.npy")):
-        assert process.poll() is None
-        time.sleep(0.001)
-
-
 def interrupt_until_finished(number, source, output, expected, moments):
-    """Start, and send the signal after each of the moments; then run to the end. Returns the exit statuses."""
+    """Start and send the signal, once for each moment; then run to the end. Returns the exit statuses."""
     statuses = []
     for moment in moments:
         with start(source, output) as process:
@@ -107,15 +112,17 @@ def test_signals_at_many_random_moments(number, source, expected, tmp_path):
         interrupt_until_finished(number, source, tmp_path / f"out_{attempt}", expected, moments)
 
 
-def test_temporary_files_of_a_killed_run_are_removed(source, expected, tmp_path):
-    """A kill while a file is written leaves part of it under another name, and here in a chunk never made again."""
+@pytest.mark.parametrize(
+    "name", ["source_files.json", "validation/chunk_001.tokens.npy", "train/metadata.json"]
+)
+def test_temporary_files_of_a_killed_run_are_removed(name, source, expected, tmp_path):
     output = tmp_path / "out"
-    with start(source, output) as process:
-        begun(process, output)
+    with held(name, tmp_path, *command(source, output)[2:]) as process:
         process.kill()
+    assert (output / f"{name}.tmp").exists()
+    # also those of chunks that are never made again, but nobody else's
     (output / "train").mkdir(exist_ok=True)
-    for name in ("validation/chunk_777.tokens.npy.tmp", "train/metadata.json.tmp", "source_files.json.tmp"):
-        (output / name).write_bytes(b"part of it")
+    (output / "train/chunk_777.tokens.npy.tmp").write_bytes(b"part of it")
     (output / "notes.tmp").write_bytes(b"of somebody else")
     run(source, output, *OPTIONS, validation=10_000)
     assert (output / "notes.tmp").read_bytes() == b"of somebody else"
@@ -123,14 +130,17 @@ def test_temporary_files_of_a_killed_run_are_removed(source, expected, tmp_path)
     assert files_of(output) == expected
 
 
-def test_control_c_ends_with_one_line(source, expected, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["source_files.json", "validation/chunk_001.tokens.npy", "train/chunk_009.offsets.npy"]
+)
+def test_control_c_ends_with_one_line(name, source, expected, tmp_path):
     output = tmp_path / "out"
-    with start(source, output) as process:
-        begun(process, output)
+    with held(name, tmp_path, *command(source, output)[2:]) as process:
         process.send_signal(signal.SIGINT)
         errors = process.communicate()[1]
     assert process.returncode == 130 and "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("dataset_download.py: stopped")
+    assert not list(output.rglob("*.tmp"))
     run(source, output, *OPTIONS, validation=10_000)
     assert files_of(output) == expected
 
@@ -204,7 +214,7 @@ def test_two_processes_started_together(source, expected, tmp_path):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Three parquet files over HTTP as the hub dataset owner/name; `failures` by number of request once it is open."""
+    """Three parquet files over HTTP as the hub dataset owner/name; `failures`: kind by number of request."""
     import datasets
     import pyarrow
     from pyarrow import parquet
@@ -232,7 +242,9 @@ def server(tmp_path, monkeypatch):
             if isinstance(failure, int):
                 return self.answer(b"", failure, b"")
             if wanted := self.headers.get("Range"):
-                first, last = (int(number or len(data)) for number in wanted.removeprefix("bytes=").split("-"))
+                first, last = (
+                    int(number or len(data)) for number in wanted.removeprefix("bytes=").split("-")
+                )
                 data, span = data[first : last + 1], f"bytes {first}-{min(last, len(data) - 1)}/{len(data)}"
                 self.answer(data, 206, data[: len(data) // 2] if failure == "cut" else data, span)
             else:
@@ -320,8 +332,16 @@ def test_rows_that_fail_anywhere(failures, chunk, batch):
     import datasets
     from huggingface_hub.errors import HTTPError
 
-    raised = [HTTPError("reset"), aiohttp.ClientPayloadError("cut"), TimeoutError("slow"), KeyboardInterrupt()]
-    texts, left = [None if number % 173 == 5 else text for number, text in enumerate(TEXTS[:400])], list(failures)
+    raised = [
+        HTTPError("reset"),
+        aiohttp.ClientPayloadError("cut"),
+        TimeoutError("slow"),
+        KeyboardInterrupt(),
+    ]
+    texts, left = (
+        [None if number % 173 == 5 else text for number, text in enumerate(TEXTS[:400])],
+        list(failures),
+    )
 
     def rows(start=0):
         for number, text in enumerate(texts):
@@ -368,7 +388,15 @@ def test_a_restart_never_changes_the_source(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     output = tmp_path / "out"
-    arguments = ["--tokenizer", "bytes", "--validation_tokens", "5000", "--output_dir", str(output), *map(str, OPTIONS)]
+    arguments = [
+        "--tokenizer",
+        "bytes",
+        "--validation_tokens",
+        "5000",
+        "--output_dir",
+        str(output),
+        *map(str, OPTIONS),
+    ]
     with monkeypatch.context() as patch:
         calls, write_chunk = iter(range(100)), dataset_download.write_chunk
 
@@ -438,7 +466,7 @@ def test_verify_checks_what_a_hash_cannot(source, tmp_path, capsys):
     folder = output / "train"
     metadata = json.loads((folder / "metadata.json").read_text())
     arrays = {path: np.load(path) for path in folder.glob("chunk_*")}
-    # an id that is none, an end-of-text token too many, one that is missing (in three chunks), offsets that fall
+    # in one chunk each: an id that is none, an end-of-text token too many, one too few, offsets that fall
     eos, tokens = metadata["eos_id"], [folder / f"chunk_00{number}.tokens.npy" for number in range(4)]
     arrays[tokens[0]][-2] = 300
     arrays[tokens[1]][7] = eos
@@ -452,7 +480,7 @@ def test_verify_checks_what_a_hash_cannot(source, tmp_path, capsys):
     metadata["finished"] = False
     (folder / "metadata.json").write_text(json.dumps(metadata))
     status, lines = verify(output, capsys)
-    separators = "not an end-of-text token behind each"
+    separators = "not one end-of-text token after each"
     expected = ["ids below 257", separators, separators, "rising offsets", "documents", "not finished"]
     assert status == 1
     for line, part in zip(lines, expected, strict=True):
@@ -473,10 +501,48 @@ def test_lost_tokenizer_is_written_again(name, source, tmp_path, capsys):
     assert files_of(tmp_path / "out") == expected
 
 
-def test_metadata_that_is_no_json(source, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ('{"source"', "Invalid JSON"),
+        ("", "Invalid JSON"),
+        ("\xff", "Invalid JSON"),
+        ("[]", "Input should be an object"),
+        ("null", "Input should be an object"),
+        ('{"source": "texts"}', "fallback_for: Field required"),
+        ({"tokens": "many"}, "tokens: Input should be a valid integer"),
+        ({"chunks": [{"name": "chunk_000"}]}, "chunks: 0: documents: Field required"),
+        ({"tokenizer_sha256": None}, "tokenizer_sha256: Input should be"),
+    ],
+)
+@pytest.mark.parametrize("options", [(), ("--verify",)])
+def test_metadata_of_any_other_shape(options, content, reason, source, tmp_path, capsys):
     run(source, tmp_path / "out")
-    (tmp_path / "out/train/metadata.json").write_text('{"source"')
-    assert "metadata.json: not valid JSON" in refused(capsys, source, tmp_path / "out")
+    path = tmp_path / "out/train/metadata.json"
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content)
+    path.write_text(content, encoding="latin-1")
+    message = refused(capsys, source, tmp_path / "out", *options)
+    assert f"{path}: not what this script writes" in message and reason in message
+
+
+def test_a_damaged_list_of_source_files(source, tmp_path, capsys):
+    run(source, tmp_path / "out")
+    path = tmp_path / "out/train/metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"finished": False}))
+    (tmp_path / "out/source_files.json").write_text('{"texts.jsonl": 7}')
+    message = refused(capsys, source, tmp_path / "out")
+    assert "source_files.json: not what this script writes" in message
+
+
+def test_a_file_system_without_locks(source, expected, tmp_path, capsys, monkeypatch):
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    run(source, tmp_path / "out", *OPTIONS, validation=10_000)
+    assert "No locks available" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == expected
 
 
 @settings(max_examples=10, deadline=None)
@@ -506,7 +572,7 @@ def test_stopped_at_any_step(stops, chunk):
 
 
 def test_the_old_format_is_refused_with_the_command_that_remakes_it(tmp_path, capsys):
-    """Token files as they were before end-of-text tokens stood behind the documents, made out of today's."""
+    """Token files as they were before end-of-text tokens stood after the documents, made from today's."""
     source, output = write_jsonl(tmp_path / "texts.jsonl", random_texts(300)), tmp_path / "out put"
     run(source, output, "--chunk_tokens", 2_000, "--target_tokens", 9_000, validation=3_000)
     expected = files_of(output)
@@ -516,15 +582,18 @@ def test_the_old_format_is_refused_with_the_command_that_remakes_it(tmp_path, ca
         offsets = path.with_name(path.name.replace("tokens", "offsets"))
         np.save(offsets, np.load(offsets) - np.arange(len(np.load(offsets))))
     before = files_of(output)
-    message = refused(capsys, source, output, "--chunk_tokens", 2_000, "--target_tokens", 9_000, validation=3_000)
+    message = refused(
+        capsys, source, output, "--chunk_tokens", 2_000, "--target_tokens", 9_000, validation=3_000
+    )
     with pytest.raises(SystemExit) as stopped:
         dataset_download.main(["--verify", "--output_dir", str(output)])
     assert stopped.value.code == 2 and capsys.readouterr().err.splitlines() == [message]
     assert str(output / "validation") in message and "end-of-text token" in message
     assert files_of(output) == before
-    remove, prepare = message.partition("make them anew with: ")[2].split(" && ")
-    assert shlex.split(remove) == ["rm", "-r", str(output)]
-    shutil.rmtree(output)
+    remove, prepare = message.partition("make them again with: ")[2].split(" && ")
+    assert shlex.split(remove) == ["rm", "-r", str(output / "validation"), str(output / "train")]
+    for folder in shlex.split(remove)[2:]:
+        shutil.rmtree(folder)
     python, script, *arguments = shlex.split(prepare)
     assert python == "python" and script == "dataset_download.py"
     dataset_download.main(arguments)

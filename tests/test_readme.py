@@ -206,13 +206,13 @@ def test_the_slurm_script_trains(clone):
 # ---- Q–K=V in a model of one's own
 
 CONFIG = {"n_embd": 48, "n_layer": 1, "n_head": 4, "n_kv_groups": None, "dropout": 0.0}
-CONFIG |= {"use_flash_attention": True, "plain_attention": False}
+CONFIG |= {"use_flash_attention": True}
 
 
 def copied(clone):
     """The README's way of copying: the names it lists, then what its command cuts out, as a module of its own."""
     (cut,) = [command for command in commands() if command.startswith("sed")]
-    (names,) = [text for text in blocks("python") if "FLASH_ATTENTION" in text]
+    (names,) = [text for text in blocks("python") if "flash_attn_func" in text]
     run(cut, clone)
     assert (clone / "qkv_attention.py").read_text().count("\n") < 100
     module = {"__name__": "copied"}
@@ -255,11 +255,11 @@ def test_the_lines_that_change_are_those_of_the_script():
 
 
 def rotate(x, positions):
-    """Rotary embedding of [B, T, heads, head_dim], in pairs of complex numbers."""
+    """Rotary embedding of [B, heads, T, head_dim], in pairs of complex numbers."""
     frequencies = 100 ** -(torch.arange(x.shape[-1] // 2) / (x.shape[-1] // 2))
     turns = torch.polar(torch.ones(len(positions), len(frequencies)), positions[:, None] * frequencies)
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * turns[None, :, None]).flatten(-2)
+    return torch.view_as_real(pairs * turns).flatten(-2)
 
 
 def rotary_attention(own, config):
@@ -269,8 +269,11 @@ def rotary_attention(own, config):
         node for node in ast.parse(source).body if getattr(node, "name", "") == "CausalSelfAttention"
     ]
     (forward,) = [node for node in original.body if getattr(node, "name", "") == "forward"]
-    docstring, shape, heads, projections, _, _, result = forward.body
-    forward.body = [docstring, shape, heads, projections, *ast.parse(changed_lines()[1]).body, result]
+    plain, rotary = (ast.parse(lines).body for lines in changed_lines())
+    append, attend = plain[-2:]  # the cache and the product; the projections before them stay
+    start = [ast.unparse(node) for node in forward.body].index(ast.unparse(append))
+    assert ast.unparse(forward.body[start + 1]) == ast.unparse(attend)
+    forward.body[start : start + 2] = rotary
     module = {**vars(own), "rotate": rotate}
     exec(ast.unparse(original), module)
     return module["CausalSelfAttention"](config, 0)
@@ -283,12 +286,12 @@ def test_with_rotary_positions_only_distances_count(clone):
     attention, x = rotary_attention(own, config), torch.randn(1, 9, 48)
     cache = own.KVCache(config, 1, 9, torch.float32, "cpu")
     torch.testing.assert_close(in_pieces(attention, x, cache), attention(x), rtol=1e-4, atol=1e-5)
-    q, k = (layer(x)[0].view(9, 4, 12) for layer in (attention.c_q, attention.c_k))
+    q, k = (layer(x)[0].view(9, 4, 12).transpose(0, 1) for layer in (attention.c_q, attention.c_k))
     for offset in (0, 5):  # other positions, the same distances
         turned_q, turned_k = (rotate(y[None], torch.arange(9) + offset)[0] for y in (q, k))
-        scores = torch.einsum("thd,shd->hts", turned_q, turned_k) / math.sqrt(12)
+        scores = torch.einsum("htd,hsd->hts", turned_q, turned_k) / math.sqrt(12)
         shares = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), -math.inf).softmax(dim=-1)
-        y = torch.einsum("hts,shd->thd", shares, k).reshape(1, 9, 48)
+        y = torch.einsum("hts,hsd->thd", shares, k).reshape(1, 9, 48)
         torch.testing.assert_close(attention(x), attention.c_proj(y), rtol=1e-4, atol=1e-5)
 
 

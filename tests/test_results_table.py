@@ -1,4 +1,4 @@
-"""results_table.py on folders whose figures were worked out by hand, and on tiny runs of the training scripts."""
+"""results_table.py on folders whose figures were worked out by hand, and on tiny runs of the scripts."""
 
 import csv
 import io
@@ -24,9 +24,15 @@ def read(path):
 
 
 def evaluation(step, perplexity, text_perplexity, kind="val"):
-    losses = {"loss": math.log(perplexity), "text_loss": math.log(text_perplexity)}
-    return {"kind": kind, "step": step, "tokens": 256 * step, "perplexity": perplexity,
-            "text_perplexity": text_perplexity, "bits_per_byte": 1.0, "padding_fraction": 0.5} | losses  # fmt: skip
+    figures = {"perplexity": perplexity, "text_perplexity": text_perplexity}
+    figures |= {"loss": math.log(perplexity), "text_loss": math.log(text_perplexity)}
+    figures |= {"bits_per_byte": 1.0, "padding_fraction": 0.5}
+    return {"kind": kind, "step": step, "tokens": 256 * step} | figures
+
+
+def evaluation_line(**changes):
+    """A line of a metrics.jsonl with some of its values replaced."""
+    return json.dumps(evaluation(STEPS, 5.0, 20.0, "final") | changes) + "\n"
 
 
 def write_run(folder, alias, seed=1, final=(5.0, 20.0), data=DATA, size=None, step=STEPS, **settings):
@@ -36,7 +42,12 @@ def write_run(folder, alias, seed=1, final=(5.0, 20.0), data=DATA, size=None, st
     model = read(f"model_config_{size or 'demo'}.yaml") | ({} if size else TINY)
     model |= {"n_kv_groups": groups} if groups else {}
     train = read("train_config_demo.yaml") | {"sequence": "padded", "seq_length": 32, "eval_batches": None}
-    train |= {"num_gpus": 1, "target_tokens": STEPS * 256, "seed": seed}  # by 8 rows a step
+    train |= {
+        "num_gpus": 1,
+        "target_tokens": STEPS * 256,
+        "warmup_steps": 1,
+        "seed": seed,
+    }  # by 8 rows a step
     model |= {key: value for key, value in settings.items() if key in model}
     train |= {key: value for key, value in settings.items() if key in train}
     (folder / "model_config.yaml").write_text(yaml.safe_dump(model), encoding="utf-8")
@@ -94,7 +105,16 @@ def test_means_spreads_and_paired_changes(two_seeds, capsys):
 def test_a_terminal_shows_both_seeds_in_a_mean_and_its_spread(two_seeds, capsys):
     _, output, _ = run(two_seeds, capsys=capsys)
     _, row = (line for line in output.splitlines() if line.startswith("Q"))
-    for text in ("Q–K=V", "1, 2", "5.275 ± 0.025", "+3.46 ± 1.54 %", "5.27", "+3.1 %", "21.500 ± 0.500", "50.0 %"):
+    for text in (
+        "Q–K=V",
+        "1, 2",
+        "5.275 ± 0.025",
+        "+3.46 ± 1.54 %",
+        "5.27",
+        "+3.1 %",
+        "21.500 ± 0.500",
+        "50.0 %",
+    ):
         assert text in row
     assert "published at 300M" in output
 
@@ -117,22 +137,29 @@ def test_each_protocol_has_its_table_and_its_own_qkv(two_seeds, capsys):
         write_run(two_seeds / f"kqv_{name}", "kqv", 1, (10.0, 20.0), **settings)
         write_run(two_seeds / f"kv_{name}", "kv", 1, (10.4, 20.8), **settings)
     scored, *others = tables(two_seeds, capsys=capsys)
-    assert scored["title"] == [*TITLE, "padded rows of 32 tokens, filling scored"]
-    assert [t["title"][-1] for t in others] == ["packed rows of 32 tokens", "padded rows of 32 tokens, filling masked"]
+    assert scored["title"] == [*TITLE, "padded rows of 32 tokens, padding scored"]
+    assert [t["title"][-1] for t in others] == [
+        "packed rows of 32 tokens",
+        "padded rows of 32 tokens, padding masked",
+    ]
     assert [bool(t["notes"]) for t in (scored, *others)] == [False, False, True]
     assert "masked in training" in others[1]["notes"][0]
     assert [t["rows"][1]["perplexity_vs_qkv"] for t in others] == [pytest.approx(4), pytest.approx(4)]
     assert [t["published"] for t in (scored, *others)] == [
-        "published at 300M", *2 * ["published at 300M, filling scored"],
+        "published at 300M", *2 * ["published at 300M, padding scored"],
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("size", "title", "cached", "saved", "published"),
-    [("300M", "300M (Table 4)", 10_240, 87.5, (5.32, 3.9)), ("1.2B", "1.2B (Table 10)", 22_528, 87.5, (5.158, 3.08))],
+    [
+        ("300M", "300M (Table 4)", 10_240, 87.5, (5.32, 3.9)),
+        ("1.2B", "1.2B (Table 10)", 22_528, 87.5, (5.158, 3.08)),
+    ],
 )
-def test_a_size_of_the_paper_stands_beside_its_own_published_figures(size, title, cached, saved, published, tmp_path,
-                                                                     capsys):  # fmt: skip
+def test_a_size_of_the_paper_stands_beside_its_published_figures(
+    size, title, cached, saved, published, tmp_path, capsys
+):
     write_run(tmp_path / "a", "kqv", size=size)
     write_run(tmp_path / "b", "qgqa", size=size)
     write_run(tmp_path / "c", "kqv")
@@ -147,9 +174,17 @@ def test_a_size_of_the_paper_stands_beside_its_own_published_figures(size, title
 
 def test_a_run_that_was_trained_otherwise_is_marked_and_named(two_seeds, capsys):
     other = DATA | {"train_data": [{"name": "chunk_000", "tokens_sha256": "2"}]}
-    write_run(two_seeds / "mqa_1", "mqa", 1, (5.5, 21.0), learning_rate=0.001, warmup_steps=7)
+    write_run(two_seeds / "mqa_1", "mqa", 1, (5.5, 21.0), learning_rate=0.001, warmup_steps=3)
     write_run(two_seeds / "k_1", "k", 1, (6.0, 30.0), data=other)
-    write_run(two_seeds / "gqa_1", "gqa", 1, (5.1, 20.0), log_interval=7, micro_batch_size=4, gradient_accumulation=2)
+    write_run(
+        two_seeds / "gqa_1",
+        "gqa",
+        1,
+        (5.1, 20.0),
+        log_interval=7,
+        micro_batch_size=4,
+        gradient_accumulation=2,
+    )
     (table,) = tables(two_seeds, capsys=capsys)
     assert [row["variant"] for row in table["rows"]] == ["QKV", "Q–K=V", "Q=K=V*", "GQA-4", "MQA*"]
     assert table["rows"][-1]["perplexity_vs_qkv"] == pytest.approx(10)
@@ -158,7 +193,7 @@ def test_a_run_that_was_trained_otherwise_is_marked_and_named(two_seeds, capsys)
     assert one != two and data == f"* Q=K=V (k_1): train_data: {one} of QKV, {two} of the run"
     assert others == [
         "* MQA (mqa_1): learning_rate: 0.003 of QKV, 0.001 of the run",
-        "* MQA (mqa_1): warmup_steps: 100 of QKV, 7 of the run",
+        "* MQA (mqa_1): warmup_steps: 1 of QKV, 3 of the run",
     ]
     assert "| Q=K=V\\* |" in run(two_seeds, "--format", "markdown", capsys=capsys)[1]
 
@@ -179,7 +214,9 @@ def test_incomplete_runs_are_shown_and_enter_no_mean(two_seeds, capsys):
     assert kv["seeds"] == [1, 2] and kv["perplexity"] == pytest.approx(5.275)
     assert mqa["seeds"] == [] and mqa["perplexity"] is None and mqa["parameters"] > 0
     lines = run(two_seeds, capsys=capsys)[1].splitlines()
-    table = [line.split() for line in lines[next(i for i, x in enumerate(lines) if x.startswith("incomplete")) :]]
+    table = [
+        line.split() for line in lines[next(i for i, x in enumerate(lines) if x.startswith("incomplete")) :]
+    ]
     assert table[1] == ["Q–K=V", "3", "2", "4", "2", "50.000", "100.000", "kv_3"]
     assert table[2] == ["MQA", "1", "1", "4", "0", "300.000", "300.000", "mqa_1"]
 
@@ -198,8 +235,8 @@ def test_what_is_not_recorded_is_said(tmp_path, capsys):
     (table,) = tables(tmp_path, capsys=capsys)
     assert [row["variant"] for row in table["rows"]] == ["QKV", "Q=K–V", "Q–K=V*"]
     assert table["notes"] == [
-        "* Q–K=V (kv_text): train_data: demo_data/train, contents not recorded, of QKV, elsewhere, contents not "
-        "recorded, of the run",
+        "* Q–K=V (kv_text): train_data: demo_data/train, contents not recorded, of QKV, elsewhere, contents "
+        "not recorded, of the run",
         "Variant taken from the folder's name alone: all runs.",
         "Training data known by path alone: all runs.",
         "Validation data known by path alone: all runs.",
@@ -209,7 +246,7 @@ def test_what_is_not_recorded_is_said(tmp_path, capsys):
 def test_a_checkpoint_tells_the_variant_and_the_data(tmp_path, capsys):
     for name, alias in (("a", "kqv"), ("b", "kv")):
         write_run(tmp_path / name, alias, data=None)
-        contents = {"variant": script_of(alias).VARIANT, "data": DATA["train_data"]}
+        contents = {"variant": script_of(alias).VARIANT, "train_data": DATA["train_data"]}
         torch.save(contents, tmp_path / name / "checkpoint_step_2.pt")
         (tmp_path / name / "checkpoint_step_4.pt").write_bytes(b"damaged")
     (table,) = tables(tmp_path, capsys=capsys)
@@ -230,9 +267,11 @@ def test_without_names_the_outputs_here_are_read(two_seeds, monkeypatch, capsys)
 
 
 def test_every_format_holds_the_same_figures(two_seeds, capsys):
-    text, markdown, sheet = (run(two_seeds, "--format", f, capsys=capsys)[1] for f in ("table", "markdown", "csv"))
+    text, markdown, sheet = (
+        run(two_seeds, "--format", f, capsys=capsys)[1] for f in ("table", "markdown", "csv")
+    )
     title, header, rule, *rows = [line for line in markdown.splitlines() if line]
-    assert title == f"### {', '.join([*TITLE, 'padded rows of 32 tokens, filling scored'])}"
+    assert title == f"### {', '.join([*TITLE, 'padded rows of 32 tokens, padding scored'])}"
     assert {line.count("|") for line in (header, rule, *rows)} == {12}
     for cell in "|".join(rows).split("|"):
         assert cell.strip() in text
@@ -261,10 +300,30 @@ def test_figures_can_do_without_qkv_and_without_evaluations(tmp_path, capsys):
     ("name", "contents", "message"),
     [
         ("metrics.jsonl", "what\n", "metrics.jsonl: not the metrics of a training script"),
-        ("metrics.jsonl", '{"kind": "val", "step": 1}\n', "metrics.jsonl: not the metrics of a training script"),
+        (
+            "metrics.jsonl",
+            '{"kind": "val", "step": 1}\n',
+            "metrics.jsonl: not the metrics of a training script",
+        ),
         ("metrics.jsonl", "[]\n", "metrics.jsonl: not the metrics of a training script"),
-        ("train_config.yaml", "lr: 1\n", "train_config.yaml: lr: unknown key"),
-        ("model_config.yaml", "", "model_config.yaml: expected a YAML file"),
+        (
+            "metrics.jsonl",
+            evaluation_line(text_loss="3.0"),
+            "step 4: text_loss: expected a number, got '3.0'",
+        ),
+        (
+            "metrics.jsonl",
+            evaluation_line(perplexity=math.nan),
+            "step 4: perplexity: expected a number, got nan",
+        ),
+        ("metrics.jsonl", evaluation_line(step=None), "step None: step: expected a number, got None"),
+        ("train_config.yaml", "seed: 1\n", "train_config.yaml: train_data: missing"),
+        (
+            "model_config.yaml",
+            "n_embd: text\n",
+            "model_config.yaml: n_embd: expected a valid integer, got 'text'",
+        ),
+        ("model_config.yaml", "", "model_config.yaml: expected YAML"),
         ("run.yaml", "variant: other\n", "unknown variant: other"),
         ("run.yaml", "[", "run.yaml: expected a YAML file"),
         ("run.yaml", None, "unknown variant: not recorded, nor told by this name"),
@@ -280,6 +339,47 @@ def test_a_broken_folder_is_one_line(name, contents, message, tmp_path, capsys):
     assert errors.startswith("results_table.py: error: ") and errors.count("\n") == 1 and message in errors
 
 
+def test_checkpoints_without_their_log_are_not_passed_over(two_seeds, capsys):
+    (two_seeds / "kv_1/checkpoint_step_4.pt").touch()
+    (two_seeds / "kv_1/metrics.jsonl").unlink()
+    status, output, errors = run(two_seeds, capsys=capsys)
+    assert (status, output) == (2, "") and "kv_1/metrics.jsonl: missing" in errors and errors.count("\n") == 1
+
+
+def test_of_a_log_that_was_appended_to_the_last_record_of_a_step_counts(tmp_path, capsys):
+    """Killed in the middle of a line and resumed from an earlier checkpoint, as the scripts do it."""
+    folder = write_run(tmp_path / "kqv_1", "kqv", final=(9.0, 90.0))
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as log:
+        log.write('{"kind": "train", "st')
+        log.write(json.dumps({"kind": "train", "step": 2, "tokens": 512, "loss": 4.0}) + "\n")
+        log.write(json.dumps(evaluation(2, 40.0, 80.0)) + "\n")
+        log.write(json.dumps(evaluation(STEPS, 5.0, 20.0, "final")) + "\n{")
+    (table,) = tables(folder, capsys=capsys)
+    assert table["rows"][0]["perplexity"] == 5.0 and table["runs"][0]["step"] == STEPS
+    evaluations = results_table.Run(folder).evaluations
+    assert [(e["step"], e["text_perplexity"]) for e in evaluations] == [(0, 300.0), (2, 80.0), (4, 20.0)]
+
+
+def test_what_a_run_began_with_and_changed_on_the_way_is_said(two_seeds, capsys):
+    for name, more in (
+        ("kv_1", {"init_from": "a.pt"}),
+        ("kv_2", {"changes": ["step 2: dropout 0.0 -> 0.1"]}),
+    ):
+        about = yaml.safe_load((two_seeds / name / "run.yaml").read_text(encoding="utf-8"))
+        (two_seeds / name / "run.yaml").write_text(yaml.safe_dump(about | more), encoding="utf-8")
+    (table,) = tables(two_seeds, capsys=capsys)
+    assert [row["variant"] for row in table["rows"]] == ["QKV", "Q–K=V*", "Q–K=V"]
+    assert "* Q–K=V (kv_1): init_from: None of QKV, a.pt of the run" in table["notes"]
+    assert "kv_2: settings changed on the way: step 2: dropout 0.0 -> 0.1." in table["notes"]
+
+
+def test_settings_that_cannot_change_the_result_are_those_of_the_training_scripts(two_seeds):
+    setup = results_table.Run(two_seeds / "kqv_1").setup
+    listed = set(script_of("kqv").CANNOT_CHANGE_THE_RESULT)
+    assert {"compile", "micro_batch_size", "keep_checkpoints", "wandb"} <= listed
+    assert not (listed - {"train_data", "val_data"}) & set(setup)
+
+
 def test_no_runs_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for args in ([], ["missing"], [tmp_path]):
@@ -290,7 +390,9 @@ def test_no_runs_is_one_line(tmp_path, monkeypatch, capsys):
 def test_the_same_run_twice_is_refused(two_seeds, capsys):
     write_run(two_seeds / "kv_again", "kv", 2)
     status, _, errors = run(two_seeds, capsys=capsys)
-    assert status == 2 and "kv_2 and" in errors and "the same run twice (Q–K=V, seed 2, same settings)" in errors
+    assert (
+        status == 2 and "kv_2 and" in errors and "the same run twice (Q–K=V, seed 2, same settings)" in errors
+    )
 
 
 def test_runs_of_the_training_scripts(data, tmp_path, capsys):
@@ -300,7 +402,9 @@ def test_runs_of_the_training_scripts(data, tmp_path, capsys):
         for seed in (1, 2):
             folder = tmp_path / f"runs/{alias}_packed_seed{seed}"
             script_of(alias).main(arguments(data, folder, f"seed={seed}"))
-            finals[alias, seed] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["perplexity"]
+            finals[alias, seed] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])[
+                "perplexity"
+            ]
     capsys.readouterr()
     (table,) = tables(tmp_path / "runs", capsys=capsys)
     qkv, kv = table["rows"]
@@ -316,4 +420,6 @@ def test_runs_of_the_training_scripts(data, tmp_path, capsys):
     for path in (tmp_path / "runs").glob("*/*.pt"):
         path.unlink()
     (small,) = tables(tmp_path / "runs", capsys=capsys)
-    assert [row["perplexity_vs_qkv"] for row in small["rows"]] == [row["perplexity_vs_qkv"] for row in table["rows"]]
+    assert [row["perplexity_vs_qkv"] for row in small["rows"]] == [
+        row["perplexity_vs_qkv"] for row in table["rows"]
+    ]

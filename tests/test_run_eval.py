@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def save(model, alias, path, train_data="nowhere", **entries):
     """A checkpoint of ours."""
     script = script_of(alias)
     contents = {"variant": script.VARIANT, "step": 8000, "epoch": 0, "tokens_seen": 123, "train_config": {}}
-    contents |= {"model_state_dict": model.state_dict(), "model_config": script.as_dict(model.config)}
+    contents |= {"model_state_dict": model.state_dict(), "model_config": asdict(model.config)}
     torch.save(contents | {"train_config": {"train_data": str(train_data)}} | entries, path)
     return path
 

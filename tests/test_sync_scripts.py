@@ -1,4 +1,4 @@
-"""The training scripts differ only in what the paper varies, and the tool that keeps them so can be trusted."""
+"""The training scripts differ only in what the paper varies, and the tool that keeps them so works."""
 
 import shutil
 import subprocess

@@ -3,11 +3,12 @@
     python tests/benchmarks/tokenization.py                # half a minute on 2 cores
     python tests/benchmarks/tokenization.py --rounds 10
 
-Both read the same documents out of memory: the help texts of Python's pydoc, cut to lengths as of web pages. Ours are
-dataset_download.py's batches, to uint16 arrays with their place in the stream; theirs is GPT2TokenizerFast.encode, in
-a loop, on the vocabulary and merges behind the same ranks (the run ends with an error if the ids differ on a
-document). A round measures both, one after the other, so that what else the machine does falls on both; the ratio is
-the median of the rounds. Needs the real ranks, ../shared/data/gpt2.tiktoken or --ranks PATH.
+Both read the same documents from memory: the help texts of Python's pydoc, cut to the lengths of web pages.
+Ours are the batches of dataset_download.py, from text to uint16 arrays with their place in the stream; theirs
+is GPT2TokenizerFast.encode in a loop, with the vocabulary and merges of the same ranks. The run ends with an
+error if the ids of a document differ. A round measures one after the other, so that whatever else the machine
+does slows both; the ratio is the median of the rounds. Needs the real ranks, ../shared/data/gpt2.tiktoken or
+--ranks PATH.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from dataset_download import encode_rows, load_tokenizer  # noqa: E402
 
 
 def documents(count):
-    words, chance = " ".join(topics.values()).split(" "), random.Random(0)
+    words = " ".join(topics.values()).split(" ")
+    chance = random.Random(0)
     lengths = [min(20_000, int(chance.lognormvariate(6, 1))) for _ in range(count)]
     starts = [chance.randrange(len(words)) for _ in range(count)]
     return [" ".join(words[start : start + length]) for start, length in zip(starts, lengths, strict=True)]
@@ -41,8 +43,8 @@ def byte_letters():
     return {value: chr(value) for value in printed} | {value: chr(256 + n) for n, value in enumerate(others)}
 
 
-def merge_behind(token, ranks):
-    """The two tokens that a token was merged from: what the merges before it make of its bytes."""
+def merge_of(token, ranks):
+    """The two tokens that a token was merged from: what the earlier merges make of its bytes."""
     parts = [bytes([value]) for value in token]
     while len(parts) > 2:
         pairs = (ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:], strict=False))
@@ -57,7 +59,7 @@ def transformers_tokenizer(ranks):
     letters = byte_letters()
     spelt = {token: "".join(letters[value] for value in token) for token in ranks}
     merged = [token for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    merges = [tuple(spelt[part] for part in merge_behind(token, ranks)) for token in merged]
+    merges = [tuple(spelt[part] for part in merge_of(token, ranks)) for token in merged]
     vocabulary = {spelt[token]: rank for token, rank in ranks.items()} | {"<|endoftext|>": len(ranks)}
     tokenizer = GPT2TokenizerFast(vocab=vocabulary, merges=merges)
     assert len(tokenizer) == len(ranks) + 1
@@ -71,7 +73,9 @@ def timed(function):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=Path, default=ROOT.parent / "shared/data/gpt2.tiktoken")
     parser.add_argument("--documents", type=int, default=2_048)
     parser.add_argument("--rounds", type=int, default=5)
@@ -79,7 +83,8 @@ def main():
     if not args.ranks.exists():
         print(f"tokenization: skipped, no GPT-2 ranks at {args.ranks}")
         return
-    ours, texts = load_tokenizer(str(args.ranks)), documents(args.documents)
+    texts = documents(args.documents)
+    ours = load_tokenizer(str(args.ranks))
     theirs = transformers_tokenizer(ours.ranks)
     theirs.model_max_length = sys.maxsize  # no warning about long documents
 
@@ -94,7 +99,8 @@ def main():
         assert all(ids.tolist() == other for ids, other in zip(found, expected, strict=True))
         rounds.append(SimpleNamespace(slow=len(texts) / slow, fast=len(texts) / fast, ratio=slow / fast))
     size = sum(len(text) for text in texts) / 1e6
-    print(f"{len(texts):,} documents, {size:.1f} million characters, {args.rounds} rounds, {os.cpu_count()} cores")
+    corpus = f"{len(texts):,} documents, {size:.1f} million characters"
+    print(f"{corpus}, {args.rounds} rounds, {os.cpu_count()} cores")
     for name, key in (("transformers, one by one", "slow"), ("dataset_download.py", "fast")):
         print(f"{name:25} {median(getattr(r, key) for r in rounds):8,.0f} documents a second")
     ratios = sorted(r.ratio for r in rounds)

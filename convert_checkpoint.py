@@ -1,0 +1,640 @@
+"""A trained model -> one with a smaller KV cache, without training: QKV to Q–K=V, GQA to Q-GQA, MQA to Q-MQA.
+
+    python convert_checkpoint.py --checkpoint outputs_kqv/final_model.pt --to kv --output as_kv.pt \\
+        --data slimpajama_data/train --val_data slimpajama_data/validation
+    python convert_checkpoint.py --from_gpt2 FOLDER --to kv --output gpt2_kv.pt --data DIR --val_data DIR
+    python transformer_KV_1_300_M.py --init_from as_kv.pt --output_dir trained_on learning_rate=4e-5
+
+The scores see a key only through the query, and the output sees a value only through c_proj. So in the place
+of both a head may keep any numbers s = D x of the layer's input x, as long as k is about A s and v is about
+B s: A goes into the query projection (A^T q in the place of q), B into the output projection (W_O B in the
+place of W_O). The mean costs nothing: a constant in every key drops out of the softmax, and the attention
+weights of a row sum to one, so a constant in every value moves into the bias of c_proj. What is left to choose
+is which head_dim of the 2 head_dim numbers of [k; v] to keep: by a singular value decomposition of both
+together, in the metric of what an error costs.
+
+Where a KV head of the target takes the place of several (kqv to gqa, mqa, qgqa, qmqa; gqa to mqa, qmqa), the
+same algebra goes over the keys and values of all of them. That leaves out far more, so train on afterwards.
+Its matrices grow with the square of what is put together, to 1.3 GB for kqv to qmqa at 300M.
+
+With rotary positions A would have to commute with the rotations. These models have learned positions.
+
+Contents: algebra, calibration, reading models, converting, command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import yaml
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
+TARGETS = {  # what each variant can become
+    "kqv": ("kv", "gqa", "mqa", "qgqa", "qmqa"),
+    "gqa": ("qgqa", "mqa", "qmqa"),
+    "mqa": ("qmqa",),
+}
+SCRIPTS = {  # at either size, a script reads the checkpoints of both
+    alias: import_module(VARIANTS[alias]["script"]["300M"].removesuffix(".py"))
+    for alias in ("kqv", "gqa", "mqa", "kv", "qgqa", "qmqa")
+}
+METHODS = ("joint_svd", "drop_v", "mean")
+WEIGHTINGS = ("gradient", "activation", "none")
+TINY = 1e-200  # in the place of a zero by which something is divided
+
+
+class ConversionError(ValueError):
+    """Ends a conversion with one line: what is wrong, where, and what to do about it."""
+
+
+# -----------------------------------------------------------------------------
+# Algebra: which numbers to keep, and how the projections around them absorb the rest
+
+
+def joint_svd(covariance, metric, rank):
+    """D [..., rank, n] and U [..., n, rank]: the best numbers s = D u to keep of u [n], and u about U s.
+
+    With covariance and metric [..., n, n] they minimise E[e^T metric e] for the error e = u - U s: D holds
+    the leading singular directions of metric^1/2 covariance^1/2 (Eckart and Young), U a least-squares fit.
+    """
+    n = metric.shape[-1]
+    size = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    ridge = 1e-6 * torch.eye(n, dtype=metric.dtype)  # among directions of no cost, energy decides
+    root = square_root(metric / size.clamp(min=TINY) + ridge)
+    energy, directions = torch.linalg.eigh(root @ covariance @ root)  # in rising order
+    energy = energy[..., -rank:].flip(-1)
+    down = directions[..., -rank:].flip(-1).mT @ root
+    # A direction without energy is a constant, and the mean takes care of it.
+    has_energy = energy > 1e-13 * energy[..., :1]
+    inverse = torch.where(has_energy, 1 / energy.where(has_energy, 1.0), 0.0)
+    up = covariance @ down.mT * inverse[..., None, :]
+    return down, up
+
+
+def square_root(matrix):
+    """The symmetric square root of positive semidefinite matrices [..., n, n]."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp(min=0).sqrt()[..., None, :] @ vectors.mT
+
+
+def average(n_blocks, n_heads, n_averaged, head_dim):
+    """D and U as of joint_svd, for the plain mean of the first n_averaged of the n_heads heads in a block."""
+    share = torch.zeros(1, n_heads, dtype=torch.float64)
+    share[:, :n_averaged] = 1 / n_averaged
+    identity = torch.eye(head_dim, dtype=torch.float64)
+    down = torch.kron(share, identity)
+    up = torch.kron(torch.ones(n_heads, 1, dtype=torch.float64), identity)
+    return down.expand(n_blocks, -1, -1), up.expand(n_blocks, -1, -1)
+
+
+class Heads:
+    """Which heads of the source each cached head of the target stands for.
+
+    blocks is int64 [blocks, heads]; the key of KV head i has the number i, its value n_kv_head + i. A target
+    that caches no values has a block for each of its KV heads, of keys and then values. One that caches
+    values has a block for each head of its keys and, behind those, one for each head of its values.
+    """
+
+    def __init__(self, config, target_heads, caches_values):
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_groups or config.n_head
+        self.head_dim = config.n_embd // config.n_head
+        numbers = torch.arange(2 * self.n_kv_head).view(2, target_heads, -1)
+        self.blocks = numbers.flatten(0, 1) if caches_values else numbers.transpose(0, 1).flatten(1)
+
+    def by_block(self, kv):
+        """Keys and values as the projection gives them, [..., 2 n_kv_head head_dim] -> [..., blocks, n]."""
+        heads = kv.unflatten(-1, (2 * self.n_kv_head, self.head_dim))
+        return heads[..., self.blocks, :].flatten(-2)
+
+    def by_query_head(self, by_block):
+        """[blocks, n, ...] -> two [n_head, head_dim, ...]: for the key and the value of each query head."""
+        heads = by_block.unflatten(1, (-1, self.head_dim)).flatten(0, 1)
+        heads = heads[self.blocks.flatten().argsort()]  # in the order of the projection again
+        return heads.repeat_interleave(self.n_head // self.n_kv_head, dim=0).chunk(2)
+
+
+class AttentionWeights:
+    """The weights of one layer of the source in fp64, by heads and blocks."""
+
+    def __init__(self, weights, number, heads):
+        prefix = f"h.{number}.attn"
+        # In c_attn the queries come first; keys and values are the last outputs of c_attn, and all of c_kv.
+        fused = f"{prefix}.c_attn.weight" in weights
+        q, kv = ("c_attn", "c_attn") if fused else ("c_q", "c_kv")
+        C, kv_width = heads.n_head * heads.head_dim, 2 * heads.n_kv_head * heads.head_dim
+        by_head = (heads.n_head, heads.head_dim)
+        q_weight = weights[f"{prefix}.{q}.weight"][:C].double()
+        self.q_weight = q_weight.unflatten(0, by_head)  # [n_head, head_dim, C]
+        self.q_bias = weights[f"{prefix}.{q}.bias"][:C].double().unflatten(0, by_head)
+        kv_weight = weights[f"{prefix}.{kv}.weight"][-kv_width:].double()
+        self.kv_weight = heads.by_block(kv_weight.T).permute(1, 2, 0)  # [blocks, n, C]
+        self.kv_bias = heads.by_block(weights[f"{prefix}.{kv}.bias"][-kv_width:].double())  # [blocks, n]
+        output = weights[f"{prefix}.c_proj.weight"].double()
+        self.output = output.unflatten(1, by_head).transpose(0, 1)  # [n_head, C, head_dim]
+        self.output_bias = weights[f"{prefix}.c_proj.bias"].double()
+
+
+def absorb(attention, heads, down, up, mean, key_name):
+    """The target's attention in fp32, for s = down (u - mean) with keys and values u about up s + mean."""
+    A, B = heads.by_query_head(up)
+    _, value_mean = heads.by_query_head(mean)
+    tensors = {
+        "c_q.weight": (A.mT @ attention.q_weight).flatten(0, 1),
+        "c_q.bias": (A.mT @ attention.q_bias[..., None]).flatten(),
+        f"{key_name}.weight": (down @ attention.kv_weight).flatten(0, 1),
+        f"{key_name}.bias": (down @ (attention.kv_bias - mean)[..., None]).flatten(),
+        "c_proj.weight": (attention.output @ B).transpose(0, 1).flatten(1),
+        "c_proj.bias": attention.output_bias + (attention.output @ value_mean[..., None]).sum(dim=(0, 2)),
+    }
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def even_rows(attention, down, up):
+    """The same numbers, scaled: the rows of the new projection have the size of those whose place they take.
+
+    This changes nothing but how training goes on: AdamW takes steps of one size everywhere, and in the same
+    time it got further with even rows than with numbers of one variance, or turned to be like the old keys.
+    """
+    old, new = attention.kv_weight, down @ attention.kv_weight
+    size = old.square().mean(dim=(1, 2))[:, None, None] / new.square().mean(-1, keepdim=True).clamp(min=TINY)
+    size = size.sqrt().clamp(min=TINY)
+    return down * size, up / size.mT
+
+
+# -----------------------------------------------------------------------------
+# Calibration: what the keys and values of each layer do on a sample of the training data
+
+
+class Moments:
+    """Mean, covariance and metric of the keys and values of one layer, by blocks, out of sums over positions.
+
+    gradient     with g the gradient of the loss by the keys and values of a position: the metric is E[g g^T],
+                 the empirical Fisher information, and a position counts with |g|^2, since errors do no harm
+                 where nothing looks
+    activation   what an error changes next: q e / sqrt(head_dim) in a score, W_O e in the output. The metric
+                 is E[q q^T] / head_dim for a key and W_O^T W_O for a value; every position counts alike
+    none         every number and every position counts alike
+    """
+
+    def __init__(self, heads, weighting):
+        self.heads, self.weighting = heads, weighting
+        n_blocks, n = len(heads.blocks), heads.blocks.shape[1] * heads.head_dim
+        costs = (n_blocks, n, n)
+        if weighting == "activation":
+            costs = (heads.n_head, heads.head_dim, heads.head_dim)
+        self.weight = torch.zeros(n_blocks, dtype=torch.float64)
+        self.first = torch.zeros(n_blocks, n, dtype=torch.float64)
+        self.second = torch.zeros(n_blocks, n, n, dtype=torch.float64)
+        self.costs = torch.zeros(costs, dtype=torch.float64)
+
+    def add(self, kv, vectors=None):
+        """Keys and values [N, 2 n_kv_head head_dim] with their gradients, or with the queries [N, C]."""
+        u = self.heads.by_block(kv.double()).transpose(0, 1)  # [blocks, N, n]
+        weights = torch.ones_like(u[..., :1])
+        if self.weighting == "gradient":
+            gradients = self.heads.by_block(vectors.double()).transpose(0, 1)
+            weights = gradients.square().sum(-1, keepdim=True).clamp(min=TINY)
+            self.costs += gradients.mT @ gradients
+        elif self.weighting == "activation":
+            queries = vectors.double().unflatten(-1, (self.heads.n_head, -1)).transpose(0, 1)
+            self.costs += queries.mT @ queries
+        self.weight += weights.sum(dim=(1, 2))
+        self.first += (weights * u).sum(1)
+        self.second += (weights * u).mT @ u
+
+    def mean(self):
+        return self.first / self.weight[:, None]
+
+    def covariance(self):
+        mean = self.mean()
+        return self.second / self.weight[:, None, None] - mean[:, :, None] * mean[:, None, :]
+
+    def metric(self, attention):
+        """[blocks, n, n], up to a factor for each block."""
+        if self.weighting == "none":
+            return torch.eye(self.first.shape[1], dtype=torch.float64).expand_as(self.second)
+        if self.weighting == "gradient":
+            return self.costs
+        scores = self.costs / self.weight[0] / self.heads.head_dim
+        outputs = attention.output.mT @ attention.output
+        # The query heads that share a KV head add up; heads in a block stand side by side.
+        costs = torch.cat([scores, outputs]).unflatten(0, (2 * self.heads.n_kv_head, -1)).sum(1)
+        return torch.stack([torch.block_diag(*costs[block]) for block in self.heads.blocks])
+
+
+def collect_moments(model, heads, loader, n_tokens, weighting):
+    """One Moments for each layer out of the first rows of a shuffled loader, and how many tokens these held.
+
+    One row at a time, and in the backward pass the activations of one layer at a time, so that 2 GB beside
+    the model are enough at 1.2B and 2,048 positions.
+    """
+    moments = [Moments(heads, weighting) for _ in model.h]
+    model.requires_grad_(False)
+    hooks = []
+    for block, sums in zip(model.h, moments, strict=True):
+        projection = block.attn.c_attn if hasattr(block.attn, "c_attn") else block.attn.c_kv
+        hooks.append(projection.register_forward_hook(partial(observe, sums, block.attn)))
+        if weighting == "gradient":
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+    n_seen = 0
+    with tqdm(total=n_tokens, unit="token", desc="calibration", disable=not sys.stderr.isatty()) as bar:
+        for number, (input_ids, is_text) in enumerate(loader, start=1):
+            input_ids = input_ids[:, : is_text.sum()]  # padding stands at the end, where no text sees it
+            if input_ids.shape[1] > 1:
+                input_ids = input_ids.to(model.wte.weight.device)
+                with torch.set_grad_enabled(weighting == "gradient"):
+                    hidden = model.hidden_states(input_ids)
+                if weighting == "gradient":
+                    hidden.backward(loss_gradient(hidden.detach(), model.wte.weight, input_ids))
+                n_seen += input_ids.shape[1]
+                bar.update(min(input_ids.shape[1], n_tokens - bar.n))
+            if n_seen >= n_tokens or number == len(loader.dataset):
+                break
+
+    for hook in hooks:
+        hook.remove()
+    for block in model.h:
+        vars(block).pop("forward", None)
+    return moments, n_seen
+
+
+def observe(moments, attn, projection, inputs, outputs):
+    """Forward hook of the projection of keys and values: its outputs [1, T, ...] go to its layer's sums."""
+    heads, (x,) = moments.heads, inputs
+    width = 2 * heads.n_kv_head * heads.head_dim
+    kv = outputs[0, :, -width:].detach().cpu().clone()
+    if moments.weighting == "gradient":
+        outputs.requires_grad_()  # in the first layer; the others' depend on it
+        outputs.register_hook(lambda gradient: moments.add(kv, gradient[0, :, -width:].cpu()))
+    elif moments.weighting == "activation":
+        q, C = projection if hasattr(attn, "c_attn") else attn.c_q, x.shape[-1]
+        moments.add(kv, F.linear(x[0], q.weight[:C], q.bias[:C]).cpu())
+    else:
+        moments.add(kv)
+
+
+@torch.no_grad()
+def loss_gradient(hidden, embedding, input_ids):
+    """The gradient by `hidden` [1, T, C] of the summed cross-entropy of input_ids [1, T], 256 at a time."""
+    gradient = torch.zeros_like(hidden)
+    for start in range(0, hidden.shape[1] - 1, 256):
+        targets = input_ids[0, 1:][start : start + 256]
+        end = start + len(targets)
+        errors = F.linear(hidden[0, start:end], embedding).softmax(dim=-1)
+        errors[torch.arange(len(targets)), targets] -= 1
+        gradient[0, start:end] = errors @ embedding
+    return gradient
+
+
+def check_sample(number, covariance, attention, norm):
+    """ConversionError where the sample does not tell directions apart that the weights do.
+
+    The inputs of the layer are LayerNorm's outputs: of mean zero, but for its gain and bias.
+    """
+    reached = attention.kv_weight * norm.weight.detach().cpu().double()
+    reached = reached - reached.mean(-1, keepdim=True)
+    expected = torch.linalg.matrix_rank(reached, rtol=1e-4)  # directions below that are left alone
+    found = torch.linalg.matrix_rank(covariance, rtol=1e-13, hermitian=True)
+    if (found < expected).any():
+        block = int((expected - found).argmax())
+        raise ConversionError(
+            f"layer {number}: rank-deficient covariance: the calibration sample tells {found[block]} of "
+            f"{expected[block]} directions of keys and values apart; take more --tokens or more varied --data"
+        )
+
+
+# -----------------------------------------------------------------------------
+# Reading models
+
+
+def read_source(path, device):
+    """(alias, model, contents without the weights) of a checkpoint of one of the training scripts."""
+    contents = SCRIPTS["kqv"].read_checkpoint(path)
+    weights = contents.pop("model_state_dict")
+    recorded = contents.get("variant") or variant_of(weights, contents["model_config"])
+    aliases = {SCRIPTS[alias].VARIANT: alias for alias in TARGETS}
+    if recorded not in aliases:
+        expected = ", ".join(aliases)
+        raise ConversionError(f"{path}: a checkpoint of variant {recorded}; expected one of {expected}")
+    alias = aliases[recorded]
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ConversionError(f"{path}: {name} is not finite; take an earlier checkpoint of the run")
+    return alias, SCRIPTS[alias].load_model(path, device), contents
+
+
+def variant_of(weights, config):
+    """The variant of a released checkpoint, which does not record it, by its first layer's projections."""
+    if "h.0.attn.c_attn.weight" in weights:
+        return "KQV"
+    if "h.0.attn.c_q.weight" in weights and "h.0.attn.c_kv.weight" in weights:
+        head_dim = config["n_embd"] // config["n_head"]
+        return {head_dim: "QMQA", 2 * head_dim: "MQA"}.get(len(weights["h.0.attn.c_kv.weight"]), "GQA")
+    return "unknown"
+
+
+def read_gpt2(folder):
+    """transformers' GPT-2 in a local folder, fp32; ConversionError where QKV is not the same architecture."""
+    from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    path = Path(folder) / "config.json"
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConversionError(f"{path}: not the configuration of a transformers GPT-2 ({error})") from error
+    if kind != "gpt2":
+        raise ConversionError(f"{path}: model_type is {kind}, expected gpt2")
+    try:
+        options = {"local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
+        gpt2, info = GPT2LMHeadModel.from_pretrained(folder, **options)
+    except Exception as error:  # a damaged file can fail in any way
+        raise ConversionError(f"{folder}: not a whole GPT-2 ({type(error).__name__}: {error})") from error
+    if missing := set(info["missing_keys"]) - {"lm_head.weight"}:
+        raise ConversionError(f"{folder}: not a whole GPT-2 ({min(missing)} is missing)")
+    expected = {
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    }
+    for key, values in expected.items():
+        if getattr(gpt2.config, key) not in values:
+            raise ConversionError(f"{path}: {key} is {getattr(gpt2.config, key)}, expected {values[0]}")
+    return gpt2.eval()
+
+
+def qkv_of_gpt2(gpt2):
+    """The same weights in our QKV, which has the exact GELU. The vocabulary is not padded."""
+    script, c = SCRIPTS["kqv"], gpt2.config
+    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon")
+    config = script.ModelConfig(dropout=c.resid_pdrop, **{name: getattr(c, name) for name in names})
+    weights = {}
+    for name, tensor in gpt2.transformer.named_parameters():
+        is_matrix = ".c_" in name and name.endswith(".weight")  # transformers stores these [in, out]
+        weights[name] = tensor.detach().T if is_matrix else tensor.detach()
+    with torch.device("meta"):
+        model = script.GPT(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def gpt2_text_perplexity(gpt2, loader, n_batches):
+    """The text_perplexity of the training scripts' evaluate, from transformers' own forward pass."""
+    nats, n_scored = 0.0, 0
+    for _, (input_ids, is_text) in zip(range(n_batches), loader, strict=False):
+        labels = input_ids.masked_fill(~is_text, -100)[:, 1:].flatten()
+        logits = gpt2(input_ids.to(gpt2.device)).logits[:, :-1].flatten(0, 1).cpu()
+        nats += F.cross_entropy(logits, labels, reduction="sum").item()
+        n_scored += int((labels != -100).sum())
+    return math.exp(nats / n_scored)
+
+
+# -----------------------------------------------------------------------------
+# Converting
+
+
+def target_config(alias, config, to, n_kv_groups):
+    """The target's ModelConfig; ConversionError where the source cannot become it."""
+    if to not in TARGETS[alias]:
+        possible = ", ".join(TARGETS[alias])
+        raise ConversionError(f"--to {to}: {VARIANTS[alias]['paper']} can become {possible}")
+    source_heads = config.n_kv_groups or config.n_head
+    fixed = {"kv": None, "mqa": 1, "qmqa": 1}
+    if to in fixed:
+        groups = fixed[to]
+        if n_kv_groups not in (None, groups):
+            raise ConversionError(f"--n_kv_groups {n_kv_groups}: not for {to}; meant for gqa and qgqa")
+    else:
+        usual = source_heads if alias == "gqa" else VARIANTS[to]["groups"]["300M"]
+        groups = usual if n_kv_groups is None else n_kv_groups
+        if groups < 1 or source_heads % groups:
+            expected = f"a divisor of the source's {source_heads} KV heads"
+            raise ConversionError(f"--n_kv_groups {groups}: expected {expected}")
+    return SCRIPTS[to].ModelConfig(**asdict(config) | {"n_kv_groups": groups})
+
+
+def convert(model, to, config, method="joint_svd", weighting="gradient", loader=None, n_tokens=32768):
+    """The target's state dict, the energy left out in each layer or None, and the tokens of calibration.
+
+    model   of the source. It loses its attention layers on the way, so that none is in memory twice
+    config  the target's
+    loader  get_dataloader's, shuffled, of single rows; drop_v and mean can do without
+    """
+    heads = Heads(model.config, config.n_kv_groups or config.n_head, "v" in VARIANTS[to]["cached"])
+    n_blocks, n_heads = heads.blocks.shape
+    key_name = "c_k" if to in ("kv", "qgqa") else "c_kv"
+
+    moments, n_seen = [None] * config.n_layer, 0
+    if loader is not None:
+        moments, n_seen = collect_moments(model, heads, loader, n_tokens, weighting)
+
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    left_out = []
+    bar = tqdm(moments, unit="layer", desc="conversion", disable=not sys.stderr.isatty())
+    for number, sums in enumerate(bar):
+        attention = AttentionWeights(weights, number, heads)
+        mean = torch.zeros_like(attention.kv_bias)
+        if sums:
+            covariance, metric = sums.covariance(), sums.metric(attention)
+            if not (covariance.isfinite().all() and metric.isfinite().all()):
+                raise ConversionError(f"layer {number}: keys, values or their gradients overflow on the data")
+
+        # what to keep of keys and values
+        if method == "joint_svd":
+            check_sample(number, covariance, attention, model.h[number].ln_1)
+            mean = sums.mean()
+            down, up = even_rows(attention, *joint_svd(covariance, metric, heads.head_dim))
+        else:
+            n_averaged = n_heads // 2 if method == "drop_v" else n_heads
+            down, up = average(n_blocks, n_heads, n_averaged, heads.head_dim)
+        if sums:
+            rest = torch.eye(up.shape[1], dtype=torch.float64) - up @ down
+            lost, total = metric @ rest @ covariance @ rest.mT, metric @ covariance
+            lost, total = (product.diagonal(dim1=1, dim2=2).sum() for product in (lost, total))
+            left_out.append(float(lost / total.clamp(min=TINY)))
+
+        # the target's attention in the place of the source's
+        converted = absorb(attention, heads, down, up, mean, key_name)
+        for name, tensor in converted.items():
+            if not tensor.isfinite().all():
+                raise ConversionError(f"layer {number}: the converted {name} is not finite")
+        prefix = f"h.{number}.attn."
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
+        weights |= {prefix + name: tensor for name, tensor in converted.items()}
+        model.h[number].attn = None
+        moments[number] = None
+    return weights, left_out or None, n_seen
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+def open_data(folder, contents, config, seed=None, batch_tokens=1):
+    """A loader of rows as the model was trained on: packed, full rows where its checkpoint does not say."""
+    settings = contents.get("train_config") or {}
+    sequence, seq_length = settings.get("sequence", "packed"), settings.get("seq_length", config.n_positions)
+    batch_size = max(1, batch_tokens // seq_length)
+    loader = SCRIPTS["kqv"].get_dataloader(folder, batch_size, seq_length, sequence, seed)
+    data, tokenizer = loader.dataset, contents.get("tokenizer")
+    if data.vocab_size > config.vocab_size or (tokenizer and data.tokenizer != tokenizer):
+        theirs = f"{data.tokenizer['name']}, {data.vocab_size:,} tokens"
+        ours = f"{config.vocab_size:,}" + (f", and was trained with {tokenizer['name']}" if tokenizer else "")
+        raise ConversionError(f"{folder}: data of another vocabulary: {theirs}; the model has {ours}")
+    return loader
+
+
+def check_options(options):
+    """ConversionError for what cannot work, before anything is read."""
+    output, to = Path(options.output), options.to
+    if options.checkpoint and to is None:
+        raise ConversionError(f"--to: missing, expected one of {', '.join(SCRIPTS)}")
+    if options.checkpoint and to == "kqv":
+        raise ConversionError("--to kqv: only a GPT-2 can become QKV; see --from_gpt2")
+    if to not in (None, "kqv"):
+        if options.method == "joint_svd" and not options.data:
+            raise ConversionError("--data: missing; joint_svd takes a sample of the training data")
+        if options.method == "drop_v" and "v" in VARIANTS[to]["cached"]:
+            raise ConversionError(f"--method drop_v: {to} keeps its values; use joint_svd or mean")
+    if output.is_dir():
+        raise ConversionError(f"--output {output}: a folder; expected the name of a file")
+    if options.checkpoint and output.exists() and output.samefile(options.checkpoint):
+        raise ConversionError(f"--output {output}: would overwrite the checkpoint that it is made from")
+    output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def run(options):
+    """Read, evaluate, convert, write, evaluate what was written."""
+    check_options(options)
+    started = time.perf_counter()
+
+    # the source, the target's configuration and the data: what does not go together ends here
+    gpt2, contents = None, {}
+    if options.from_gpt2:
+        gpt2 = read_gpt2(options.from_gpt2)
+        alias, model = "kqv", qkv_of_gpt2(gpt2)
+    else:
+        alias, model, contents = read_source(options.checkpoint, options.device)
+    to = options.to or "kqv"
+    config = model.config
+    if to != "kqv":
+        config = target_config(alias, config, to, options.n_kv_groups)
+    loader, val_loader, n_batches = None, None, 0
+    if options.data and to != "kqv":
+        loader = open_data(options.data, contents, config, options.seed)
+    if options.val_data:
+        val_loader = open_data(options.val_data, contents, config, batch_tokens=2048)
+        n_batches = math.ceil(options.val_tokens / max(2048, val_loader.dataset.seq_length))
+    needed = sum(p.nbytes for p in model.parameters())
+    free = shutil.disk_usage(Path(options.output).parent).free
+    if needed > free:
+        sizes = f"takes up to {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
+        raise ConversionError(f"--output {options.output}: {sizes}")
+
+    # before: a GPT-2 in transformers too, since QKV has the exact GELU in the place of its approximation
+    cache_before = model.make_cache(1, 1, torch.bfloat16).nbytes
+    if gpt2 and val_loader:
+        gpt2_perplexity = gpt2_text_perplexity(gpt2, val_loader, n_batches)
+    model.to(options.device)
+    if val_loader:
+        before = SCRIPTS[alias].evaluate(model, val_loader, n_batches)
+    if gpt2 and val_loader:
+        qkv_perplexity = before["text_perplexity"]
+        change = f"{qkv_perplexity / gpt2_perplexity - 1:+.3%}"
+        theirs, ours = f"{gpt2_perplexity:.4f} in transformers", f"{qkv_perplexity:.4f} in QKV"
+        print(f"text perplexity: {theirs}, {ours} with the exact GELU ({change})")
+    del gpt2
+
+    # convert and write
+    source = Path(options.checkpoint or options.from_gpt2).name
+    about = {"source": source, "variant": SCRIPTS[alias].VARIANT, "method": "copy", "weighting": None}
+    weights, left_out, n_seen = model.state_dict(), None, 0
+    if to != "kqv":
+        del weights
+        about["method"] = options.method
+        about["weighting"] = options.weighting if options.method == "joint_svd" else None
+        how = (options.method, options.weighting, loader, options.tokens)
+        weights, left_out, n_seen = convert(model, to, config, *how)
+    del model
+    about |= {"calibration_tokens": n_seen, "energy_left_out": left_out}
+    for number, share in enumerate(left_out or []):
+        print(f"layer {number:2}: {share:8.3%} of the energy of keys and values left out")
+    script = SCRIPTS[to]
+    kept = {key: contents[key] for key in ("tokenizer", "train_config") if key in contents}
+    kept |= {"variant": script.VARIANT, "step": 0, "model_config": script.as_dict(config)}
+    kept |= {"converted_from": about, "model_state_dict": weights}
+    script.write_atomically(Path(options.output), partial(torch.save, kept))
+    del weights, kept
+
+    # after: the file as it was written
+    model = script.load_model(options.output, options.device)
+    if val_loader and to != "kqv":
+        after = script.evaluate(model, val_loader, n_batches)
+        for name, key in (("text perplexity", "text_perplexity"), ("over all positions", "perplexity")):
+            change = f"{after[key] / before[key] - 1:+.2%}"
+            print(f"{name}: {before[key]:.4f} before, {after[key]:.4f} after ({change})")
+    cache_after = model.make_cache(1, 1, torch.bfloat16).nbytes
+    print(f"KV cache in bf16: {cache_before:,} bytes a token before, {cache_after:,} after")
+    print(f"{options.output}: {VARIANTS[to]['paper']}, after {time.perf_counter() - started:.0f} s")
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return value
+
+
+def main(arguments=None):
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=Path(__file__).name, description=__doc__, formatter_class=layout)
+    add = parser.add_argument
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", metavar="PATH", help="of a training script: QKV, GQA or MQA")
+    source.add_argument("--from_gpt2", metavar="FOLDER", help="of a transformers GPT-2, on this machine")
+    add("--to", choices=SCRIPTS, help="the target; kqv only from a GPT-2, whose default it is")
+    add("--output", metavar="PATH", required=True, help="checkpoint to write: weights alone, for --init_from")
+    add("--data", metavar="DIR", help="training split, for calibration")
+    add("--val_data", metavar="DIR", help="validation split, for the perplexities before and after")
+    add("--n_kv_groups", type=positive, help="KV heads of gqa and qgqa; default: those of a GQA, 4 for QKV")
+    add("--method", choices=METHODS, default=METHODS[0], help="drop_v and mean are there to compare with")
+    add("--weighting", choices=WEIGHTINGS, default=WEIGHTINGS[0], help="of joint_svd; see Moments")
+    add("--tokens", type=positive, default=32768, help="of the calibration sample (default: %(default)s)")
+    add("--val_tokens", type=positive, default=262144, help="to evaluate, at most (default: %(default)s)")
+    add("--seed", type=int, default=42, help="of the calibration sample")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="to calibrate and evaluate on (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    errors = (ConversionError, OSError, *(script.RunError for script in SCRIPTS.values()))
+    try:
+        run(options)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except errors as error:
+        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,628 @@
+"""convert_checkpoint.py: exact where keys and values have no more directions than a head keeps, the best
+choice where they have more (numpy), the same as transformers' GPT-2, and one line for what cannot work."""
+
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_RUN, VARIANTS, gpt2_of, prepare, script_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import convert_checkpoint as cc
+
+PAIRS = [("kqv", "kv"), ("gqa", "qgqa"), ("mqa", "qmqa")]
+ALL = [(alias, to) for alias, targets in cc.TARGETS.items() for to in targets]
+SHAPE = {"vocab_size": 257, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+
+
+def build(alias, seed=0, **changes):
+    """A small model with large random weights, biases and gains, so that everything in it matters."""
+    script = script_of(alias)
+    groups = {"gqa": 2, "qgqa": 2, "mqa": 1, "qmqa": 1}.get(alias)
+    torch.manual_seed(seed)
+    config = script.ModelConfig(**SHAPE | {"n_kv_groups": groups, "initializer_range": 0.3} | changes)
+    model = getattr(script, VARIANTS[alias]["class"])(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "ln_" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def save(alias, model, path, **entries):
+    script = script_of(alias)
+    contents = {"variant": script.VARIANT, "step": 8, "model_config": script.as_dict(model.config)}
+    torch.save(contents | {"model_state_dict": model.state_dict()} | entries, path)
+    return path
+
+
+def split_projections(alias, model, number):
+    """(q, k, v), each (weight, bias), of a layer of any variant; k and v of every query head."""
+    c, attn = model.config, model.h[number].attn
+    if alias == "kqv":
+        parts = attn.c_attn.weight.chunk(3), attn.c_attn.bias.chunk(3)
+        return list(zip(*parts, strict=True))
+    q = (attn.c_q.weight, attn.c_q.bias)
+    kv = attn.c_k if hasattr(attn, "c_k") else attn.c_kv
+    halves = 2 if VARIANTS[alias]["cached"] == ["k", "v"] else 1
+    weights, biases = kv.weight.chunk(halves), kv.bias.chunk(halves)
+    shared = c.n_head // (c.n_kv_groups or c.n_head)
+    repeated = []
+    for weight, bias in zip(weights, biases, strict=True):
+        weight = weight.unflatten(0, (-1, c.n_embd // c.n_head)).repeat_interleave(shared, 0).flatten(0, 1)
+        bias = bias.unflatten(0, (-1, c.n_embd // c.n_head)).repeat_interleave(shared, 0).flatten()
+        repeated.append((weight, bias))
+    return [q, repeated[0], repeated[-1]]
+
+
+def in_transformers(alias, model):
+    """transformers' GPT-2 with the weights of a model of any variant."""
+    qkv = build("kqv", **{key: getattr(model.config, key) for key in SHAPE})
+    weights = {name: w for name, w in model.state_dict().items() if name in qkv.state_dict()}
+    for number in range(model.config.n_layer):
+        parts = split_projections(alias, model, number)
+        weights[f"h.{number}.attn.c_attn.weight"] = torch.cat([weight for weight, _ in parts])
+        weights[f"h.{number}.attn.c_attn.bias"] = torch.cat([bias for _, bias in parts])
+    qkv.load_state_dict(weights)
+    return gpt2_of(qkv)
+
+
+def random_loader(vocab_size=257, T=32, n_rows=24, seed=0):
+    """Rows as get_dataloader gives them."""
+    rows = torch.from_numpy(np.random.default_rng(seed).integers(0, vocab_size, (n_rows, 1, T)))
+    return Loader([(row, torch.ones_like(row, dtype=torch.bool)) for row in rows])
+
+
+class Loader(list):
+    @property
+    def dataset(self):
+        return self
+
+
+def converted(alias, model, to, method="joint_svd", weighting="gradient", loader=None, **options):
+    """The model that convert makes, and the energy left out of its layers. The source is used up."""
+    script = script_of(to)
+    config = cc.target_config(alias, model.config, to, options.pop("n_kv_groups", None))
+    weights, left_out, _ = cc.convert(model, to, config, method, weighting, loader, **options)
+    target = getattr(script, VARIANTS[to]["class"])(config).eval()
+    target.load_state_dict(weights)
+    return target, left_out
+
+
+def logits_of(model, seed=1, T=32):
+    input_ids = torch.randint(model.config.vocab_size, (2, T), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        logits = model(input_ids)
+    return logits.logits if hasattr(logits, "logits") else logits[0]
+
+
+def tie_values(model, seed=0):
+    """Makes every value an invertible map of its key and a constant: V = B K + c, in every head."""
+    c, generator = model.config, torch.Generator().manual_seed(seed)
+    head_dim, width = c.n_embd // c.n_head, (c.n_kv_groups or c.n_head) * (c.n_embd // c.n_head)
+    with torch.no_grad():
+        for block in model.h:
+            projection = block.attn.c_attn if hasattr(block.attn, "c_attn") else block.attn.c_kv
+            weight, bias = projection.weight[-2 * width :], projection.bias[-2 * width :]
+            for start in range(0, width, head_dim):
+                key, value = slice(start, start + head_dim), slice(width + start, width + start + head_dim)
+                B = torch.eye(head_dim) + 0.5 * torch.randn(head_dim, head_dim, generator=generator)
+                weight[value] = B @ weight[key]
+                bias[value] = B @ bias[key] + torch.randn(head_dim, generator=generator)
+
+
+# ---- exactness
+
+
+@pytest.mark.parametrize(("alias", "to"), PAIRS)
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@given(
+    seed=st.integers(0, 2**31),
+    heads=st.sampled_from([(2, 1), (4, 2), (4, 4), (6, 3)]),
+    head_dim=st.sampled_from([4, 8, 12]),
+    weighting=st.sampled_from(["gradient", "activation", "none"]),
+)
+def test_values_that_are_functions_of_the_keys_convert_exactly(alias, to, seed, heads, head_dim, weighting):
+    n_head, groups = heads
+    groups = {"kqv": None, "gqa": groups, "mqa": 1}[alias]
+    shape = {"n_embd": n_head * head_dim, "n_head": n_head, "n_kv_groups": groups}
+    model = build(alias, seed, initializer_range=0.1, **shape)
+    tie_values(model, seed)
+    expected = logits_of(in_transformers(alias, model))
+    target, left_out = converted(alias, model, to, weighting=weighting, loader=random_loader())
+    assert max(left_out) < 1e-9
+    assert (logits_of(target) - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("alias", "to"), PAIRS)
+def test_what_the_values_have_of_their_own_is_not_converted_exactly(alias, to):
+    """The counterpart of the test above: its tolerance would find it."""
+    model = build(alias, initializer_range=0.1)
+    expected = logits_of(in_transformers(alias, model))
+    target, left_out = converted(alias, model, to, loader=random_loader())
+    assert min(left_out) > 0.001
+    assert (logits_of(target) - expected).abs().max() > 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("alias", "to"), PAIRS)
+def test_the_error_falls_to_zero_as_keys_and_values_lose_the_directions_that_a_head_cannot_keep(alias, to):
+    """Values = B K + scale times something of their own, of 1 to head_dim directions."""
+    errors = []
+    for scale in (1.0, 0.1, 0.01, 0.001):
+        model, own = build(alias, initializer_range=0.1), build(alias, initializer_range=0.1)
+        tie_values(model)
+        width = (model.config.n_kv_groups or model.config.n_head) * 8
+        with torch.no_grad():
+            for block, other in zip(model.h, own.h, strict=True):
+                name = "c_attn" if alias == "kqv" else "c_kv"
+                values = getattr(block.attn, name).weight[-width:]
+                values += scale * getattr(other.attn, name).weight[-width:]
+        expected = logits_of(in_transformers(alias, model))
+        target, _ = converted(alias, model, to, loader=random_loader())
+        errors.append(float((logits_of(target) - expected).abs().max()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01 * errors[0]
+
+
+# ---- which directions: against numpy
+
+
+def covariance_like(rng, n, rank, decay=0.5):
+    factor = rng.standard_normal((n, rank)) * decay ** np.arange(rank)
+    return factor @ factor.T
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), n=st.integers(2, 12), data=st.data())
+def test_joint_svd_leaves_out_the_smallest_singular_values_in_the_metric(seed, n, data):
+    rng = np.random.default_rng(seed)
+    rank, joint_rank = data.draw(st.integers(1, n)), data.draw(st.integers(1, n))
+    covariance, metric = covariance_like(rng, n, joint_rank), covariance_like(rng, n, n, 0.9)
+    down, up = (x.numpy() for x in cc.joint_svd(torch.from_numpy(covariance), torch.from_numpy(metric), rank))
+    assert down.shape == (rank, n) and up.shape == (n, rank)
+
+    # Eckart and Young: the singular values of the unsquared factors, from numpy
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(values.clip(0))
+    best = np.square(np.linalg.svd(np.linalg.cholesky(metric).T @ root, compute_uv=False))
+    rest = np.eye(n) - up @ down
+    error = np.trace(metric @ rest @ covariance @ rest.T)
+    assert error == pytest.approx(best[rank:].sum(), abs=1e-5 * best.sum())
+    if rank >= joint_rank:
+        assert error < 1e-5 * best.sum()
+
+
+def test_no_other_choice_of_directions_is_better():
+    rng = np.random.default_rng(0)
+    covariance, metric = covariance_like(rng, 8, 8), covariance_like(rng, 8, 8, 0.8)
+    down, up = (x.numpy() for x in cc.joint_svd(torch.from_numpy(covariance), torch.from_numpy(metric), 4))
+
+    def error(down, up):
+        rest = np.eye(8) - up @ down
+        return np.trace(metric @ rest @ covariance @ rest.T)
+
+    for size in (1.0, 0.1, 0.01):
+        for _ in range(50):
+            other = down + size * rng.standard_normal(down.shape)
+            fitted = covariance @ other.T @ np.linalg.inv(other @ covariance @ other.T)
+            assert error(down, up) <= error(other, fitted) * (1 + 1e-6)
+            assert error(down, up) <= error(down, up + size * rng.standard_normal(up.shape)) * (1 + 1e-6)
+
+
+def test_the_gradients_and_covariances_are_those_of_transformers():
+    """Moments of QKV from the outputs of GPT-2's c_attn and the gradients that autograd leaves there."""
+    model, loader = build("kqv", initializer_range=0.1), random_loader(n_rows=5)
+    gpt2 = gpt2_of(model)
+    outputs = []
+    for block in gpt2.transformer.h:
+        block.attn.c_attn.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    kv, gradients = [[], []], [[], []]
+    for input_ids, _ in loader:
+        outputs.clear()
+        loss = gpt2(input_ids, labels=input_ids).loss * (input_ids.shape[1] - 1)  # of the sum, not the mean
+        for number, gradient in enumerate(torch.autograd.grad(loss, outputs)):
+            kv[number].append(outputs[number][0].detach().double().numpy()[:, 32:])
+            gradients[number].append(gradient[0].double().numpy()[:, 32:])
+
+    heads = cc.Heads(model.config, 4, caches_values=False)
+    moments, n_seen = cc.collect_moments(model, heads, loader, 5 * 32, "gradient")
+    assert n_seen == 5 * 32
+    for number, sums in enumerate(moments):
+        u, g = np.concatenate(kv[number]), np.concatenate(gradients[number])
+        for head in range(4):
+            own = [*range(8 * head, 8 * head + 8), *range(32 + 8 * head, 40 + 8 * head)]  # its key, its value
+            weights = np.square(g[:, own]).sum(1)
+            covariance = np.cov(u[:, own].T, aweights=weights, ddof=0)
+            tolerance = 1e-3 * covariance.max()
+            np.testing.assert_allclose(sums.covariance()[head], covariance, rtol=1e-3, atol=tolerance)
+            fisher = g[:, own].T @ g[:, own]
+            np.testing.assert_allclose(sums.metric(None)[head], fisher, rtol=1e-3, atol=1e-3 * fisher.max())
+            mean = np.average(u[:, own], axis=0, weights=weights)
+            np.testing.assert_allclose(sums.mean()[head], mean, rtol=1e-3, atol=1e-3)
+
+
+def test_the_activation_metric_is_that_of_queries_and_output():
+    """GQA: two query heads share a KV head, so that their costs add up."""
+    model, loader = build("gqa"), random_loader(n_rows=3)
+    heads = cc.Heads(model.config, 2, caches_values=False)
+    attention = cc.AttentionWeights(model.state_dict(), 0, heads)
+    with torch.no_grad():
+        x = torch.cat([model.wte(ids) + model.wpe.weight for ids, _ in loader]).flatten(0, 1)
+        q = model.h[0].attn.c_q(model.h[0].ln_1(x)).double().numpy().reshape(-1, 4, 8)
+    output = model.h[0].attn.c_proj.weight.detach().double().numpy().reshape(32, 4, 8)
+    moments, _ = cc.collect_moments(model, heads, loader, 96, "activation")
+    metric = moments[0].metric(attention).numpy()
+    for group, members in enumerate([(0, 1), (2, 3)]):
+        scores = sum(np.einsum("na,nb->ab", q[:, i], q[:, i]) / len(q) / 8 for i in members)
+        outputs = sum(output[:, i].T @ output[:, i] for i in members)
+        np.testing.assert_allclose(metric[group, :8, :8], scores, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(metric[group, 8:, 8:], outputs, rtol=1e-6)
+        assert not metric[group, :8, 8:].any()
+
+
+def test_padding_is_no_text():
+    """Whatever stands behind the text of a row changes nothing."""
+    heads = cc.Heads(build("kqv").config, 4, caches_values=False)
+    found = []
+    for filler in (0, 200):
+        rows = random_loader(n_rows=6)
+        padded = []
+        for n, (input_ids, _) in enumerate(rows, start=20):
+            is_text = torch.arange(32)[None] < n
+            padded.append((input_ids.masked_fill(~is_text, filler), is_text))
+        found.append(cc.collect_moments(build("kqv"), heads, Loader(padded), 10_000, "gradient"))
+    (first, n_first), (second, n_second) = found
+    assert n_first == n_second == sum(range(20, 26))
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one.second, other.second, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one.costs, other.costs, rtol=1e-4, atol=1e-6)
+
+
+# ---- the plain ways, literally
+
+
+def test_drop_v_leaves_queries_keys_and_output_alone():
+    model = build("kqv")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    target, _ = converted("kqv", model, "kv", method="drop_v")
+    after = target.state_dict()
+    for number in range(2):
+        q, k, _ = before[f"h.{number}.attn.c_attn.weight"].chunk(3)
+        torch.testing.assert_close(after[f"h.{number}.attn.c_q.weight"], q)
+        torch.testing.assert_close(after[f"h.{number}.attn.c_k.weight"], k)
+        for name in ("c_proj.weight", "c_proj.bias", "c_q.bias", "c_k.bias"):
+            expected = before.get(f"h.{number}.attn.{name}")
+            if expected is None:
+                q_bias, k_bias, _ = before[f"h.{number}.attn.c_attn.bias"].chunk(3)
+                expected = q_bias if name == "c_q.bias" else k_bias
+            torch.testing.assert_close(after[f"h.{number}.attn.{name}"], expected)
+
+
+def test_mean_from_qkv_to_gqa_is_the_mean_over_the_heads_of_a_group():
+    """As Ainslie et al. (2023) start the training of GQA from a model with full heads."""
+    model = build("kqv")
+    _, (k, k_bias), (v, _) = split_projections("kqv", model, 1)
+    expected = torch.cat([part.unflatten(0, (2, 2, 8)).mean(1).flatten(0, 1) for part in (k, v)]).clone()
+    bias = k_bias.unflatten(0, (2, 2, 8)).mean(1).flatten().clone()
+    target, _ = converted("kqv", model, "gqa", method="mean", n_kv_groups=2)
+    torch.testing.assert_close(target.h[1].attn.c_kv.weight, expected)
+    torch.testing.assert_close(target.h[1].attn.c_kv.bias[:16], bias)
+
+
+@pytest.mark.parametrize(("alias", "to"), PAIRS)
+def test_the_joint_svd_is_closer_than_the_plain_ways(alias, to):
+    expected = logits_of(build(alias, initializer_range=0.1))
+    errors = {}
+    for method in ("joint_svd", "drop_v", "mean"):
+        model = build(alias, initializer_range=0.1)
+        target, left_out = converted(alias, model, to, method=method, loader=random_loader())
+        errors[method] = float((logits_of(target) - expected).square().mean()), max(left_out)
+    for method in ("drop_v", "mean"):
+        assert errors["joint_svd"][0] < 0.8 * errors[method][0]
+        assert errors["joint_svd"][1] < errors[method][1]
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A function that gives the path of a checkpoint of a variant."""
+    folder, paths = tmp_path_factory.mktemp("sources"), {}
+
+    def path_of(alias):
+        if alias not in paths:
+            paths[alias] = save(alias, build(alias, initializer_range=0.1), folder / f"{alias}.pt")
+        return paths[alias]
+
+    return path_of
+
+
+@pytest.mark.parametrize(("alias", "to"), ALL)
+def test_every_target_s_script_loads_what_is_written(alias, to, source, data_dir, tmp_path, capsys):
+    output = tmp_path / "new" / f"{to}.pt"
+    groups = ["--n_kv_groups", "2"] if to in ("gqa", "qgqa") else []
+    cc.main([
+        "--checkpoint", str(source(alias)), "--to", to, "--output", str(output), "--tokens", "2000",
+        "--data", str(data_dir / "train"), "--val_data", str(data_dir / "validation"), *groups,
+    ])  # fmt: skip
+    contents = torch.load(output, weights_only=True)
+    assert contents["variant"] == script_of(to).VARIANT and contents["step"] == 0
+    about = contents["converted_from"]
+    assert about["variant"] == script_of(alias).VARIANT and about["source"] == f"{alias}.pt"
+    assert about["method"] == "joint_svd" and about["weighting"] == "gradient"
+    assert 2000 <= about["calibration_tokens"] < 2032
+    assert len(about["energy_left_out"]) == 2
+    assert [path.name for path in output.parent.iterdir()] == [output.name]  # and no temporary file
+
+    # It is the model that it says: transformers gives the same logits, and evaluate what was printed.
+    model = script_of(to).load_model(output)
+    assert type(model).__name__ == VARIANTS[to]["class"]
+    torch.testing.assert_close(logits_of(in_transformers(to, model)), logits_of(model), rtol=1e-3, atol=1e-3)
+    printed = capsys.readouterr().out
+    values = re.search(r"^text perplexity: ([\d.]+) before, ([\d.]+) after", printed, re.MULTILINE)
+    for value, name, path in zip(values.groups(), (alias, to), (source(alias), output), strict=True):
+        script = script_of(name)
+        loader = script.get_dataloader(data_dir / "validation", 4, 32, "packed")
+        expected = script.evaluate(script.load_model(path), loader)["text_perplexity"]
+        assert float(value) == pytest.approx(expected, rel=1e-4)
+    bytes_a_token = model.make_cache(1, 1, torch.bfloat16).nbytes
+    assert f"{bytes_a_token:,} after" in printed
+    for share in about["energy_left_out"]:
+        assert f"{share:.3%} of the energy" in printed
+
+
+@pytest.mark.parametrize("alias", ["kqv", "gqa", "mqa"])
+def test_a_released_checkpoint_does_not_name_its_variant(alias, source, data_dir, tmp_path):
+    """Names with DDP's prefix, a mask in every layer, no entry for the variant."""
+    contents = torch.load(source(alias), weights_only=True)
+    weights = {f"module.{name}": w for name, w in contents["model_state_dict"].items()}
+    weights |= {f"module.h.{i}.attn.bias": torch.ones(1, 1, 32, 32) for i in range(2)}
+    released = {"step": 8, "epoch": 0, "model_state_dict": weights, "model_config": contents["model_config"]}
+    path, to = tmp_path / "released.pt", dict(PAIRS)[alias]
+    torch.save(released | {"train_config": {"batch_size": 6}}, path)
+    outputs = []
+    for number, start in enumerate((path, source(alias))):
+        outputs.append(tmp_path / f"{number}.pt")
+        arguments = ["--checkpoint", str(start), "--to", to, "--output", str(outputs[-1])]
+        cc.main([*arguments, "--data", str(data_dir / "train"), "--tokens", "1000"])
+    one, other = (torch.load(output, weights_only=True)["model_state_dict"] for output in outputs)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_goes_on_from_it(source, data, data_dir, tmp_path):
+    output = tmp_path / "kv.pt"
+    convert = ["--checkpoint", str(source("kqv")), "--to", "kv", "--output", str(output)]
+    cc.main([*convert, "--data", str(data_dir / "train"), "--tokens", "2000"])
+    model_config = [f"{key}={value}" for key, value in SHAPE.items()]
+    configs = [f"--{kind}_config={ROOT}/configs/{kind}_config_demo.yaml" for kind in ("model", "train")]
+    settings = [*configs, *TINY_RUN, *data, *model_config, "n_inner=128", "target_tokens=512"]
+    settings += ["learning_rate=1e-4", "min_lr=1e-5"]
+    settings += [f"--init_from={output}", f"--output_dir={tmp_path / 'run'}"]
+    command = [sys.executable, ROOT / "transformer_KV_1_300_M.py", *settings]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    first = next(record for record in map(json.loads, lines) if record["kind"] == "val")
+    script = script_of("kv")
+    loader = script.get_dataloader(data_dir / "validation", 2, 32, "packed")
+    expected = script.evaluate(script.load_model(output), loader)
+    assert first["step"] == 0
+    assert first["text_loss"] == pytest.approx(expected["text_loss"], rel=1e-5)
+
+
+def test_calibration_reads_the_rows_that_the_model_was_trained_on(data_dir):
+    """Padded rows of 24 where the checkpoint says so; packed and full where it does not."""
+    config = SimpleNamespace(vocab_size=257, n_positions=32)
+    recorded = {"train_config": {"sequence": "padded", "seq_length": 24}}
+    loader = cc.open_data(data_dir / "train", recorded, config)
+    assert (loader.dataset.packed, loader.dataset.seq_length) == (False, 24)
+    loader = cc.open_data(data_dir / "train", {}, config, batch_tokens=100)
+    assert (loader.dataset.packed, loader.dataset.seq_length) == (True, 32)
+    assert next(iter(loader))[0].shape == (3, 32)
+
+
+# ---- GPT-2
+
+
+@pytest.fixture(scope="module", params=["gelu", "gelu_new"])
+def gpt2(request, tmp_path_factory):
+    """A folder with a random GPT-2 of transformers, and the model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    shape = {"vocab_size": 257, "n_positions": 48, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_inner": 40}
+    others = {"initializer_range": 0.3, "bos_token_id": 256, "eos_token_id": 256}
+    config = GPT2Config(**shape, **others, activation_function=request.param)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter += 0.3 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_a_gpt2_becomes_qkv(gpt2, data_dir, tmp_path, capsys):
+    """With the exact GELU its logits are transformers'; with gelu_new the perplexities differ."""
+    folder, theirs = gpt2
+    output = tmp_path / "kqv.pt"
+    validation = data_dir / "validation"
+    cc.main(["--from_gpt2", str(folder), "--output", str(output), "--val_data", str(validation)])
+    ours = script_of("kqv").load_model(output)
+    assert ours.config.n_inner == 40 and ours.config.vocab_size == 257
+    difference = (logits_of(ours) - logits_of(theirs)).abs().max()
+    if theirs.config.activation_function == "gelu":
+        assert difference < 1e-4
+    else:
+        assert difference > 1e-4  # or the test would not see the activation
+
+    # transformers' perplexity over the same rows, with its own loss, row by row
+    loader = script_of("kqv").get_dataloader(validation, 1, 48, "packed")
+    nats, n = 0.0, 0
+    for input_ids, is_text in loader:
+        row = input_ids[:, : is_text.sum()]
+        with torch.no_grad():
+            nats += theirs(row, labels=row).loss.item() * (row.shape[1] - 1)
+        n += row.shape[1] - 1
+    expected = script_of("kqv").evaluate(ours, loader)["text_perplexity"]
+    found = re.search(r"([\d.]+) in transformers, ([\d.]+) in QKV", capsys.readouterr().out)
+    assert float(found[1]) == pytest.approx(np.exp(nats / n), rel=1e-4)
+    assert float(found[2]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_gpt2_becomes_q_k_v_in_one_go(gpt2, data_dir, tmp_path):
+    folder, _ = gpt2
+    convert = ["--to", "kv", "--data", str(data_dir / "train"), "--tokens", "2000"]
+    cc.main(["--from_gpt2", str(folder), "--output", str(tmp_path / "kqv.pt")])
+    cc.main(["--checkpoint", str(tmp_path / "kqv.pt"), "--output", str(tmp_path / "two_steps.pt"), *convert])
+    cc.main(["--from_gpt2", str(folder), "--output", str(tmp_path / "one_step.pt"), *convert])
+    names = ("one_step.pt", "two_steps.pt")
+    one, other = (script_of("kv").load_model(tmp_path / name).state_dict() for name in names)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- errors
+
+
+def fails(capsys, *arguments):
+    """The one line on stderr of a command that ends with exit status 2."""
+    with pytest.raises(SystemExit) as ended:
+        cc.main([str(argument) for argument in arguments])
+    assert ended.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.fixture
+def refused(capsys, source, data_dir, tmp_path):
+    """A function that runs a conversion of QKV with changed arguments, and gives the line it ends with."""
+
+    def run(**changes):
+        usual = {"checkpoint": source("kqv"), "to": "kv", "data": data_dir / "train"}
+        usual |= {"output": tmp_path / "o.pt", "tokens": 500}
+        arguments = []
+        for key, value in (usual | changes).items():
+            if value is not None:
+                arguments += [f"--{key}", value]
+        line = fails(capsys, *arguments)
+        assert not (tmp_path / "o.pt").exists() and not (tmp_path / "o.pt.tmp").exists()
+        return line
+
+    return run
+
+
+def test_what_does_not_go_together_is_refused(refused, source, data_dir, tmp_path):
+    assert "--data: missing" in refused(data=None)
+    assert "--to: missing" in refused(to=None)
+    assert "keeps its values" in refused(to="gqa", method="drop_v")
+    assert "GQA can become qgqa, mqa, qmqa" in refused(checkpoint=source("gqa"))
+    assert "only a GPT-2 can become QKV" in refused(to="kqv")
+    assert "divisor of the source's 4 KV heads" in refused(to="qgqa", n_kv_groups=3)
+    assert "meant for gqa and qgqa" in refused(n_kv_groups=2)
+    assert "would overwrite" in refused(output=source("kqv"))
+    assert "a folder" in refused(output=tmp_path)
+
+
+def test_checkpoints_of_no_use_are_refused(refused, tmp_path, source, data_dir):
+    assert "missing.pt" in refused(checkpoint=tmp_path / "missing.pt")
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes(source("kqv").read_bytes()[:-1000])
+    assert "cut.pt: not a whole checkpoint" in refused(checkpoint=cut)
+    for alias in ("kv", "qk", "qgqa"):
+        other = save(alias, build(alias), tmp_path / f"{alias}.pt")
+        line = refused(checkpoint=other)
+        assert f"variant {script_of(alias).VARIANT}; expected one of KQV, GQA, MQA" in line
+    model = build("kqv")
+    with torch.no_grad():
+        model.h[1].mlp.c_fc.bias[3] = torch.inf
+    assert "h.1.mlp.c_fc.bias is not finite" in refused(checkpoint=save("kqv", model, tmp_path / "inf.pt"))
+
+
+def test_an_overflow_on_the_data_is_found(refused, tmp_path):
+    model = build("kqv")
+    with torch.no_grad():
+        model.h[0].mlp.c_proj.weight.mul_(1e38)
+    assert "overflow on the data" in refused(checkpoint=save("kqv", model, tmp_path / "large.pt"))
+
+
+def test_data_of_another_vocabulary_is_refused(refused, tmp_path, data_dir):
+    small = save("kqv", build("kqv", vocab_size=100), tmp_path / "small.pt")
+    line = refused(checkpoint=small)
+    assert "another vocabulary: bytes, 257 tokens; the model has 100" in line
+    line = refused(checkpoint=small, data=None, method="mean", val_data=data_dir / "validation")
+    assert "validation: data of another vocabulary" in line
+    tokenizer = {"name": "gpt2", "vocab_size": 257, "sha256": "0" * 64}
+    other = save("kqv", build("kqv"), tmp_path / "gpt2.pt", tokenizer=tokenizer)
+    assert "was trained with gpt2" in refused(checkpoint=other)
+    assert "no complete token files" in refused(data=tmp_path)
+
+
+def test_a_sample_that_is_too_small_or_too_uniform_is_refused(refused, tmp_path, capsys):
+    wide = save("kqv", build("kqv", n_head=1), tmp_path / "wide.pt")
+    assert "tells 30 of 31 directions" in refused(checkpoint=wide, tokens=32)  # of 32, one is the mean
+    texts = ["a" * 40] * 30
+    prepare(tmp_path / "uniform", texts, validation_tokens=0)
+    capsys.readouterr()  # what the preparation printed
+    model = build("kqv")
+    with torch.no_grad():
+        model.wpe.weight.zero_()  # else every position is another input
+    uniform = save("kqv", model, tmp_path / "uniform.pt")
+    line = refused(checkpoint=uniform, data=tmp_path / "uniform/data/train")
+    assert re.search(r"layer 0: rank-deficient covariance: the calibration sample tells \d of 16 dir", line)
+
+
+def test_folders_that_are_no_gpt2_are_refused(capsys, tmp_path, gpt2):
+    folder, model = gpt2
+    output = ["--output", tmp_path / "o.pt"]
+    assert "config.json" in fails(capsys, "--from_gpt2", tmp_path, *output)
+    config = json.loads((folder / "config.json").read_text())
+    for changes, said in (
+        ({"model_type": "llama"}, "model_type is llama, expected gpt2"),
+        ({"activation_function": "relu"}, "activation_function is relu"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"n_layer": 3}, "is missing"),
+        ({"n_embd": 48}, "not a whole GPT-2"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+        assert said in fails(capsys, "--from_gpt2", tmp_path, *output)
+
+
+def test_a_failed_write_leaves_the_old_file(refused, tmp_path, source, data_dir, capsys, monkeypatch):
+    output = tmp_path / "old.pt"
+    output.write_text("old")
+
+    def full(contents, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert "No space left" in refused(output=output)
+    assert output.read_text() == "old"
+    assert not (tmp_path / "old.pt.tmp").exists()
+
+
+def test_a_disk_that_is_too_small_is_seen_before_the_work(refused, monkeypatch):
+    monkeypatch.setattr(cc.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(cc, "collect_moments", None)
+    assert "takes up to" in refused()
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cc.main(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for name in ("checkpoint", "from_gpt2", "to", "output", "data", "val_data", "method", "weighting"):
+        assert f"--{name}" in printed
+
+

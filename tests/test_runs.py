@@ -1,0 +1,144 @@
+"""runs/*.sh: what they ask of the training scripts, and the weights that variants of a seed start from."""
+
+import os
+import shlex
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, VARIANTS, script_of
+
+sys.path.insert(0, str(ROOT / "runs"))
+initial_weights = import_module("initial_weights")
+CONFIG = ROOT / "configs/model_config_scaling_64.yaml"
+GROUPS = {"gqa": 2, "qgqa": 2}
+# Stands in for the interpreter: notes its arguments, and leaves a finished run where a training script would.
+STUB = r"""#!/bin/bash
+echo "$@" >> calls.txt
+[[ $1 == convert_checkpoint.py ]] && echo "text perplexity: 2.0 before, 2.1 after (+5%)"
+[[ $1 == transformer_* ]] || exit 0
+to=$(grep -oP -- '--output_dir \K\S+' <<< "$@")
+[[ "$@" =~ $FAIL ]] && { echo "it failed"; exit $STATUS; }
+mkdir -p $to
+echo "seed: 1" > $to/train_config.yaml
+echo '{"kind": "final", "step": 1}' > $to/metrics.jsonl
+touch $to/final_model.pt
+"""
+
+
+def initial(alias, tmp_path, seed=42):
+    path = tmp_path / f"{alias}.pt"
+    arguments = [alias, "--model_config", str(CONFIG), "--seed", str(seed), "--output", str(path)]
+    if alias in GROUPS:
+        arguments += ["--n_kv_groups", str(GROUPS[alias])]
+    initial_weights.main(arguments)
+    return path
+
+
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_variants_of_a_seed_start_from_the_weights_that_they_share(alias, tmp_path):
+    own = script_of(alias).load_model(initial(alias, tmp_path)).state_dict()
+    qkv = script_of("kqv").load_model(initial("kqv", tmp_path)).state_dict()
+    for name in own.keys() & qkv.keys():
+        assert torch.equal(own[name], qkv[name])
+    q, k, v = qkv["h.1.attn.c_attn.weight"].chunk(3)
+    rows = {"gqa": 32, "qgqa": 32, "mqa": 16, "qmqa": 16}.get(alias, 64)
+    expected = {
+        "kqv": {"c_attn": [q, k, v]},
+        "qk": {"c_kv": [k, v]},
+        "kv": {"c_q": [q], "c_k": [k]},
+        "k": {"c_k": [k]},
+        "gqa": {"c_q": [q], "c_kv": [k[:rows], v[:rows]]},
+        "mqa": {"c_q": [q], "c_kv": [k[:rows], v[:rows]]},
+        "qgqa": {"c_q": [q], "c_k": [k[:rows]]},
+        "qmqa": {"c_q": [q], "c_kv": [k[:rows]]},
+    }[alias]
+    for projection, parts in expected.items():
+        assert torch.equal(own[f"h.1.attn.{projection}.weight"], torch.cat(parts))
+
+
+def test_qkv_starts_as_its_training_script_would(tmp_path):
+    script = script_of("kqv")
+    torch.manual_seed(43)
+    fresh = script.GPT(script.ModelConfig(**yaml.safe_load(CONFIG.read_text(encoding="utf-8"))))
+    stored = script.load_model(initial("kqv", tmp_path, seed=43)).state_dict()
+    for name, weight in fresh.state_dict().items():
+        assert torch.equal(weight, stored[name])
+
+
+@pytest.fixture
+def house(tmp_path):
+    """A copy of the repository's shell scripts and configs, with a stub for the interpreter."""
+    for name in ("runs/scaling.sh", "runs/replicate.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "python").write_text(STUB, encoding="utf-8")
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def run(house, name, fail="^$", status=0):
+    """Exit status of a script of runs/, and the commands that it gave since the last time."""
+    (house / "calls.txt").write_text("", encoding="utf-8")
+    settings = {"PYTHON": str(house / "python"), "JOBS": "1", "FAIL": fail, "STATUS": str(status)}
+    command = ["bash", f"runs/{name}.sh"]
+    done = subprocess.run(command, cwd=house, env=os.environ | settings, capture_output=True, text=True)
+    calls = [shlex.split(line) for line in (house / "calls.txt").read_text(encoding="utf-8").splitlines()]
+    return done, calls
+
+
+@pytest.mark.parametrize("name", ["scaling", "replicate"])
+def test_every_run_is_one_that_its_training_script_takes(house, name):
+    done, calls = run(house, name)
+    assert done.returncode == 0, done.stderr
+    trained = [call for call in calls if call[0].startswith("transformer_")]
+    folders = [call[call.index("--output_dir") + 1] for call in trained]
+    assert len(folders) == len(set(folders)) > 10
+    for call in trained:
+        script = import_module(call[0].removesuffix(".py"))
+        settings = [word for word in call if "=" in word]
+        paths = [ROOT / call[call.index(f"--{kind}_config") + 1] for kind in ("model", "train")]
+        model = script.load_config(script.ModelConfig, paths[0], settings)
+        config = script.load_config(script.TrainingConfig, paths[1], settings)
+        assert config.tokens_per_step == 1024 and config.target_tokens % 1024 == 0
+        assert config.seq_length <= model.n_positions
+
+
+def test_the_grid_is_not_repeated_where_its_results_are(house):
+    _, calls = run(house, "scaling")
+    first = [call for call in calls if call[0].startswith("transformer_")]
+    (house / "results/scaling" / "kqv_d64_n20_lr4e-3_T256_packed_seed42/metrics.jsonl").unlink()
+    done, calls = run(house, "scaling")
+    again = [call for call in calls if call[0].startswith("transformer_")]
+    assert done.returncode == 0 and again == first[:1]
+
+
+def test_every_end_point_of_qkv_is_converted_once(house):
+    _, calls = run(house, "scaling")
+    trained = [
+        call[call.index("--output_dir") + 1] for call in calls if call[0] == "transformer_KQV_300_M.py"
+    ]
+    packed = [f"{folder}/final_model.pt" for folder in trained if "_T256_packed_" in folder]
+    models = [call[call.index("--checkpoint") + 1] for call in calls if call[0] == "convert_checkpoint.py"]
+    assert sorted(models) == sorted(packed)
+    name = "kqv_d64_n20_lr4e-3_T256_packed_seed42"
+    assert "2.1 after" in (house / f"results/scaling/{name}/conversion.txt").read_text(encoding="utf-8")
+    _, calls = run(house, "scaling")
+    assert "convert_checkpoint.py" not in [call[0] for call in calls]
+
+
+def test_a_run_that_fails_is_named_and_the_others_go_on(house):
+    done, calls = run(house, "scaling", fail="kv_d64_n20_lr8e-3_T256_packed_seed42", status=2)
+    assert done.returncode != 0
+    assert "kv_d64_n20_lr8e-3_T256_packed_seed42: it failed" in done.stderr
+    assert len([call for call in calls if call[0].startswith("transformer_")]) > 10
+    assert not (house / "results/scaling/kv_d64_n20_lr8e-3_T256_packed_seed42").exists()
+
+
+def test_a_run_that_is_stopped_stops_all(house):
+    done, calls = run(house, "scaling", fail="kv_d64_n20_lr4e-3_T256_packed_seed42", status=143)
+    assert done.returncode != 0
+    assert len([call for call in calls if call[0].startswith("transformer_")]) == 2
