@@ -37,7 +37,6 @@ from test_training import (
     weights,
 )
 
-import results_table
 import transformer_GQA_300_M as GQA
 import transformer_KQV_300_M as KQV
 import transformer_KV_1_300_M as KV
@@ -71,8 +70,9 @@ def half(whole_run, tmp_path):
 
 
 def state(folder):
-    """All that a folder holds, with the time of its last change."""
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+    """All that a folder holds, with the time of its last change; the lock, which is empty, aside."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in paths}
 
 
 def refused(args, folder, capsys, script=KV):
@@ -98,7 +98,10 @@ def flip_a_byte(path):
 
 
 def test_a_total_below_the_step_of_the_folder_is_refused(data, complete, capsys):
-    for settings in (["target_tokens=1024"], ["micro_batch_size=4"]):  # four steps each, the folder is at eight
+    for settings in (
+        ["target_tokens=1024"],
+        ["micro_batch_size=4"],
+    ):  # four steps each, the folder is at eight
         line = refused(arguments(data, complete, "dropout=0.1", *settings), complete, capsys)
         assert str(complete) in line and "at step 8" in line and "end at 4" in line
 
@@ -166,10 +169,6 @@ def test_every_setting_is_known_to_be_harmless_or_decisive():
     assert sorted(HARMLESS) == sorted(KV.CANNOT_CHANGE_THE_RESULT)
 
 
-def test_the_table_and_the_training_scripts_agree_on_what_cannot_change_the_result():
-    assert set(results_table.CANNOT_CHANGE_THE_RESULT) == set(KV.CANNOT_CHANGE_THE_RESULT)
-
-
 @pytest.mark.parametrize("key", DECISIVE)
 def test_a_setting_that_can_change_the_result_is_refused(key, data, whole_run, capsys):
     args = arguments(data, whole_run, "dropout=0.1", f"{key}={DECISIVE[key]}")
@@ -192,14 +191,26 @@ def test_the_groups_of_a_grouped_variant_are_decisive(data, tmp_path, capsys):
 
 
 def test_harmless_settings_change_no_bit_of_the_result(data, whole_run, half):
-    resumed(data, half, "num_gpus=1", "gradient_accumulation=4", "eval_interval=8", "save_interval=3", "compile=auto")
+    resumed(
+        data,
+        half,
+        "num_gpus=1",
+        "gradient_accumulation=4",
+        "eval_interval=8",
+        "save_interval=3",
+        "compile=auto",
+    )
     expected, found = weights(whole_run / "final_model.pt"), weights(half / "final_model.pt")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert metrics(half)[-1] == metrics(whole_run)[-1]
 
 
 def test_another_global_batch_is_refused_whatever_is_accepted(data, half, capsys):
-    for settings in (["num_gpus=1"], ["num_gpus=1", "--accept_changes"], ["seq_length=16", "--accept_changes"]):
+    for settings in (
+        ["num_gpus=1"],
+        ["num_gpus=1", "--accept_changes"],
+        ["seq_length=16", "--accept_changes"],
+    ):
         refused(arguments(data, half, "dropout=0.1", *settings), half, capsys)
 
 
@@ -207,7 +218,11 @@ def test_an_accepted_change_is_written_into_run_yaml_and_every_later_checkpoint(
     changes = ["seed=7", "learning_rate=2e-2"]
     resumed(data, half, *changes, "--accept_changes")
     recorded = yaml.safe_load((half / "run.yaml").read_text(encoding="utf-8"))["changes"]
-    assert "step 4" in str(recorded) and "seed 42 -> 7" in str(recorded) and "learning_rate 0.01 -> 0.02" in str(recorded)
+    assert (
+        "step 4" in str(recorded)
+        and "seed 42 -> 7" in str(recorded)
+        and "learning_rate 0.01 -> 0.02" in str(recorded)
+    )
     for name in ("checkpoint_step_6.pt", "final_model.pt"):
         assert torch.load(half / name, weights_only=True)["changes"] == recorded
     resumed(data, half, *changes)  # the changed settings are those of the run now
@@ -220,7 +235,9 @@ def test_another_variant_leaves_the_folder_alone(data, complete, capsys):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut off", "unreadable"])
-def test_a_folder_whose_checkpoints_are_all_damaged_is_left_alone(damage, data, complete, capsys, monkeypatch):
+def test_a_folder_whose_checkpoints_are_all_damaged_is_left_alone(
+    damage, data, complete, capsys, monkeypatch
+):
     for _, path in KV.checkpoints(complete):
         if damage == "flipped":
             flip_a_byte(path)
@@ -318,7 +335,9 @@ def test_a_checkpoint_older_than_those_of_the_folder_is_not_resumed_there(data, 
     assert "checkpoint_step_4.pt" in line and "--output_dir" in line
 
 
-@pytest.mark.parametrize("content", ["{", "just text", "[1, 2]", "variant: KV_1\n", "variant: KV_1\nmodel_config: 3\n"])
+@pytest.mark.parametrize(
+    "content", ["{", "just text", "[1, 2]", "variant: KV_1\n", "variant: KV_1\nmodel_config: 3\n"]
+)
 def test_a_run_yaml_that_cannot_be_read_is_named(content, data, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(content)
     assert str(tmp_path) in refused(arguments(data, tmp_path), tmp_path, capsys)
@@ -346,7 +365,9 @@ def test_init_from_starts_at_step_0_with_these_weights(name, data, whole_run, tm
     assert yaml.safe_load((tmp_path / "run/run.yaml").read_text(encoding="utf-8"))["init_from"] == str(source)
 
 
-def test_a_run_with_init_from_resumes_with_and_without_naming_it_again(data, whole_run, tmp_path, monkeypatch):
+def test_a_run_with_init_from_resumes_with_and_without_naming_it_again(
+    data, whole_run, tmp_path, monkeypatch
+):
     source = ["--init_from", str(whole_run / "final_model.pt")]
     KV.main(arguments(data, tmp_path / "whole", *source))
     for again in (source, []):
@@ -366,16 +387,22 @@ def test_other_weights_than_the_folder_began_with_are_refused(data, whole_run, h
     assert "init_from" in refused(args, half, capsys)
 
 
-def test_init_from_of_another_variant_or_shape_or_a_damaged_file_writes_nothing(data, whole_run, tmp_path, capsys):
-    source, out = whole_run / "final_model.pt", tmp_path / "out"
-    line = failing_run(arguments(data, out, "--init_from", str(source)), capsys, KQV)
-    assert str(source) in line and "transformer_KV_1_300_M.py" in line
-    line = failing_run(arguments(data, out, "n_head=4", "--init_from", str(source)), capsys)
-    assert str(source) in line and "n_head" in line
-    damaged = tmp_path / "damaged.pt"
+def test_init_from_of_another_variant_or_shape_or_a_damaged_file_writes_nothing(
+    data, whole_run, tmp_path, capsys
+):
+    source, damaged, missing = whole_run / "final_model.pt", tmp_path / "damaged.pt", tmp_path / "missing.pt"
     damaged.write_bytes(source.read_bytes()[:-1000])
-    assert str(damaged) in failing_run(arguments(data, out, "--init_from", str(damaged)), capsys)
-    assert not list(out.glob("*.pt")) and not (out / "run.yaml").exists()
+    for name, script, path, settings, word in (
+        ("variant", KQV, source, [], "KV_1_300_M.py"),
+        ("shape", KV, source, ["n_head=4"], "n_head"),
+        ("damaged", KV, damaged, [], "not a whole checkpoint"),
+        ("missing", KV, missing, [], "No such file"),
+    ):
+        line = failing_run(
+            arguments(data, tmp_path / name, *settings, "--init_from", str(path)), capsys, script
+        )
+        assert str(path) in line and word in line
+        assert not state(tmp_path / name)
 
 
 def test_weights_alone_cannot_be_resumed_and_point_to_init_from(data, whole_run, tmp_path, capsys):
@@ -387,7 +414,9 @@ def test_weights_alone_cannot_be_resumed_and_point_to_init_from(data, whole_run,
         line = failing_run(arguments(data, tmp_path / "out", "dropout=0.1", "--resume", str(path)), capsys)
         assert str(path) in line and "--init_from" in line
         assert not (tmp_path / "out").exists()
-    KV.main(arguments(data, tmp_path / "out", "target_tokens=256", "warmup_steps=0", "--init_from", str(released)))
+    KV.main(
+        arguments(data, tmp_path / "out", "target_tokens=256", "warmup_steps=0", "--init_from", str(released))
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -447,7 +476,6 @@ DAMAGE = {
     "an eos_id beyond the vocabulary": metadata(eos_id=1000),
     "no chunks": metadata(chunks=[]),
     "chunks that are none": metadata(chunks="all"),
-    "a vocabulary of text": metadata(vocab_size="257"),
     "an unfinished preparation": metadata(finished=False),
     "metadata that are a list": rewrite("metadata.json", lambda text: b"[]"),
     "metadata that are null": rewrite("metadata.json", lambda text: b"null"),
@@ -464,7 +492,7 @@ def test_damaged_data_are_named(damage, split, own_data, tmp_path, capsys):
     path = DAMAGE[damage](folder / split)
     line = failing_run(arguments(settings, tmp_path / "out"), capsys)
     assert str(path.parent) in line
-    assert path.name in line or "eos_id" in damage or "unfinished" in damage
+    assert path.name in line or (path.name == "metadata.json" and ".npy" in line)  # where the two disagree
     assert not list(tmp_path.glob("out/*.pt"))
 
 
@@ -475,15 +503,16 @@ def test_tokens_that_changed_between_two_starts_are_noticed(split, own_data, tmp
         signal_in_step(3, signal.SIGTERM, patch)
         KV.main(arguments(settings, tmp_path / "out"))
     capsys.readouterr()
-    path = change("chunk_000.tokens.npy", lambda tokens: np.where(tokens == ord("a"), ord("b"), tokens))(folder / split)
+    path = change("chunk_000.tokens.npy", lambda tokens: np.where(tokens == ord("a"), ord("b"), tokens))(
+        folder / split
+    )
     line = failing_run(arguments(settings, tmp_path / "out"), capsys)
     assert str(path) in line
 
 
-@pytest.mark.parametrize("change", [{"tokenizer": "gpt2"}, {"tokenizer_sha256": {"tokenizer.tiktoken": "0" * 64}}])
-def test_validation_data_of_another_tokenizer_are_refused(change, own_data, tmp_path, capsys):
+def test_validation_data_of_another_tokenizer_are_refused(own_data, tmp_path, capsys):
     folder, settings = own_data
-    metadata(**change)(folder / "validation")
+    metadata(tokenizer="other.tiktoken sha256:0123456789abcdef")(folder / "validation")
     line = failing_run(arguments(settings, tmp_path / "out"), capsys)
     assert str(folder / "validation") in line and "tokenizer" in line
     assert not (tmp_path / "out").exists()
@@ -505,13 +534,15 @@ def test_a_broken_tokenizer_file_costs_the_samples_and_nothing_else(own_data, tm
 
 
 def test_data_with_nothing_to_score_are_refused(data, tmp_path, capsys):
-    letters = prepare(tmp_path, ["abcdefghijklmnopqrstuvwxyz"[i % 26] for i in range(60)], validation_tokens=20)
+    letters = prepare(
+        tmp_path, ["abcdefghijklmnopqrstuvwxyz"[i % 26] for i in range(60)], validation_tokens=20
+    )
     masked = ["sequence=padded", "score_padding=false"]
     line = failing_run(arguments([letters[0], data[1]], tmp_path / "out", *masked), capsys)
     assert "nothing to score" in line and letters[0].partition("=")[2] in line
     assert not list(tmp_path.glob("out/*.pt"))
     line = failing_run(arguments([data[0], letters[1]], tmp_path / "val", *masked), capsys)
-    assert "nothing to evaluate" in line and letters[1].partition("=")[2] in line
+    assert "nothing to score" in line and letters[1].partition("=")[2] in line
 
 
 def test_training_text_as_validation_text_is_said(data, tmp_path, capsys):
@@ -602,7 +633,9 @@ def test_an_ascii_terminal_does_not_end_a_run(data, whole_run, tmp_path, monkeyp
 def test_control_c_during_the_imports_ends_without_a_traceback(data, tmp_path):
     """An optional library holds the script in the middle of its imports."""
     held = tmp_path / "held"
-    (tmp_path / "flash_attn.py").write_text(f"import pathlib, signal\npathlib.Path({str(held)!r}).touch()\nsignal.pause()")
+    (tmp_path / "flash_attn.py").write_text(
+        f"import pathlib, signal\npathlib.Path({str(held)!r}).touch()\nsignal.pause()"
+    )
     command = [sys.executable, str(SCRIPT), *arguments(data, tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     process = subprocess.Popen(command, env=environment, stdout=-1, stderr=-1, text=True)
@@ -648,7 +681,9 @@ def test_a_number_with_a_leading_zero_is_decimal(data, tmp_path):
 
 def test_evaluate_refuses_to_score_no_batches(data):
     loader = KV.get_dataloader(data[1].partition("=")[2], 2, 32)
-    model = KV.GPT_QKV_KEqualsV(KV.ModelConfig(vocab_size=257, n_positions=32, n_embd=32, n_layer=1, n_head=2))
+    model = KV.GPT_QKV_KEqualsV(
+        KV.ModelConfig(vocab_size=257, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    )
     with pytest.raises(ValueError, match="max_batches"):
         KV.evaluate(model, loader, max_batches=0)
 
@@ -668,7 +703,9 @@ def test_the_model_refuses_what_it_would_misread():
 
 
 def test_a_generate_that_fails_leaves_the_model_in_training_mode(monkeypatch):
-    model = KV.GPT_QKV_KEqualsV(KV.ModelConfig(vocab_size=61, n_positions=8, n_embd=32, n_layer=1, n_head=2)).train()
+    model = KV.GPT_QKV_KEqualsV(
+        KV.ModelConfig(vocab_size=61, n_positions=8, n_embd=32, n_layer=1, n_head=2)
+    ).train()
     with pytest.raises(IndexError):
         model.generate(torch.tensor([[99]]), 2)
     assert model.training and model.h[0].attn.training
