@@ -1,4 +1,4 @@
-"""The configuration files hold the published values, a setting that is wrong ends in one line, and none is dead."""
+"""The files hold the published values, a setting that is wrong ends in one line, and none is dead."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ examples = settings(max_examples=12, deadline=None, derandomize=True, phases=[Ph
 
 @pytest.fixture(autouse=True, scope="module")
 def surroundings(tmp_path_factory):
-    """One thread, as models this small are slower on two; a folder where the paths in configs lead nowhere."""
+    """One thread, as models this small are slower on two; a folder where the configs' paths lead nowhere."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
@@ -52,8 +52,8 @@ def metrics(output_dir):
 # ---- the published values
 
 MODEL = {
-    "vocab_size": 50304, "n_positions": 2048, "dropout": 0.1, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
-    "use_flash_attention": True,
+    "vocab_size": 50304, "n_positions": 2048, "dropout": 0.1, "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02, "use_flash_attention": True,
 }  # fmt: skip
 TRAINING = {
     "train_data": "slimpajama_data/train", "val_data": "slimpajama_data/validation", "sequence": "padded",
@@ -298,7 +298,8 @@ def test_a_file_that_is_no_config_is_refused_by_name(kind, content, tmp_path):
 
 @pytest.mark.parametrize(
     "argument",
-    ["learnign_rate=1e-3", "seed", "=3", "Seed=3", "seed =3", "output_dir=x", "seed=[", "seed={", "seed=!!x 3",
+    ["learnign_rate=1e-3", "seed", "=3", "Seed=3", "seed =3", "output_dir=x", "seed=[", "seed={",
+     "seed=!!x 3",
      "train_data=2024-13-45", "seed='", "train_data=a: b: c", "train_data=@x"],
 )  # fmt: skip
 def test_what_is_no_setting_is_refused_on_the_command_line(argument, tmp_path):
@@ -356,8 +357,8 @@ def acceptable(key, value):
 
 
 AWKWARD = [
-    None, True, False, 0, 1, -1, 10**400, -(10**400), 0.0, 1.0, 0.5, -0.5, math.nan, math.inf, -math.inf, "", "1",
-    "nan", "1e999", "true", "null", "auto\n", "Padded", "\u2028", [], {}, [1], {"a": None},
+    None, True, False, 0, 1, -1, 10**400, -(10**400), 0.0, 1.0, 0.5, -0.5, math.nan, math.inf, -math.inf, "",
+    "1", "nan", "1e999", "true", "null", "auto\n", "Padded", "\u2028", [], {}, [1], {"a": None},
 ]  # fmt: skip
 ANYTHING = st.recursive(
     st.integers()

@@ -1,8 +1,8 @@
 """Nothing silent: a run never trains on, overwrites or reports something other than what its folder holds.
 
-What a run may not do is refused with one line, before anything in the folder is touched; what it may do leaves no
-trace of the interruption. The data are checked when they are opened, and signals, full disks and closed terminals
-end a run with everything saved.
+What a run may not do is refused with one line, before anything in the folder is touched; what it may do
+leaves no trace of the interruption. The data are checked when they are opened, and signals and closed
+terminals end a run with everything saved.
 """
 
 import errno
@@ -158,8 +158,8 @@ HARMLESS = {  # that cannot change the result
 DECISIVE = {
     "vocab_size": "260", "n_positions": "40", "n_embd": "48", "n_layer": "3", "n_head": "4", "n_inner": "72",
     "dropout": "0.3", "layer_norm_epsilon": "1e-2", "initializer_range": "0.1", "sequence": "padded",
-    "score_padding": "false", "seq_length": "16", "target_tokens": "4096", "learning_rate": "2e-2", "min_lr": "0",
-    "lr_scheduler": "linear", "warmup_steps": "3", "weight_decay": "0.9", "beta1": "0.5", "beta2": "0.5",
+    "score_padding": "false", "seq_length": "16", "target_tokens": "4096", "learning_rate": "2e-2",
+    "min_lr": "0", "lr_scheduler": "linear", "warmup_steps": "3", "weight_decay": "0.9", "beta1": "0.5", "beta2": "0.5",
     "grad_clip": "0.1", "skip_grad_norm": "50", "seed": "7", "precision": "bf16",
 }  # fmt: skip
 

@@ -123,7 +123,7 @@ def held_command(tmp_path, output_dir, data):
 
 
 def killed_again_and_again(start, victim, output_dir, times):
-    """Start the run and kill it some steps on, at a random moment, so often; returns the last steps logged."""
+    """Start the run and kill it some steps on, at a random moment, so often; the last steps logged."""
     moments, seed = [], int.from_bytes(os.urandom(4), "little")
     chance = random.Random(seed)
     print(f"seed {seed}")  # shown where the test fails
