@@ -333,10 +333,11 @@ def read_source(path, device):
         expected = ", ".join(aliases)
         raise ConversionError(f"{path}: a checkpoint of variant {recorded}; expected one of {expected}")
     alias = aliases[recorded]
-    for name, tensor in weights.items():
+    model = SCRIPTS[alias].load_model(path, device)
+    for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ConversionError(f"{path}: {name} is not finite; take an earlier checkpoint of the run")
-    return alias, SCRIPTS[alias].load_model(path, device), contents
+    return alias, model, contents
 
 
 def variant_of(weights, config):
