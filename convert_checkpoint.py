@@ -583,7 +583,7 @@ def run(options):
         print(f"layer {number:2}: {share:8.3%} of the energy of keys and values left out")
     script = SCRIPTS[to]
     kept = {key: contents[key] for key in ("tokenizer", "train_config") if key in contents}
-    kept |= {"variant": script.VARIANT, "step": 0, "model_config": script.as_dict(config)}
+    kept |= {"variant": script.VARIANT, "step": 0, "model_config": asdict(config)}
     kept |= {"converted_from": about, "model_state_dict": weights}
     script.write_atomically(Path(options.output), partial(torch.save, kept))
     del weights, kept

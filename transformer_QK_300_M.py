@@ -16,6 +16,11 @@ Contents: attention, model, data, evaluation, training, output folder, checkpoin
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the libraries load ends the run without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import hashlib
@@ -24,7 +29,6 @@ import math
 import os
 import re
 import resource
-import signal
 import sys
 import time
 import zipfile
@@ -509,6 +513,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         step, evaluated_at = 0, None
         if path:
             train_set.verify()
+            val_loader.dataset.verify()
             checkpoint = read_checkpoint(path)
             load_weights(model, checkpoint, path)
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
@@ -553,8 +558,8 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             complete = last_step and not stopping
             if (complete or stopping or step % config.save_interval == 0) and step != saved_at:
                 if RANK == 0:
-                    run |= {"step": step, "epoch": rows_seen // len(train_set), "evaluated_at": evaluated_at}
-                    save_checkpoint(output_dir, run, model, optimizer, config, complete)
+                    place = {"step": step, "epoch": rows_seen // len(train_set), "evaluated_at": evaluated_at}
+                    save_checkpoint(output_dir, run | place, model, optimizer, config, complete)
                     if config.sample_tokens:
                         write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
                 saved_at = step
@@ -679,12 +684,12 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
     path, recorded = find_checkpoint(output_dir, resume)
     if recorded is None:
         return None, False, run
-    place, step = path or output_dir, recorded.get("step", 0)
-    require(step <= total_steps, f"{place}: at step {step}, these settings end at {total_steps}; {WAYS_ON}")
+    place = path or output_dir
     try:
-        before = facts_of(recorded)
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{place}: does not say what run it is of: no {error}; {WAYS_ON}") from error
+        before, step = facts_of(recorded), recorded.get("step", 0)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"{place}: does not say what run it is of ({error}); {WAYS_ON}") from error
+    require(step <= total_steps, f"{place}: at step {step}, these settings end at {total_steps}; {WAYS_ON}")
     if path and not run["init_from"]:
         run = run | {"init_from": recorded["init_from"]}
     now = facts_of(run)
@@ -716,12 +721,14 @@ def find_checkpoint(output_dir, resume):
     for _, path in checkpoints(output_dir):
         try:
             return path, read_checkpoint(path, to_resume=True)
+        except OtherVariant as error:
+            raise RunError(f"{error}; {WAYS_ON}") from error
         except RunError as error:
             print0(f"warning: passed over {error}")
     unusable = checkpoints(output_dir) or (output_dir / "final_model.pt").exists()
     require(not unusable, f"{output_dir}: holds a run and no checkpoint to resume it from; {WAYS_ON}")
     try:
-        return None, yaml.safe_load((output_dir / "run.yaml").read_text(encoding="utf-8"))
+        return None, yaml.safe_load((output_dir / "run.yaml").read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         return None, None
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -749,11 +756,12 @@ def checkpoints(output_dir) -> list:
 def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
     """Write checkpoint_step_N.pt, at the end final_model.pt, and delete all that keep_checkpoints omits."""
     step = contents["step"]
-    contents |= {"tokens_seen": step * config.tokens_per_step, "model_state_dict": model.state_dict()}
+    tokens_seen, rows_seen = step * config.tokens_per_step, step * config.rows_per_step
+    weights = contents | {"model_state_dict": model.state_dict(), "tokens_seen": tokens_seen}
     if complete:
-        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(contents, file))
-    contents |= {"rows_seen": step * config.rows_per_step, "optimizer_state_dict": optimizer.state_dict()}
-    write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(contents, file))
+        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(weights, file))
+    whole = weights | {"rows_seen": rows_seen, "optimizer_state_dict": optimizer.state_dict()}
+    write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(whole, file))
     kept = [path for saved, path in checkpoints(output_dir) if saved <= step]
     for path in kept[config.keep_checkpoints or len(kept) :]:
         path.unlink()
@@ -799,7 +807,8 @@ def read_checkpoint(path, to_resume=False) -> dict:
     except Exception as error:  # a file of another kind can fail in any way
         raise RunError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
     variant = contents.get("variant", VARIANT)  # released checkpoints do not say
-    require(variant == VARIANT, f"{path}: not {PAPER_NAME}; load it with transformer_{variant}_300_M.py")
+    if variant != VARIANT:
+        raise OtherVariant(f"{path}: not a checkpoint of {PAPER_NAME}, but of transformer_{variant}_300_M.py")
     whole = not to_resume or {"rows_seen", "optimizer_state_dict"} <= contents.keys()
     require(whole, f"{path}: holds weights and no place in the data; start from them with --init_from")
     return contents
@@ -918,7 +927,8 @@ def read_metrics(path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and record.keys() >= {"kind", "step"}]
+    records = [record for record in records if isinstance(record, dict) and "kind" in record]
+    return [record for record in records if isinstance(record.get("step"), int)]
 
 def init_distributed() -> torch.device:
     """Join the other processes of torchrun, if there are any; returns the device of this one."""
@@ -972,6 +982,9 @@ class RunError(ValueError):
 
     def __init__(self, message):
         super().__init__(" ".join(message.split()))  # libraries explain themselves in paragraphs
+
+class OtherVariant(RunError):
+    """A checkpoint of another training script."""
 
 def require(condition, message):
     if not condition:
@@ -1082,10 +1095,13 @@ def load_config(cls, path, overrides):
 def main(arguments=None):
     """Exit status 0: complete; 2: ended by what the last line says; 128 + n: saved, stopped by signal n."""
     configs, layout = Path(__file__).resolve().parent / "configs", argparse.RawDescriptionHelpFormatter
-    known = ModelConfig.__pydantic_fields__ | TrainingConfig.__pydantic_fields__
-    types = ModelConfig.__annotations__ | TrainingConfig.__annotations__
-    fields = "\n".join(f"  {key} ({types[key]}): {field.description}" for key, field in known.items())
-    epilog = f"settings:\n{fields}"
+    known, lines = [*ModelConfig.__annotations__, *TrainingConfig.__annotations__], []
+    for cls, kind in ((ModelConfig, "model"), (TrainingConfig, "training")):
+        lines.append(f"\n{kind} settings, KEY=VALUE: type, default if there is one, meaning")
+        for key, field in cls.__pydantic_fields__.items():
+            default = "" if field.is_required() else f" = {field.default}"
+            lines.append(f"  {key}: {cls.__annotations__[key]}{default}: {field.description}")
+    epilog = "\n".join(lines)
     parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=layout)
     parser.add_argument("--model_config", default=configs / f"model_config_{SIZE}.yaml")
     parser.add_argument("--train_config", default=configs / f"train_config_{SIZE}.yaml")

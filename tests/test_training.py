@@ -473,7 +473,7 @@ def test_what_cannot_work_is_said_before_any_work(settings, words, data, tmp_pat
 
 
 def test_a_number_of_processes_that_cannot_share_the_batch_names_those_that_can(data):
-    config = KV.load_config(KV.TrainingConfig, ROOT / "configs/train_config_300M.yaml", {})
+    config = KV.load_config(KV.TrainingConfig, ROOT / "configs/train_config_300M.yaml", [])
     assert [KV.accumulation_for(config, n) for n in (1, 2, 6, 8, 64)] == [192, 96, 32, 24, 3]
     with pytest.raises(
         ValueError, match="5 ranks .* 192 .* use 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192"
@@ -487,8 +487,8 @@ def test_a_number_of_processes_that_cannot_share_the_batch_names_those_that_can(
 )
 def test_mfu_is_the_share_of_the_peak_of_all_gpus(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
-    config = KV.load_config(KV.TrainingConfig, ROOT / "configs/train_config_300M.yaml", {})
-    model_config = KV.load_config(KV.ModelConfig, ROOT / "configs/model_config_300M.yaml", {})
+    config = KV.load_config(KV.TrainingConfig, ROOT / "configs/train_config_300M.yaml", [])
+    model_config = KV.load_config(KV.ModelConfig, ROOT / "configs/model_config_300M.yaml", [])
     with torch.device("meta"):
         model = KV.GPT_QKV_KEqualsV(model_config)
     monkeypatch.setattr(KV, "WORLD_SIZE", 8)
