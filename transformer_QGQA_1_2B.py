@@ -496,6 +496,8 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         val_loader = get_dataloader(config.val_data, *rows)
         run = describe_run(model_config, config, train_set, val_loader.dataset, init_from)
         start, lock = [None], nullcontext()
+        if init_from:
+            read_checkpoint(init_from)
         if RANK == 0:
             start = [find_start(output_dir, resume, run, config.total_steps, accept_changes)]
             lock = lock_output_dir(output_dir, move_aside=resume == "never")
@@ -519,14 +521,14 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             load_weights(model, checkpoint, path)
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
             step = checkpoint["step"]
-            if path.parent == output_dir:
-                evaluated_at = checkpoint["evaluated_at"]
+            here = path.resolve().parent == output_dir.resolve()
+            evaluated_at = checkpoint["evaluated_at"] if here else None
             del checkpoint
             print0(f"resuming from {path} at step {step} of {config.total_steps}")
         elif init_from:
             load_weights(model, read_checkpoint(init_from), init_from)
             print0(f"starting at step 0 with the weights of {init_from}")
-        saved_at = step
+        saved_at = step if not path or here else None
         if step == config.total_steps and not finished:  # the last evaluation or save is still to be done
             evaluated_at = saved_at = None
         rows_seen = step * config.rows_per_step
@@ -561,10 +563,12 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 if RANK == 0:
                     place = {"step": step, "epoch": rows_seen // len(train_set), "evaluated_at": evaluated_at}
                     save_checkpoint(output_dir, run | place, model, optimizer, config, complete)
-                    if config.sample_tokens:
+                    if config.sample_tokens and not stopping:
                         write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
                 saved_at = step
             if complete or stopping:
+                if WORLD_SIZE > 1:  # torchrun ends rank 0 soon after any other: all wait for it to have saved
+                    dist.barrier()
                 break
 
             # forward and backward over this rank's share of the global batch; gradients of the summed loss
@@ -696,7 +700,7 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
     now = facts_of(run)
     changed = {key for key in now if key in before and before[key] != now[key]}
     changes = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in sorted(changed))
-    more = "or start from its weights with --init_from"
+    more = "or there start from its weights with --init_from"
     if not changed & NEVER_CHANGES:
         more += ", or go on all the same with --accept_changes"
     accepted = not changed or (accept_changes and not changed & NEVER_CHANGES)
@@ -938,9 +942,9 @@ def init_distributed() -> torch.device:
     if n_gpus:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % n_gpus)
         torch.cuda.set_device(device)
-    if 0 < n_gpus < n_processes:
-        print0(f"warning: {n_processes} processes share {n_gpus} GPU; start one process for each GPU")
     if "RANK" in os.environ and not dist.is_initialized():
+        if 0 < n_gpus < n_processes:
+            print0(f"warning: {n_processes} processes share {n_gpus} GPU; start one process for each GPU")
         try:
             dist.init_process_group("nccl" if n_gpus >= n_processes else "gloo")
         except (ValueError, RuntimeError) as error:
@@ -956,7 +960,7 @@ def errors_on_all_ranks():
         yield
     except (OSError, MemoryError, RuntimeError, RunError) as error:
         own = error
-    messages = [own and str(own)] * WORLD_SIZE
+    messages = [own and (str(own) or repr(own))] * WORLD_SIZE
     if dist.is_initialized():
         dist.all_gather_object(messages, messages[0])
     for message in filter(None, messages):
@@ -965,10 +969,10 @@ def errors_on_all_ranks():
 @contextmanager
 def stop_signals():
     """SIGTERM, SIGHUP (a closed terminal) and Ctrl-C join the list it yields, and the step in hand ends."""
-    received = []
-    handlers = {}
+    received, handlers = [], {}
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        handlers[number] = signal.signal(number, lambda number, _: received.append(number))
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            handlers[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
         yield received
     finally:
@@ -1095,6 +1099,9 @@ def load_config(cls, path, overrides):
 
 def main(arguments=None):
     """Exit status 0: complete; 2: ended by what the last line says; 128 + n: saved, stopped by signal n."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # of a stream that is no text file
+            stream.reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
     configs, layout = Path(__file__).resolve().parent / "configs", argparse.RawDescriptionHelpFormatter
     known, lines = [*ModelConfig.__annotations__, *TrainingConfig.__annotations__], []
     for cls, kind in ((ModelConfig, "model"), (TrainingConfig, "training")):
@@ -1112,9 +1119,6 @@ def main(arguments=None):
     parser.add_argument("--accept_changes", action="store_true", help="resume although settings have changed")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="in place of what the configs say")
     options = parser.parse_intermixed_args(arguments)
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # of a stream that is no text file
-            stream.reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
     try:
         init_distributed()
         with errors_on_all_ranks():
