@@ -159,8 +159,8 @@ DECISIVE = {
     "vocab_size": "260", "n_positions": "40", "n_embd": "48", "n_layer": "3", "n_head": "4", "n_inner": "72",
     "dropout": "0.3", "layer_norm_epsilon": "1e-2", "initializer_range": "0.1", "sequence": "padded",
     "score_padding": "false", "seq_length": "16", "target_tokens": "4096", "learning_rate": "2e-2",
-    "min_lr": "0", "lr_scheduler": "linear", "warmup_steps": "3", "weight_decay": "0.9", "beta1": "0.5", "beta2": "0.5",
-    "grad_clip": "0.1", "skip_grad_norm": "50", "seed": "7", "precision": "bf16",
+    "min_lr": "0", "lr_scheduler": "linear", "warmup_steps": "3", "weight_decay": "0.9", "beta1": "0.5",
+    "beta2": "0.5", "grad_clip": "0.1", "skip_grad_norm": "50", "seed": "7", "precision": "bf16",
 }  # fmt: skip
 
 
