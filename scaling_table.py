@@ -47,8 +47,8 @@ from results_table import (
 # What differs over the grid. A run starts from a file of its own, of initial weights that its seed shares.
 SWEPT = {"learning_rate", "min_lr", "warmup_steps", "target_tokens", "rows a step", "init_from"}
 RESAMPLES = 10_000
-# Whether the gap widens is asked from 5 to 80 tokens for each parameter, of three seeds at both ends; a change
-# by half a percent of perplexity counts.
+# Whether the gap widens is asked from 5 to 80 tokens for each parameter, of three seeds at both ends; half a
+# percent of perplexity counts.
 ENDS = (5, 80)
 SEEDS_TO_DECIDE = 3
 MATTERS = 0.005  # nats
