@@ -124,14 +124,14 @@ def causal_attention(q, k, v, config):
             scores = (k @ q.mT) / math.sqrt(head_dim)  # [B, n_head, S, 1]
             y = (v.mT @ scores.softmax(dim=-2)).mT
         return y.reshape(B, n_head, 1, head_dim)
-    # is_causal aligns the first query with the first key; after a past (S > T) the last ones belong together
+    # is_causal aligns the first query with the first key; after a past (S > T) the last ones must align
     mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=n_kv_head < n_head)
 
 class KVCache:
     """The past of every layer: one [B, n_kv_head, max_length, head_dim] tensor for each name in CACHED.
 
-    `length` positions are filled; the model moves it on once a forward pass, after all layers have appended.
+    `length` positions are filled; the model advances it once per forward pass, after all layers.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype, device):
@@ -257,7 +257,7 @@ class GPT_MQA(nn.Module):
             raise ValueError(f"expected a prompt of some tokens, temperature >= 0, top_k > 0; got {given}")
         tokens = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         cache = self.make_cache(B, min(T + max_new_tokens, window)) if use_cache else None
-        # on a CPU, a product with one row in fp32 takes half the time if the output embedding lies by columns
+        # on a CPU, a product with one row in fp32 takes half the time if the embedding is stored by columns
         head = self.wte.weight
         if head.device.type == "cpu" and head.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
             head = head.t().contiguous().t()
@@ -448,7 +448,7 @@ def evaluate(model, val_loader, max_batches: int | None = None, stop_signals=())
         raise ValueError(f"max_batches: expected at least 1, got {max_batches}")
     share = None if max_batches is None else len(range(RANK, max_batches, WORLD_SIZE))
     token_bytes, device = torch.from_numpy(val_loader.dataset.token_bytes), model.wte.weight.device
-    sums = torch.zeros(8, dtype=torch.float64)
+    sums = torch.zeros(8, dtype=torch.float64)  # as unpacked below; the last one counts signals
     with eval_mode(model):
         for input_ids, is_text in islice(val_loader, share):
             if stop_signals:
@@ -496,7 +496,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         train_set = TokenDataset(config.train_data, config.seq_length, config.sequence)
         val_loader = get_dataloader(config.val_data, *rows)
         run = describe_run(model_config, config, train_set, val_loader.dataset, init_from)
-        start, lock = [None], nullcontext()
+        start, lock = [None], nullcontext()  # rank 0 decides, all follow
         if init_from:
             read_checkpoint(init_from)
         if RANK == 0:
@@ -546,7 +546,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
 
     skipped, seconds, timed_steps, stopping = 0, 0.0, 0, False
     with lock, stop_signals() as received:
-        while True:  # one extra turn, so that the last evaluation and save are not written twice
+        while True:  # total_steps + 1 turns: the last one only evaluates and saves
             last_step = step == config.total_steps
 
             # once in a while, and at the end: evaluate
@@ -591,16 +591,16 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 loss_sum += loss.detach() * n
                 n_scored += n
 
-            # the mean over the scored tokens of the global batch; DDP has averaged over the ranks
+            # DDP has averaged over the ranks: undo it, and divide by the scored tokens of the global batch
             totals = torch.stack([loss_sum, n_scored, loss_sum.new_tensor(len(received))])
             if WORLD_SIZE > 1:
                 dist.all_reduce(totals)
             for p in model.parameters():
                 p.grad.mul_(WORLD_SIZE / totals[1])
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            loss, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # one host sync
+            loss_sum, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # host sync
             require(n_scored, f"step {step + 1}: nothing to score in a global batch of {config.train_data}")
-            loss, stopping = loss / n_scored, stopped > 0
+            loss, stopping = loss_sum / n_scored, stopped > 0
             require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower learning_rate?")
 
             # update, unless the gradient norm is too large or not a number
@@ -628,7 +628,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 log("train", step, results | mfu(model, config, device, speed))
                 seconds, timed_steps = 0.0, 0
     log.close(model, step, device, complete)
-    return 0 if complete else (received or [signal.SIGTERM])[0]
+    return 0 if complete else (received or [signal.SIGTERM])[0]  # empty if another rank received it
 
 def accumulation_for(config, world_size) -> int:
     """Gradient accumulation steps of each process; every world size shares the same global batch."""
@@ -694,7 +694,7 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
     try:
         before, step = facts_of(recorded), recorded.get("step", 0)
     except (LookupError, TypeError, AttributeError) as error:
-        raise RunError(f"{place}: does not say what run it is of ({error}); {WAYS_ON}") from error
+        raise RunError(f"{place}: does not record its settings ({error}); {WAYS_ON}") from error
     require(step <= total_steps, f"{place}: at step {step}, these settings end at {total_steps}; {WAYS_ON}")
     if path and not run["init_from"]:
         run = run | {"init_from": recorded["init_from"]}
@@ -706,7 +706,8 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
         more += ", or go on all the same with --accept_changes"
     accepted = not changed or (accept_changes and not changed & NEVER_CHANGES)
     require(accepted, f"{place}: a run with other settings, {changes}; {WAYS_ON}, {more}")
-    run = run | {"changes": recorded.get("changes", []) + [f"step {step}: {changes}"] * bool(changes)}
+    earlier = recorded.get("changes", [])
+    run = run | {"changes": earlier + [f"step {step}: {changes}"] if changed else earlier}
     records = read_metrics(output_dir / "metrics.jsonl")
     kinds = [record["kind"] for record in records if record["step"] == step]
     finished = step == total_steps and "final" in kinds and (output_dir / "final_model.pt").exists()
@@ -768,8 +769,8 @@ def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
         write_atomically(output_dir / "final_model.pt", lambda file: torch.save(weights, file))
     whole = weights | {"rows_seen": rows_seen, "optimizer_state_dict": optimizer.state_dict()}
     write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(whole, file))
-    kept = [path for saved, path in checkpoints(output_dir) if saved <= step]
-    for path in kept[config.keep_checkpoints or len(kept) :]:
+    saved = [path for at, path in checkpoints(output_dir) if at <= step]  # a later one was damaged
+    for path in saved[config.keep_checkpoints or len(saved) :]:
         path.unlink()
 
 def write_samples(output_dir, step, model, val_set, config, autocast):
@@ -915,7 +916,7 @@ class Logger:
             print0(f"text perplexity  {record['text_perplexity']:.2f} at step {record['step']}")
         print0(f"peak memory      {peak / 1e9:.2f} GB of rank 0 on {device.type}")
         c, nbytes = model.config, model.make_cache(1, dtype=torch.bfloat16).nbytes
-        qkv = 4 * c.n_layer * c.n_positions * c.n_embd
+        qkv = 2 * 2 * c.n_layer * c.n_positions * c.n_embd  # K and V, two bytes a number
         print0(f"KV cache         {nbytes:,} bytes for {c.n_positions:,} tokens in bf16; QKV takes {qkv:,}")
 
 def print0(text):
@@ -1009,7 +1010,7 @@ class ModelConfig:
     n_kv_groups: PositiveInt | None = Field(N_KV_GROUPS, description="KV heads of the grouped variants")
     dropout: NonNegativeFloat = Field(0.1, lt=1, description="on the outputs of attention and MLP")
     layer_norm_epsilon: PositiveFloat = Field(1e-5, description="of every LayerNorm")
-    initializer_range: PositiveFloat = Field(0.02, description="standard deviation of every initial weight")
+    initializer_range: PositiveFloat = Field(0.02, description="standard deviation of every initial matrix")
     use_flash_attention: bool = Field(True, description="flash-attn, if it is installed and fits: CUDA, bf16")
 
     def __post_init__(self):
@@ -1034,7 +1035,7 @@ class TrainingConfig:
     num_gpus: PositiveInt = Field(description="GPUs of the published run; any world size shares its batch")
     target_tokens: PositiveInt = Field(description="tokens to train on, padding included")
     learning_rate: PositiveFloat = Field(description="at the end of the warm-up")
-    min_lr: NonNegativeFloat = Field(description="at the last step")
+    min_lr: NonNegativeFloat = Field(description="where the decay ends")
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(description="from learning_rate to min_lr")
     warmup_steps: NonNegativeInt = Field(description="steps of linear warm-up")
     weight_decay: NonNegativeFloat = Field(description="of AdamW, on every parameter")
