@@ -333,10 +333,11 @@ def read_source(path, device):
         expected = ", ".join(aliases)
         raise ConversionError(f"{path}: a checkpoint of variant {recorded}; expected one of {expected}")
     alias = aliases[recorded]
-    for name, tensor in weights.items():
+    model = SCRIPTS[alias].load_model(path, device)
+    for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise ConversionError(f"{path}: {name} is not finite; take an earlier checkpoint of the run")
-    return alias, SCRIPTS[alias].load_model(path, device), contents
+    return alias, model, contents
 
 
 def variant_of(weights, config):
@@ -582,7 +583,7 @@ def run(options):
         print(f"layer {number:2}: {share:8.3%} of the energy of keys and values left out")
     script = SCRIPTS[to]
     kept = {key: contents[key] for key in ("tokenizer", "train_config") if key in contents}
-    kept |= {"variant": script.VARIANT, "step": 0, "model_config": script.as_dict(config)}
+    kept |= {"variant": script.VARIANT, "step": 0, "model_config": asdict(config)}
     kept |= {"converted_from": about, "model_state_dict": weights}
     script.write_atomically(Path(options.output), partial(torch.save, kept))
     del weights, kept

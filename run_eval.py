@@ -20,11 +20,10 @@ import logging
 import math
 import os
 import platform
-import sqlite3
 import sys
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import cache
@@ -50,7 +49,14 @@ from tabulate import tabulate
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from dataset_download import InputError, Tokenizer, load_tokenizer, network_errors, write_atomically
+from dataset_download import (
+    InputError,
+    Tokenizer,
+    load_tokenizer,
+    network_errors,
+    read_metadata,
+    write_atomically,
+)
 
 FIVE = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")  # the paper's tasks
 # The accuracy of guessing, in per cent: among four answers or endings, or two solutions or names.
@@ -60,6 +66,7 @@ PUBLISHED = {"kqv": 36.40, "kv": 35.99, "gqa": 35.86, "qgqa": 36.72, "qmqa": 34.
 PER_CENT = ("acc", "acc_norm", "exact_match")
 PERPLEXITY = "perplexity"  # a task of ours, beside the harness's
 END_OF_TEXT = "<|endoftext|>"
+GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # by ranks_sha256()
 NEW_TOKENS = 256  # for a task that does not say how many to generate; as in the harness's HFLM
 CPU_BATCH = 8  # --batch_size auto on a CPU
 LARGEST_BATCH = 64  # where --batch_size auto starts on a GPU
@@ -137,8 +144,8 @@ class CheckpointLM(TemplateLM):
         """
         longest = max((len(continuation) for *_, continuation in requests), default=0)
         if longest > self.max_length:
-            what = f"a continuation of {longest} tokens"
-            raise InputError(f"{what} does not fit the model's n_positions, {self.max_length}")
+            limit = f"n_positions, {self.max_length}"
+            raise InputError(f"a continuation of {longest} tokens does not fit {limit}")
         cut = sum(len(context + continuation) > self.max_length + 1 for _, context, continuation in requests)
         if cut:
             what = f"{cut:,} of {len(requests):,} requests are longer than {self.max_length:,} tokens"
@@ -393,14 +400,14 @@ def open_checkpoint(alias, path, tokenizer, val_data):
             raise
 
     # A vocabulary that is too large for the model is certainly another one.
-    config = dict(contents["model_config"])
-    train_config = dict(contents.get("train_config") or {})
+    config = contents["model_config"]
     known = f"and {path} knows {config['vocab_size']}"
     if val_data:
         with script_errors():
             needed = script.get_dataloader(val_data, 1, config["n_positions"]).dataset.vocab_size
         if needed > config["vocab_size"]:
             raise InputError(f"--val_data {val_data}: has {needed} token ids, {known}")
+    train_config = dict(contents.get("train_config") or {})
     recorded = contents.get("tokenizer")
     tokenizer = find_tokenizer(tokenizer, path, recorded, val_data, train_config.get("train_data"))
     if tokenizer.eos_id >= config["vocab_size"]:
@@ -438,34 +445,55 @@ def script_errors():
 def find_tokenizer(argument, path, recorded, val_data, train_data):
     """The tokenizer of a checkpoint's training data; InputError where the validation data has another one.
 
-    recorded: {name, vocab_size, sha256} in the checkpoint; None where it does not say, as the released ones.
+    recorded: what the checkpoint says of it, see identity(); None in the released ones, which do not say.
     Without --tokenizer it is the one stored beside the data, or that the checkpoint names, or GPT-2's.
     """
-    stored = {}
-    for folder in (val_data, train_data):
-        file = Path(folder or "", "tokenizer.tiktoken")
-        if folder and file.is_file():
-            stored[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
-    named = recorded["name"] if recorded else "gpt2"
-    choice = argument or next(iter(stored), named)
-    tokenizer = loaded_once(choice)
+    validation = stored_tokenizer(val_data) if val_data else None
+    training = None
+    with contextlib.suppress(InputError):  # the folder it was trained on may be of an older format
+        training = stored_tokenizer(train_data) if train_data else None
+    if training and not (recorded or argument):
+        recorded = training  # which may be other data by now: it counts where nobody else says
+    if argument:
+        tokenizer = loaded_once(argument)
+    elif validation:
+        tokenizer = validation
+    elif training and identity(training)[0] == identity(recorded)[0]:
+        tokenizer = training
+    else:
+        tokenizer = loaded_once(identity(recorded)[0] if recorded else "gpt2")
 
-    # The checkpoint's word counts before that of its training folder, which may hold other data by now.
-    expected = {}
-    if recorded:
-        expected[f"{path}, which is {named}"] = recorded["sha256"]
-    for file, sha256 in stored.items():
-        if not (recorded or argument) or val_data and Path(file).parent == Path(val_data):
-            expected[file] = sha256
-    for place, sha256 in expected.items():
-        if sha256 != ranks_sha256(tokenizer):
-            wanted = f"pass a --tokenizer and a --val_data that belong to {path}"
-            raise InputError(f"{choice} is not the tokenizer of {place}; {wanted}")
+    for place, known in {path: recorded, f"--val_data {val_data}": validation}.items():
+        if known:
+            name, sha256 = identity(known)
+            if tokenizer.name != name and not ranks_sha256(tokenizer).startswith(sha256):
+                other = f"{tokenizer.name} is not the tokenizer of {place}, {name}"
+                raise InputError(f"{other}; pass a --tokenizer and a --val_data that belong to {path}")
     return tokenizer
 
 
+@cache
+def stored_tokenizer(folder):
+    """The tokenizer stored beside token files, under its name in their metadata; None where there is none."""
+    ranks = Path(folder, "tokenizer.tiktoken")
+    metadata = read_metadata(ranks.parent)
+    if metadata is None or not ranks.is_file():
+        return None
+    return replace(load_tokenizer(str(ranks)), name=metadata.tokenizer)
+
+
+def identity(tokenizer):
+    """(name, SHA-256 of the ranks or its beginning) of a Tokenizer, or of what a checkpoint says of one."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer.name, ranks_sha256(tokenizer)
+    if isinstance(tokenizer, dict):
+        return tokenizer["name"], tokenizer["sha256"]
+    ranks = {"gpt2": GPT2_RANKS, "bytes": ranks_sha256(loaded_once("bytes"))}
+    return tokenizer, ranks.get(tokenizer, tokenizer.rpartition(" sha256:")[2])
+
+
 def ranks_sha256(tokenizer):
-    """SHA-256 of the tokenizer.tiktoken that dataset_download.py stores beside data of this tokenizer."""
+    """As that of the tokenizer.tiktoken which dataset_download.py stores beside data of this tokenizer."""
     ranks = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
     lines = b"".join(b"%s %d\n" % (base64.b64encode(piece), rank) for piece, rank in ranks)
     return hashlib.sha256(lines).hexdigest()
@@ -496,22 +524,21 @@ def open_tasks(names, include_path, num_fewshot, n_positions):
 
 def find_tasks(names, include_path):
     """A TaskManager that knows all names; InputError where one is unknown, or may stand in a broken file."""
-    if include_path and not Path(include_path).is_dir():
-        raise InputError(f"--include_path {include_path}: no such folder")
-    manager = TaskManager(include_path=include_path, include_defaults=False)
+    manager = open_folder(include_path, include_defaults=False)
     missing = [name for name in names if name not in manager.task_index]
     if not missing:
         return manager
 
     # The harness passes over a file that it cannot read, and would take its own task of that name.
-    for file in sorted(Path(include_path).rglob("*.yaml")) if include_path else []:
-        try:
-            load_yaml(file, resolve_func=False)
-        except Exception as error:  # of the syntax, an include, the encoding
-            found = f"--tasks {missing[0]}: not found in {include_path}, where {file} cannot be read"
-            raise InputError(f"{found}: {one_line(error)}") from error
+    if include_path:
+        for file in sorted(Path(include_path).rglob("*.yaml")):
+            try:
+                load_yaml(file, resolve_func=False)
+            except Exception as error:  # of the syntax, an include, the encoding
+                place = f"not found in {include_path}, where {file} cannot be read"
+                raise InputError(f"--tasks {missing[0]}: {place}: {one_line(error)}") from error
 
-    manager = TaskManager(include_path=include_path)  # the harness's own are 14,000 files: seconds to read
+    manager = open_folder(include_path)
     for name in missing:
         if name not in manager.task_index:
             similar = get_close_matches(name, manager.all_tasks) or ["a name that --list_tasks prints"]
@@ -519,14 +546,21 @@ def find_tasks(names, include_path):
     return manager
 
 
+def open_folder(include_path, include_defaults=True):
+    """A TaskManager of a folder and of the harness's own tasks, 14,000 files that take seconds to read."""
+    if include_path and not Path(include_path).is_dir():
+        raise InputError(f"--include_path {include_path}: no such folder")
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
+
+
 def check_task(task, num_fewshot, n_positions):
     """InputError where a task cannot be run; its own errors where its code or its templates fail."""
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        raise InputError("needs code of the model to be run, or pictures to be shown: not with run_eval.py")
+        raise InputError("runs code that the model writes, or shows it pictures; run_eval.py does neither")
     if task.OUTPUT_TYPE == "generate_until":
         greedy_settings(task.config.generation_kwargs, n_positions)
 
-    # The harness keeps to 0 where a task says so. A document is never an example in its own prompt.
+    # The harness keeps a task's own 0, and draws a spare example where the document itself may be among them.
     shots = 0 if task.config.num_fewshot == 0 else num_fewshot
     if shots and hasattr(task, "sampler"):
         examples = len(task.sampler.fewshot_docs())
@@ -663,6 +697,8 @@ def perplexity(script, model, val_data, batch_size):
             bar = tqdm(loader, desc=f"{PERPLEXITY}, {protocol}", unit="batch", disable=no_bar())
             bar.dataset = loader.dataset  # evaluate() asks its loader for it
             results[protocol] = script.evaluate(model, bar)
+        if not math.isfinite(results[protocol]["loss"]):
+            raise InputError(f"its loss on {val_data} is not finite: it has diverged, or is damaged")
     return results
 
 
@@ -771,7 +807,10 @@ def write_report(path, records, options, lines):
         "checkpoints": records,
         "verdicts": lines,
     }
-    text = json.dumps(report, indent=2, default=handle_non_serializable, ensure_ascii=False) + "\n"
+    # The standard error of a single document is NaN, which is no JSON.
+    text = json.dumps(report, default=handle_non_serializable)
+    report = json.loads(text, parse_constant=lambda constant: None)
+    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
@@ -834,16 +873,13 @@ def main(arguments=None):
 
     try:
         if options.list_tasks:
-            print(*TaskManager(include_path=options.include_path).all_tasks, PERPLEXITY, sep="\n")
+            print(*open_folder(options.include_path).all_tasks, PERPLEXITY, sep="\n")
         else:
             run(options)
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, OSError) as error:
         print_error(error)
-        sys.exit(2)
-    except sqlite3.Error as error:
-        print_error(f"--use_cache {options.use_cache}: {error}")
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         print_error(f"{error}; lower --batch_size")

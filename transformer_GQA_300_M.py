@@ -16,6 +16,11 @@ Contents: attention, model, data, evaluation, training, output folder, checkpoin
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C while the libraries load ends the run without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import hashlib
@@ -24,7 +29,6 @@ import math
 import os
 import re
 import resource
-import signal
 import sys
 import time
 import zipfile
@@ -121,14 +125,14 @@ def causal_attention(q, k, v, config):
             scores = (k @ q.mT) / math.sqrt(head_dim)  # [B, n_head, S, 1]
             y = (v.mT @ scores.softmax(dim=-2)).mT
         return y.reshape(B, n_head, 1, head_dim)
-    # is_causal aligns the first query with the first key; after a past (S > T) the last ones belong together
+    # is_causal aligns the first query with the first key; after a past (S > T) the last ones must align
     mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=n_kv_head < n_head)
 
 class KVCache:
     """The past of every layer: one [B, n_kv_head, max_length, head_dim] tensor for each name in CACHED.
 
-    `length` positions are filled; the model moves it on once a forward pass, after all layers have appended.
+    `length` positions are filled; the model advances it once per forward pass, after all layers.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype, device):
@@ -254,13 +258,17 @@ class GPT_GQA(nn.Module):
             raise ValueError(f"expected a prompt of some tokens, temperature >= 0, top_k > 0; got {given}")
         tokens = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         cache = self.make_cache(B, min(T + max_new_tokens, window)) if use_cache else None
+        # on a CPU, a product with one row in fp32 takes half the time if the embedding is stored by columns
+        head = self.wte.weight
+        if head.device.type == "cpu" and head.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            head = head.t().contiguous().t()
         with eval_mode(self):
             for end in range(T, T + max_new_tokens):
                 if cache and end <= window:  # prefill first, then decode one token at a time
                     hidden = self.hidden_states(tokens[:, cache.length : end], cache)
                 else:
                     hidden = self.hidden_states(tokens[:, max(0, end - window) : end])
-                logits = F.linear(hidden[:, -1], self.wte.weight).float()
+                logits = F.linear(hidden[:, -1], head).float()
                 if temperature == 0:
                     tokens[:, end] = logits.argmax(dim=-1)
                     continue
@@ -441,7 +449,7 @@ def evaluate(model, val_loader, max_batches: int | None = None, stop_signals=())
         raise ValueError(f"max_batches: expected at least 1, got {max_batches}")
     share = None if max_batches is None else len(range(RANK, max_batches, WORLD_SIZE))
     token_bytes, device = torch.from_numpy(val_loader.dataset.token_bytes), model.wte.weight.device
-    sums = torch.zeros(8, dtype=torch.float64)
+    sums = torch.zeros(8, dtype=torch.float64)  # as unpacked below; the last one counts signals
     with eval_mode(model):
         for input_ids, is_text in islice(val_loader, share):
             if stop_signals:
@@ -489,7 +497,9 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         train_set = TokenDataset(config.train_data, config.seq_length, config.sequence)
         val_loader = get_dataloader(config.val_data, *rows)
         run = describe_run(model_config, config, train_set, val_loader.dataset, init_from)
-        start, lock = [None], nullcontext()
+        start, lock = [None], nullcontext()  # rank 0 decides, all follow
+        if init_from:
+            read_checkpoint(init_from)
         if RANK == 0:
             start = [find_start(output_dir, resume, run, config.total_steps, accept_changes)]
             lock = lock_output_dir(output_dir, move_aside=resume == "never")
@@ -508,18 +518,19 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         step, evaluated_at = 0, None
         if path:
             train_set.verify()
+            val_loader.dataset.verify()
             checkpoint = read_checkpoint(path)
             load_weights(model, checkpoint, path)
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
             step = checkpoint["step"]
-            if path.parent == output_dir:
-                evaluated_at = checkpoint["evaluated_at"]
+            here = path.resolve().parent == output_dir.resolve()
+            evaluated_at = checkpoint["evaluated_at"] if here else None
             del checkpoint
             print0(f"resuming from {path} at step {step} of {config.total_steps}")
         elif init_from:
             load_weights(model, read_checkpoint(init_from), init_from)
             print0(f"starting at step 0 with the weights of {init_from}")
-        saved_at = step
+        saved_at = step if not path or here else None
         if step == config.total_steps and not finished:  # the last evaluation or save is still to be done
             evaluated_at = saved_at = None
         rows_seen = step * config.rows_per_step
@@ -536,7 +547,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
 
     skipped, seconds, timed_steps, stopping = 0, 0.0, 0, False
     with lock, stop_signals() as received:
-        while True:  # one extra turn, so that the last evaluation and save are not written twice
+        while True:  # total_steps + 1 turns: the last one only evaluates and saves
             last_step = step == config.total_steps
 
             # once in a while, and at the end: evaluate
@@ -552,12 +563,14 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             complete = last_step and not stopping
             if (complete or stopping or step % config.save_interval == 0) and step != saved_at:
                 if RANK == 0:
-                    run |= {"step": step, "epoch": rows_seen // len(train_set), "evaluated_at": evaluated_at}
-                    save_checkpoint(output_dir, run, model, optimizer, config, complete)
-                    if config.sample_tokens:
+                    place = {"step": step, "epoch": rows_seen // len(train_set), "evaluated_at": evaluated_at}
+                    save_checkpoint(output_dir, run | place, model, optimizer, config, complete)
+                    if config.sample_tokens and not stopping:
                         write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
                 saved_at = step
             if complete or stopping:
+                if WORLD_SIZE > 1:  # torchrun ends rank 0 soon after any other: all wait for it to have saved
+                    dist.barrier()
                 break
 
             # forward and backward over this rank's share of the global batch; gradients of the summed loss
@@ -579,16 +592,16 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 loss_sum += loss.detach() * n
                 n_scored += n
 
-            # the mean over the scored tokens of the global batch; DDP has averaged over the ranks
+            # DDP has averaged over the ranks: undo it, and divide by the scored tokens of the global batch
             totals = torch.stack([loss_sum, n_scored, loss_sum.new_tensor(len(received))])
             if WORLD_SIZE > 1:
                 dist.all_reduce(totals)
             for p in model.parameters():
                 p.grad.mul_(WORLD_SIZE / totals[1])
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            loss, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # one host sync
+            loss_sum, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # host sync
             require(n_scored, f"step {step + 1}: nothing to score in a global batch of {config.train_data}")
-            loss, stopping = loss / n_scored, stopped > 0
+            loss, stopping = loss_sum / n_scored, stopped > 0
             require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower learning_rate?")
 
             # update, unless the gradient norm is too large or not a number
@@ -616,7 +629,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 log("train", step, results | mfu(model, config, device, speed))
                 seconds, timed_steps = 0.0, 0
     log.close(model, step, device, complete)
-    return 0 if complete else (received or [signal.SIGTERM])[0]
+    return 0 if complete else (received or [signal.SIGTERM])[0]  # empty if another rank received it
 
 def accumulation_for(config, world_size) -> int:
     """Gradient accumulation steps of each process; every world size shares the same global batch."""
@@ -678,19 +691,24 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
     path, recorded = find_checkpoint(output_dir, resume)
     if recorded is None:
         return None, False, run
-    place, step = path or output_dir, recorded.get("step", 0)
+    place = path or output_dir
+    try:
+        before, step = facts_of(recorded), recorded.get("step", 0)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"{place}: does not record its settings ({error}); {WAYS_ON}") from error
     require(step <= total_steps, f"{place}: at step {step}, these settings end at {total_steps}; {WAYS_ON}")
     if path and not run["init_from"]:
         run = run | {"init_from": recorded["init_from"]}
-    before, now = facts_of(recorded), facts_of(run)
+    now = facts_of(run)
     changed = {key for key in now if key in before and before[key] != now[key]}
     changes = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in sorted(changed))
-    more = "or start from its weights with --init_from"
+    more = "or there start from its weights with --init_from"
     if not changed & NEVER_CHANGES:
         more += ", or go on all the same with --accept_changes"
     accepted = not changed or (accept_changes and not changed & NEVER_CHANGES)
     require(accepted, f"{place}: a run with other settings, {changes}; {WAYS_ON}, {more}")
-    run = run | {"changes": recorded.get("changes", []) + [f"step {step}: {changes}"] * bool(changes)}
+    earlier = recorded.get("changes", [])
+    run = run | {"changes": earlier + [f"step {step}: {changes}"] if changed else earlier}
     records = read_metrics(output_dir / "metrics.jsonl")
     kinds = [record["kind"] for record in records if record["step"] == step]
     finished = step == total_steps and "final" in kinds and (output_dir / "final_model.pt").exists()
@@ -711,14 +729,18 @@ def find_checkpoint(output_dir, resume):
     for _, path in checkpoints(output_dir):
         try:
             return path, read_checkpoint(path, to_resume=True)
+        except OtherVariant as error:
+            raise RunError(f"{error}; {WAYS_ON}") from error
         except RunError as error:
             print0(f"warning: passed over {error}")
     unusable = checkpoints(output_dir) or (output_dir / "final_model.pt").exists()
     require(not unusable, f"{output_dir}: holds a run and no checkpoint to resume it from; {WAYS_ON}")
     try:
-        return None, yaml.safe_load((output_dir / "run.yaml").read_text(encoding="utf-8"))
+        return None, yaml.safe_load((output_dir / "run.yaml").read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
         return None, None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{output_dir}/run.yaml: cannot be read ({error}); {WAYS_ON}") from error
 
 def lock_output_dir(output_dir, move_aside):
     """Keep other runs out of the folder; the kernel releases the lock when this process ends."""
@@ -742,13 +764,14 @@ def checkpoints(output_dir) -> list:
 def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
     """Write checkpoint_step_N.pt, at the end final_model.pt, and delete all that keep_checkpoints omits."""
     step = contents["step"]
-    contents |= {"tokens_seen": step * config.tokens_per_step, "model_state_dict": model.state_dict()}
+    tokens_seen, rows_seen = step * config.tokens_per_step, step * config.rows_per_step
+    weights = contents | {"model_state_dict": model.state_dict(), "tokens_seen": tokens_seen}
     if complete:
-        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(contents, file))
-    contents |= {"rows_seen": step * config.rows_per_step, "optimizer_state_dict": optimizer.state_dict()}
-    write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(contents, file))
-    kept = [path for saved, path in checkpoints(output_dir) if saved <= step]
-    for path in kept[config.keep_checkpoints or len(kept) :]:
+        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(weights, file))
+    whole = weights | {"rows_seen": rows_seen, "optimizer_state_dict": optimizer.state_dict()}
+    write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(whole, file))
+    saved = [path for at, path in checkpoints(output_dir) if at <= step]  # a later one was damaged
+    for path in saved[config.keep_checkpoints or len(saved) :]:
         path.unlink()
 
 def write_samples(output_dir, step, model, val_set, config, autocast):
@@ -792,7 +815,8 @@ def read_checkpoint(path, to_resume=False) -> dict:
     except Exception as error:  # a file of another kind can fail in any way
         raise RunError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
     variant = contents.get("variant", VARIANT)  # released checkpoints do not say
-    require(variant == VARIANT, f"{path}: not {PAPER_NAME}; load it with transformer_{variant}_300_M.py")
+    if variant != VARIANT:
+        raise OtherVariant(f"{path}: not a checkpoint of {PAPER_NAME}, but of transformer_{variant}_300_M.py")
     whole = not to_resume or {"rows_seen", "optimizer_state_dict"} <= contents.keys()
     require(whole, f"{path}: holds weights and no place in the data; start from them with --init_from")
     return contents
@@ -888,13 +912,13 @@ class Logger:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
-        c, cache = model.config, model.make_cache(1, dtype=torch.bfloat16)
         print0(f"{PAPER_NAME}, complete after {step} steps, in {self.path.parent}")
         for record in evaluations[:1] + evaluations[-1:]:
             print0(f"text perplexity  {record['text_perplexity']:.2f} at step {record['step']}")
         print0(f"peak memory      {peak / 1e9:.2f} GB of rank 0 on {device.type}")
-        print0(f"KV cache         {cache.nbytes:,} bytes for {c.n_positions:,} tokens in bf16; "
-               f"QKV takes {4 * c.n_layer * c.n_positions * c.n_embd:,}")  # fmt: skip
+        c, nbytes = model.config, model.make_cache(1, dtype=torch.bfloat16).nbytes
+        qkv = 2 * 2 * c.n_layer * c.n_positions * c.n_embd  # K and V, two bytes a number
+        print0(f"KV cache         {nbytes:,} bytes for {c.n_positions:,} tokens in bf16; QKV takes {qkv:,}")
 
 def print0(text):
     """Print on rank 0, above the progress bar; a closed pipe or a full disk there never ends a run."""
@@ -911,7 +935,8 @@ def read_metrics(path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
             records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict) and record.keys() >= {"kind", "step"}]
+    records = [record for record in records if isinstance(record, dict) and "kind" in record]
+    return [record for record in records if isinstance(record.get("step"), int)]
 
 def init_distributed() -> torch.device:
     """Join the other processes of torchrun, if there are any; returns the device of this one."""
@@ -920,9 +945,9 @@ def init_distributed() -> torch.device:
     if n_gpus:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % n_gpus)
         torch.cuda.set_device(device)
-    if 0 < n_gpus < n_processes:
-        print0(f"warning: {n_processes} processes share {n_gpus} GPU; start one process for each GPU")
     if "RANK" in os.environ and not dist.is_initialized():
+        if 0 < n_gpus < n_processes:
+            print0(f"warning: {n_processes} processes share {n_gpus} GPU; start one process for each GPU")
         try:
             dist.init_process_group("nccl" if n_gpus >= n_processes else "gloo")
         except (ValueError, RuntimeError) as error:
@@ -938,7 +963,7 @@ def errors_on_all_ranks():
         yield
     except (OSError, MemoryError, RuntimeError, RunError) as error:
         own = error
-    messages = [own and str(own)] * WORLD_SIZE
+    messages = [own and (str(own) or repr(own))] * WORLD_SIZE
     if dist.is_initialized():
         dist.all_gather_object(messages, messages[0])
     for message in filter(None, messages):
@@ -947,10 +972,10 @@ def errors_on_all_ranks():
 @contextmanager
 def stop_signals():
     """SIGTERM, SIGHUP (a closed terminal) and Ctrl-C join the list it yields, and the step in hand ends."""
-    received = []
-    handlers = {}
+    received, handlers = [], {}
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        handlers[number] = signal.signal(number, lambda number, _: received.append(number))
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            handlers[number] = signal.signal(number, lambda number, _: received.append(number))
     try:
         yield received
     finally:
@@ -965,6 +990,9 @@ class RunError(ValueError):
 
     def __init__(self, message):
         super().__init__(" ".join(message.split()))  # libraries explain themselves in paragraphs
+
+class OtherVariant(RunError):
+    """A checkpoint of another training script."""
 
 def require(condition, message):
     if not condition:
@@ -983,7 +1011,7 @@ class ModelConfig:
     n_kv_groups: PositiveInt | None = Field(N_KV_GROUPS, description="KV heads of the grouped variants")
     dropout: NonNegativeFloat = Field(0.1, lt=1, description="on the outputs of attention and MLP")
     layer_norm_epsilon: PositiveFloat = Field(1e-5, description="of every LayerNorm")
-    initializer_range: PositiveFloat = Field(0.02, description="standard deviation of every initial weight")
+    initializer_range: PositiveFloat = Field(0.02, description="standard deviation of every initial matrix")
     use_flash_attention: bool = Field(True, description="flash-attn, if it is installed and fits: CUDA, bf16")
 
     def __post_init__(self):
@@ -1008,7 +1036,7 @@ class TrainingConfig:
     num_gpus: PositiveInt = Field(description="GPUs of the published run; any world size shares its batch")
     target_tokens: PositiveInt = Field(description="tokens to train on, padding included")
     learning_rate: PositiveFloat = Field(description="at the end of the warm-up")
-    min_lr: NonNegativeFloat = Field(description="at the last step")
+    min_lr: NonNegativeFloat = Field(description="where the decay ends")
     lr_scheduler: Literal["cosine", "linear", "constant"] = Field(description="from learning_rate to min_lr")
     warmup_steps: NonNegativeInt = Field(description="steps of linear warm-up")
     weight_decay: NonNegativeFloat = Field(description="of AdamW, on every parameter")
@@ -1074,11 +1102,17 @@ def load_config(cls, path, overrides):
 
 def main(arguments=None):
     """Exit status 0: complete; 2: ended by what the last line says; 128 + n: saved, stopped by signal n."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError):  # of a stream that is no text file
+            stream.reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
     configs, layout = Path(__file__).resolve().parent / "configs", argparse.RawDescriptionHelpFormatter
-    known = ModelConfig.__pydantic_fields__ | TrainingConfig.__pydantic_fields__
-    types = ModelConfig.__annotations__ | TrainingConfig.__annotations__
-    fields = "\n".join(f"  {key} ({types[key]}): {field.description}" for key, field in known.items())
-    epilog = f"settings:\n{fields}"
+    known, lines = [*ModelConfig.__annotations__, *TrainingConfig.__annotations__], []
+    for cls, kind in ((ModelConfig, "model"), (TrainingConfig, "training")):
+        lines.append(f"\n{kind} settings, KEY=VALUE: type, default if there is one, meaning")
+        for key, field in cls.__pydantic_fields__.items():
+            default = "" if field.is_required() else f" = {field.default}"
+            lines.append(f"  {key}: {cls.__annotations__[key]}{default}: {field.description}")
+    epilog = "\n".join(lines)
     parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=layout)
     parser.add_argument("--model_config", default=configs / f"model_config_{SIZE}.yaml")
     parser.add_argument("--train_config", default=configs / f"train_config_{SIZE}.yaml")

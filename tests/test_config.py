@@ -1,4 +1,4 @@
-"""The configuration files hold the published values, a setting that is wrong ends in one line, and none is dead."""
+"""The files hold the published values, a setting that is wrong ends in one line, and none is dead."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ examples = settings(max_examples=12, deadline=None, derandomize=True, phases=[Ph
 
 @pytest.fixture(autouse=True, scope="module")
 def surroundings(tmp_path_factory):
-    """One thread, as models this small are slower on two; a folder where the paths in configs lead nowhere."""
+    """One thread, as models this small are slower on two; a folder where the configs' paths lead nowhere."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
@@ -38,7 +38,9 @@ def surroundings(tmp_path_factory):
 
 def run(script, output_dir, *arguments, model=CONFIGS["model"], train=CONFIGS["train"]):
     """The script as its command line starts it; returns its metrics but for the speed, or else SystemExit."""
-    script.main([f"--model_config={model}", f"--train_config={train}", f"--output_dir={output_dir}", *arguments])
+    script.main(
+        [f"--model_config={model}", f"--train_config={train}", f"--output_dir={output_dir}", *arguments]
+    )
     return metrics(output_dir)
 
 
@@ -50,8 +52,8 @@ def metrics(output_dir):
 # ---- the published values
 
 MODEL = {
-    "vocab_size": 50304, "n_positions": 2048, "dropout": 0.1, "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
-    "use_flash_attention": True,
+    "vocab_size": 50304, "n_positions": 2048, "dropout": 0.1, "layer_norm_epsilon": 1e-5,
+    "initializer_range": 0.02, "use_flash_attention": True,
 }  # fmt: skip
 TRAINING = {
     "train_data": "slimpajama_data/train", "val_data": "slimpajama_data/validation", "sequence": "padded",
@@ -251,7 +253,10 @@ WRONG_GROUPS = [  # variants, groups that are not theirs, what was expected
 def test_groups_that_are_not_of_the_variant_are_refused(alias, wrong, expected, tmp_path):
     for groups in wrong:
         typed = [f"n_kv_groups={'null' if groups is None else groups}"]
-        for arguments, paths in ((typed, {}), ([], {"model": altered(tmp_path, "model", n_kv_groups=groups)})):
+        for arguments, paths in (
+            (typed, {}),
+            ([], {"model": altered(tmp_path, "model", n_kv_groups=groups)}),
+        ):
             line = refused(tmp_path / "out", *arguments, script=SCRIPTS[alias], **paths)
             assert f"n_kv_groups: expected {expected}" in line
 
@@ -293,7 +298,8 @@ def test_a_file_that_is_no_config_is_refused_by_name(kind, content, tmp_path):
 
 @pytest.mark.parametrize(
     "argument",
-    ["learnign_rate=1e-3", "seed", "=3", "Seed=3", "seed =3", "output_dir=x", "seed=[", "seed={", "seed=!!x 3",
+    ["learnign_rate=1e-3", "seed", "=3", "Seed=3", "seed =3", "output_dir=x", "seed=[", "seed={",
+     "seed=!!x 3",
      "train_data=2024-13-45", "seed='", "train_data=a: b: c", "train_data=@x"],
 )  # fmt: skip
 def test_what_is_no_setting_is_refused_on_the_command_line(argument, tmp_path):
@@ -351,11 +357,16 @@ def acceptable(key, value):
 
 
 AWKWARD = [
-    None, True, False, 0, 1, -1, 10**400, -(10**400), 0.0, 1.0, 0.5, -0.5, math.nan, math.inf, -math.inf, "", "1",
-    "nan", "1e999", "true", "null", "auto\n", "Padded", "\u2028", [], {}, [1], {"a": None},
+    None, True, False, 0, 1, -1, 10**400, -(10**400), 0.0, 1.0, 0.5, -0.5, math.nan, math.inf, -math.inf, "",
+    "1", "nan", "1e999", "true", "null", "auto\n", "Padded", "\u2028", [], {}, [1], {"a": None},
 ]  # fmt: skip
 ANYTHING = st.recursive(
-    st.integers() | st.floats() | st.text(max_size=8) | st.dates() | st.binary(max_size=4) | st.sampled_from(AWKWARD),
+    st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.dates()
+    | st.binary(max_size=4)
+    | st.sampled_from(AWKWARD),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=3,
 )
@@ -371,7 +382,16 @@ def test_any_unacceptable_value_is_refused_in_one_line_that_names_its_key(tmp_pa
 
 @pytest.mark.parametrize("value", AWKWARD, ids=lambda value: f"{value!r:.9}")
 def test_an_awkward_value_is_refused_for_one_key_of_each_kind(value, tmp_path):
-    for key in ("n_layer", "seed", "learning_rate", "dropout", "eval_batches", "compile", "sequence", "score_padding"):
+    for key in (
+        "n_layer",
+        "seed",
+        "learning_rate",
+        "dropout",
+        "eval_batches",
+        "compile",
+        "sequence",
+        "score_padding",
+    ):
         if not acceptable(key, value):
             check_unacceptable(tmp_path, **{key: value})
 
@@ -397,7 +417,9 @@ def test_the_resolved_configs_are_what_was_asked_for_and_give_the_same_run_again
     asked = [*TINY_MODEL, *TINY_RUN, *data, "dropout=0.2", "learning_rate=2e-2", "eval_batches=null"]
     asked += ["n_head=4", "n_kv_groups=2"] if alias in GROUPED else []
     records = run(script, first, *asked)
-    overrides = {key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in asked)}
+    overrides = {
+        key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in asked)
+    }
     overrides |= {"learning_rate": 2e-2, "min_lr": 1e-3, "dropout": 0.2}
     for kind, config in (("model", script.ModelConfig), ("train", script.TrainingConfig)):
         names = {field.name for field in fields(config)}
@@ -446,12 +468,18 @@ def test_the_last_of_two_values_counts(data, tmp_path):
 def test_one_process_takes_the_global_batch_of_eight(data, tmp_path):
     """However 24 rows are dealt out to processes and micro batches, the same data make the same step."""
     settings = [*TINY_MODEL, *TINY_RUN, *data, f"target_tokens={3 * 24 * 32}", "eval_batches=null"]
-    eight = run(SCRIPT, tmp_path / "8", *settings, "num_gpus=8", "gradient_accumulation=3", "micro_batch_size=1")
-    one = run(SCRIPT, tmp_path / "1", *settings, "num_gpus=1", "gradient_accumulation=24", "micro_batch_size=1")
+    eight = run(
+        SCRIPT, tmp_path / "8", *settings, "num_gpus=8", "gradient_accumulation=3", "micro_batch_size=1"
+    )
+    one = run(
+        SCRIPT, tmp_path / "1", *settings, "num_gpus=1", "gradient_accumulation=24", "micro_batch_size=1"
+    )
     assert eight == one
     assert eight[-1]["step"] == 3
     assert eight[-1]["tokens"] == 3 * 24 * 32
-    larger = run(SCRIPT, tmp_path / "4", *settings, "num_gpus=2", "gradient_accumulation=2", "micro_batch_size=6")
+    larger = run(
+        SCRIPT, tmp_path / "4", *settings, "num_gpus=2", "gradient_accumulation=2", "micro_batch_size=6"
+    )
     assert [record["step"] for record in larger] == [record["step"] for record in one]
     for a, b in zip(larger, one, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -527,7 +555,9 @@ def observed(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def other_data(tmp_path_factory):
     """Settings that name a data set of other texts."""
-    return dict(s.split("=") for s in prepare(tmp_path_factory.mktemp("other"), [s.upper() for s in SENTENCES]))
+    return dict(
+        s.split("=") for s in prepare(tmp_path_factory.mktemp("other"), [s.upper() for s in SENTENCES])
+    )
 
 
 def changes(change, *aspects, given=()):
@@ -535,7 +565,12 @@ def changes(change, *aspects, given=()):
     return change, aspects, given
 
 
-LONG_ROWS = ("sequence=padded", "n_positions=128", "seq_length=128", "target_tokens=4096")  # longer than some texts
+LONG_ROWS = (
+    "sequence=padded",
+    "n_positions=128",
+    "seq_length=128",
+    "target_tokens=4096",
+)  # longer than some texts
 ROWS = {
     "vocab_size": changes("vocab_size=260", "shapes", "losses"),
     "n_positions": changes("n_positions=40", "shapes", "printed"),
@@ -604,7 +639,10 @@ def test_counts_in_the_metrics_and_files_follow_the_intervals(observed):
     assert seen.checkpoints == ["checkpoint_step_2.pt", "checkpoint_step_4.pt", "final_model.pt"]
     assert sorted(seen.samples) == ["samples_step_2.txt", "samples_step_4.txt"]
     assert observed("log_interval=2").kinds("train") == [("train", 2), ("train", 4)]
-    assert observed("eval_interval=1").kinds("val", "final") == [*(("val", s) for s in range(4)), ("final", 4)]
+    assert observed("eval_interval=1").kinds("val", "final") == [
+        *(("val", s) for s in range(4)),
+        ("final", 4),
+    ]
     every = [f"checkpoint_step_{step}.pt" for step in (1, 2, 3, 4)]
     assert observed("save_interval=1").checkpoints == [*every, "final_model.pt"]
     assert observed("keep_checkpoints=1").checkpoints == ["checkpoint_step_4.pt", "final_model.pt"]
@@ -646,12 +684,18 @@ def one_step(data, tmp_path, *settings):
 
 
 @pytest.mark.parametrize(("value", "compiled"), [("true", True), ("false", False), ("auto", False)])
-def test_compile_compiles_the_model_and_auto_does_not_on_the_cpu(value, compiled, data, tmp_path, monkeypatch):
+def test_compile_compiles_the_model_and_auto_does_not_on_the_cpu(
+    value, compiled, data, tmp_path, monkeypatch
+):
     if torch.cuda.is_available():
         pytest.skip("auto compiles where there is a GPU")
     calls = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, *_, **__: calls.append(type(module).__name__))
-    monkeypatch.setattr(torch, "compile", lambda module, *_, **__: calls.append(type(module).__name__) or module)
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module, *_, **__: calls.append(type(module).__name__)
+    )
+    monkeypatch.setattr(
+        torch, "compile", lambda module, *_, **__: calls.append(type(module).__name__) or module
+    )
     one_step(data, tmp_path, f"compile={value}")
     assert bool(calls) == compiled
 
@@ -678,7 +722,10 @@ def test_flash_attention_is_used_where_it_is_asked_for_installed_and_fits(alias,
         config = script.ModelConfig(**values, **groups, **changes)
         model = getattr(script, VARIANTS[alias]["class"])(config).eval()
         calls.clear()
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32), monkeypatch.context() as patch:
+        with (
+            torch.autocast("cpu", precision, enabled=precision != torch.float32),
+            monkeypatch.context() as patch,
+        ):
             patch.setattr(torch.Tensor, "is_cuda", True)
             return model(ids)[0].float()
 
@@ -712,7 +759,9 @@ class FakeWandb(ModuleType):
     def init(self, **options):
         self.step("init")
         self.options.append(options)
-        run = SimpleNamespace(log=self.log, finish=lambda *_, **__: self.step("finish"), config={}, summary={})
+        run = SimpleNamespace(
+            log=self.log, finish=lambda *_, **__: self.step("finish"), config={}, summary={}
+        )
         return run
 
     def log(self, values, step=None, **_):

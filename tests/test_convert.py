@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,7 +39,7 @@ def build(alias, seed=0, **changes):
 
 def save(alias, model, path, **entries):
     script = script_of(alias)
-    contents = {"variant": script.VARIANT, "step": 8, "model_config": script.as_dict(model.config)}
+    contents = {"variant": script.VARIANT, "step": 8, "model_config": asdict(model.config)}
     torch.save(contents | {"model_state_dict": model.state_dict()} | entries, path)
     return path
 

@@ -1,5 +1,5 @@
-"""analysis_computation_profiler.py against the published figures, PyTorch's own FLOP counter, the real caches of
-the models, and turns whose outcome is known beforehand."""
+"""analysis_computation_profiler.py against the published figures, PyTorch's own FLOP counter, the caches of
+real models, and turns whose outcome is known beforehand."""
 
 import csv
 import io

@@ -34,7 +34,7 @@ def blocks(language):
 
 
 def commands():
-    """All of them once, in their order: lines of the bash blocks, and code in the text that begins with a program."""
+    """All of them once, in their order: lines of the bash blocks, and code in the text that is a command."""
     lines = [line for text in blocks("bash") if not text.startswith("#!") for line in text.splitlines()]
     lines = [re.sub(r"\s+# .*", "", line) for line in lines]
     in_text = [
@@ -43,14 +43,16 @@ def commands():
     return list(dict.fromkeys(filter(None, lines + in_text)))
 
 
-def settings(name):
-    """The options by which the Makefile names the configs of `make demo` or `make replicate`."""
-    return f"--model_config configs/model_config_{name}.yaml --train_config configs/train_config_{name}.yaml"
-
-
 TINY = " ".join([*TINY_MODEL, *TINY_RUN, "eval_batches=4"])
+CONFIGS = "--model_config configs/model_config_demo.yaml --train_config configs/train_config_demo.yaml"
+SMALL_PYTHON = f"""#!/bin/sh
+case "$1" in
+    dataset_download.py) exec {sys.executable} "$@" --target_tokens 9e4 --validation_tokens 3e3 ;;
+    transformer_*) exec {sys.executable} "$@" {TINY} n_head=4 sequence=padded ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
 TRAINED = f"{TINY} --output_dir $(mktemp -d -p .)"
-RUNS = "RUNS='KQV:kqv:padded:true:42 KV_1:kv:padded:true:42'"
 ENVIRONMENT = f"BIN={Path(sys.executable).parent} --assume-old=.venv/installed"
 COUNTED = "--sizes 300M --variants kv --contexts 16 --output_dir elsewhere"
 MEASURED = (
@@ -58,8 +60,8 @@ MEASURED = (
 )
 TEXTS = "--source texts --tokenizer bytes --target_tokens 9e3 --validation_tokens 900"
 SMALL = [  # how a command begins, and what is added to it; the first that fits
-    ("make demo", f"{ENVIRONMENT} DEMO='{settings('demo')} {TINY} --output_dir outputs_tried'"),
-    ("make replicate", f"{ENVIRONMENT} {RUNS} REPLICA='{settings('replicate')} {TINY}'"),
+    ("make demo", f"{ENVIRONMENT} DEMO='{CONFIGS} {TINY} --output_dir outputs_tried'"),
+    ("make replicate", f"{ENVIRONMENT} PYTHON=./small_python"),
     ("make", "--dry-run"),
     ("pip install -r requirements.txt", "--no-index --quiet"),  # all of them are installed
     ("pip install flash-attn", None),  # needs a GPU
@@ -83,10 +85,9 @@ SMALL = [  # how a command begins, and what is added to it; the first that fits
     ("python transformer_", TRAINED),
     ("torchrun", TRAINED),
 ]
-SLOW = {
-    "python tests/benchmarks/training.py",
-    "python tests/benchmarks/training.py --rounds 3",
-}  # of the real width
+SLOW = {  # of the real width, and twenty runs
+    "python tests/benchmarks/training.py", "python tests/benchmarks/training.py --rounds 3", "make replicate",
+}  # fmt: skip
 HERE = {  # what a command needs that this machine has not; one after the other
     "torchrun --nproc_per_node=8": "torchrun --standalone --nproc_per_node=2",
     "--nproc_per_node=8": "--nproc_per_node=2",
@@ -97,10 +98,12 @@ HERE = {  # what a command needs that this machine has not; one after the other
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A copy of the repository with small data and checkpoints where the README's commands look for theirs."""
+    """A copy of the repository, with small data and checkpoints where the README's commands look for them."""
     clone = tmp_path_factory.mktemp("clone") / "repository"
     left_out = shutil.ignore_patterns(".*", "__pycache__", "outputs_*", "*_data", "wandb")
     shutil.copytree(ROOT, clone, ignore=left_out)
+    (clone / "small_python").write_text(SMALL_PYTHON, encoding="utf-8")
+    (clone / "small_python").chmod(0o755)
     (clone / "texts").mkdir()
     for i, text in enumerate(SENTENCES):
         (clone / f"texts/{i:03}.txt").write_text(text, encoding="utf-8")
@@ -108,7 +111,8 @@ def clone(tmp_path_factory):
     run(re.search(r"python dataset_download.py --source stdlib .*", MAKEFILE)[0], clone)  # of `make demo`
     for alias, name in (
         ("kqv", "a.pt"), ("kv", "b.pt"), ("kv", "outputs_demo/final_model.pt"),
-        ("kv", "outputs_qkv_k_equals_v/final_model.pt"), ("kv", "outputs_1.2B_qkv_k_equals_v/checkpoint_step_8000.pt"),
+        ("kv", "outputs_qkv_k_equals_v/final_model.pt"),
+        ("kv", "outputs_1.2B_qkv_k_equals_v/checkpoint_step_8000.pt"),
     ):  # fmt: skip
         (clone / name).parent.mkdir(exist_ok=True)
         save(build(alias, n_positions=2048), alias, clone / name)
@@ -132,7 +136,7 @@ def environment(clone):
 
 
 def run(command, clone, **changes):
-    started = partial(subprocess.run, shell=True, cwd=clone, capture_output=True, text=True, timeout=240)
+    started = partial(subprocess.run, shell=True, cwd=clone, capture_output=True, text=True)
     ended = started(command, env=environment(clone) | changes)
     assert ended.returncode == 0, f"{command}\n{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
     return ended.stdout
@@ -150,7 +154,8 @@ def cases():
     """The commands that are run, under the README's own text as their names."""
     for command in commands():
         if runnable := smaller(command):
-            yield pytest.param(runnable, id=command, marks=[pytest.mark.slow] if command in SLOW else [])
+            marks = [pytest.mark.slow, pytest.mark.timeout(1800)] if command in SLOW else []
+            yield pytest.param(runnable, id=command, marks=marks)
 
 
 @pytest.mark.parametrize("command", list(cases()))
@@ -210,7 +215,7 @@ CONFIG |= {"use_flash_attention": True}
 
 
 def copied(clone):
-    """The README's way of copying: the names it lists, then what its command cuts out, as a module of its own."""
+    """The README's way of copying: the names it lists, then what its command cuts out, as a module."""
     (cut,) = [command for command in commands() if command.startswith("sed")]
     (names,) = [text for text in blocks("python") if "flash_attn_func" in text]
     run(cut, clone)
@@ -249,8 +254,8 @@ def in_pieces(attention, x, cache, cuts=(0, 4, 5, 9)):
 
 
 def test_the_lines_that_change_are_those_of_the_script():
-    statements = {ast.unparse(node) for node in ast.walk(ast.parse(Path(script_of("kv").__file__).read_text()))
-                  if isinstance(node, ast.stmt)}  # fmt: skip
+    script = ast.parse(Path(script_of("kv").__file__).read_text(encoding="utf-8"))
+    statements = {ast.unparse(node) for node in ast.walk(script) if isinstance(node, ast.stmt)}
     assert {ast.unparse(node) for node in ast.parse(changed_lines()[0]).body} <= statements
 
 
@@ -275,7 +280,7 @@ def rotary_attention(own, config):
     assert ast.unparse(forward.body[start + 1]) == ast.unparse(attend)
     forward.body[start : start + 2] = rotary
     module = {**vars(own), "rotate": rotate}
-    exec(ast.unparse(original), module)
+    exec(f"from __future__ import annotations\n{ast.unparse(original)}", module)
     return module["CausalSelfAttention"](config, 0)
 
 

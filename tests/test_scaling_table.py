@@ -174,6 +174,8 @@ def test_the_verdict_is_that_of_the_criteria(at_5, at_80, verdict):
     cells = [MadeUpCell(5, at_5), MadeUpCell(80, at_80)]
     found = scaling_table.slope(cells, "kv", "own", "tokens")
     assert scaling_table.verdict(found) == verdict
+    unfinished = scaling_table.slope([MadeUpCell(5, at_5), MadeUpCell(20, at_80)], "kv", "own", "tokens")
+    assert scaling_table.verdict(unfinished) == "cannot tell"
 
 
 def test_a_slope_needs_two_numbers_of_tokens_at_a_size():
@@ -280,7 +282,7 @@ def test_a_converted_qkv_stands_beside_the_variants(tmp_path, capsys):
     ("text", "message"),
     [
         ("killed\n", "expected what convert_checkpoint.py prints"),
-        ("text perplexity: 9.0000 before, 9.1000 after (+1.1%)\n", "converts another model"),
+        ("text perplexity: 9.0000 before, 9.1000 after (+1.1%)\n", "of another model"),
     ],
 )
 def test_a_conversion_that_is_not_of_the_run_is_refused(text, message, tmp_path, capsys):

@@ -32,7 +32,9 @@ def newest(output_dir):
 
 
 def one_process(*args, **options):
-    return subprocess.Popen([sys.executable, str(ROOT / SCRIPT), *args], text=True, stderr=-1, stdout=-1, **options)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / SCRIPT), *args], text=True, stderr=-1, stdout=-1, **options
+    )
 
 
 def free_port():
@@ -45,9 +47,16 @@ def ranks_by_hand(*arguments_of_ranks, port=None, folders=None):
     """Two ranks or more without torchrun, each with arguments of its own, as on nodes that differ."""
     port, count = port or free_port(), len(arguments_of_ranks)
     folders = folders or [None] * count
-    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    common = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }
     return [
-        one_process(*args, cwd=folder, env=os.environ | common | {"RANK": str(rank), "MASTER_PORT": str(port)})
+        one_process(
+            *args, cwd=folder, env=os.environ | common | {"RANK": str(rank), "MASTER_PORT": str(port)}
+        )
         for rank, (args, folder) in enumerate(zip(arguments_of_ranks, folders, strict=True))
     ]
 
@@ -73,7 +82,7 @@ def rank_of_torchrun(process, rank):
 
 
 def errors_of(*processes):
-    """The lines with which the script says why it ends, of all processes, none of which may wait for another."""
+    """The lines with which the script says why it ends, of all processes; none may wait for another."""
     deadline, lines = time.monotonic() + PATIENCE, []
     for process in processes:
         try:
@@ -114,7 +123,7 @@ def held_command(tmp_path, output_dir, data):
 
 
 def killed_again_and_again(start, victim, output_dir, times):
-    """Start the run, kill it some steps on, at a random moment of the step; so often. Returns where it had come."""
+    """Start the run and kill it some steps on, at a random moment, so often; the last steps logged."""
     moments, seed = [], int.from_bytes(os.urandom(4), "little")
     chance = random.Random(seed)
     print(f"seed {seed}")  # shown where the test fails
@@ -187,7 +196,9 @@ def test_a_run_goes_on_with_another_number_of_processes(data, tmp_path):
         assert process.returncode == 0, stderr
     KV.main(arguments(data, tmp_path / "one", *settings, "target_tokens=5120"))
     several, one = (KV.read_metrics(tmp_path / name / "metrics.jsonl") for name in ("several", "one"))
-    several = [record for record in several if (record["kind"], record["step"]) != ("final", 10)]  # of the first part
+    several = [
+        record for record in several if (record["kind"], record["step"]) != ("final", 10)
+    ]  # of the first part
     for left, right in zip(several, one, strict=True):
         assert (left["kind"], left["step"]) == (right["kind"], right["step"])
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
@@ -206,7 +217,15 @@ def test_a_full_disk_is_named_with_its_file_and_leaves_the_checkpoints_before_it
     KV.main(arguments(data, tmp_path, *LONG, "target_tokens=2560"))
     before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
     size = (tmp_path / "checkpoint_step_10.pt").stat().st_size
-    launch = [sys.executable, "-c", LIMITED, str(size // 2), "--standalone", "--nproc_per_node=2", str(ROOT / SCRIPT)]
+    launch = [
+        sys.executable,
+        "-c",
+        LIMITED,
+        str(size // 2),
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / SCRIPT),
+    ]
     launch += arguments(data, tmp_path, *LONG, "--accept_changes")
     process = subprocess.Popen(launch, text=True, stderr=-1, stdout=-1)
     (line,) = errors_of(process)
@@ -222,7 +241,7 @@ def test_what_one_node_lacks_is_said_by_rank_0_and_ends_both(data, tmp_path):
     good = arguments(data, tmp_path / "out")
     for bad, words in [
         (arguments(data, tmp_path / "out", "train_data=/nowhere"), "/nowhere: no complete token files"),
-        ([*good, "--train_config", "/nowhere.yaml"], "/nowhere.yaml: expected a YAML file"),
+        ([*good, "--train_config", "/nowhere.yaml"], "/nowhere.yaml: expected"),
     ]:
         first, second = ranks_by_hand(good, bad)
         (line,) = errors_of(first)
@@ -240,7 +259,9 @@ def test_an_output_folder_that_the_nodes_do_not_share_is_noticed(data, whole_run
 
 
 def test_a_missing_chunk_is_named(data, tmp_path):
-    settings = prepare(tmp_path, [f"Text number {i} of some that fill two chunks and more. " * 9 for i in range(60)])
+    settings = prepare(
+        tmp_path, [f"Text number {i} of some that fill two chunks and more. " * 9 for i in range(60)]
+    )
     chunk = sorted((tmp_path / "data/train").glob("*.tokens.npy"))[1]
     chunk.unlink()
     (line,) = errors_of(torchrun(2, SCRIPT, *arguments(settings, tmp_path / "out")))
@@ -294,7 +315,9 @@ def test_two_nodes_train_like_one_process(data, tmp_path):
 def test_a_process_killed_on_one_node_ends_the_other(data, tmp_path):
     nodes = agents(2, arguments(data, tmp_path, *LONG, ENDLESS))
     wait_for_step(nodes[0], tmp_path, 7)
-    (victim,) = (pid for node in nodes for pid, environment in children(node).items() if b"RANK=1" in environment)
+    (victim,) = (
+        pid for node in nodes for pid, environment in children(node).items() if b"RANK=1" in environment
+    )
     os.kill(victim, signal.SIGKILL)
     lines = errors_of(*nodes)
     assert len(lines) == 1 and "start again to resume" in lines[0]

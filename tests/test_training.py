@@ -27,7 +27,12 @@ ENDLESS = "target_tokens=1000000000000"  # a run that no signal can come too lat
 
 def arguments(data, output_dir, *settings):
     configs = ["--model_config", str(ROOT / "configs/model_config_demo.yaml")]
-    configs += ["--train_config", str(ROOT / "configs/train_config_demo.yaml"), "--output_dir", str(output_dir)]
+    configs += [
+        "--train_config",
+        str(ROOT / "configs/train_config_demo.yaml"),
+        "--output_dir",
+        str(output_dir),
+    ]
     return [*configs, *TINY_MODEL, *TINY_RUN, *data, *settings]
 
 
@@ -67,10 +72,17 @@ def whole_run(data, tmp_path_factory):
     return output_dir
 
 
-def to_a_moment(moment, action, args, **options):
+def to_a_moment(moment, action, args, terminal=subprocess.PIPE, **options):
     """Start the script as its command line does, to be killed or held at a moment; see to_a_moment.py."""
-    command = [sys.executable, str(TO_A_MOMENT), moment, str(action), str(ROOT / "transformer_KV_1_300_M.py"), *args]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+    command = [
+        sys.executable,
+        str(TO_A_MOMENT),
+        moment,
+        str(action),
+        str(ROOT / "transformer_KV_1_300_M.py"),
+        *args,
+    ]
+    return subprocess.Popen(command, text=True, stdout=terminal, stderr=terminal, **options)
 
 
 def wait_until_held(process, file):
@@ -84,10 +96,10 @@ def wait_until_held(process, file):
     "moment",
     [
         "torch.optim:AdamW.step:4:after",  # between two checkpoints, beyond the last logged step
-        "pathlib:Path.replace:checkpoint_step_4.pt:before",  # the second checkpoint is written, without its name
+        "pathlib:Path.replace:checkpoint_step_4.pt:before",  # the second checkpoint has no name yet
         "pathlib:Path.replace:checkpoint_step_4.pt:after",  # just when the second checkpoint has its name
         "pathlib:Path.replace:final_model.pt:before",  # the final record is logged, the model has no name yet
-        "pathlib:Path.replace:final_model.pt:after",  # final_model.pt has its name, the last checkpoint is not written
+        "pathlib:Path.replace:final_model.pt:after",  # final_model.pt is there, the last checkpoint is not
     ],
 )
 def test_a_killed_run_resumes_to_the_same_weights_and_log(moment, data, whole_run, tmp_path):
@@ -125,8 +137,14 @@ def test_two_processes_follow_the_losses_of_one(settings, data, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_ranks_follow_the_losses_of_eager_ones(data, tmp_path):
-    """With gradients in several of DDP's buckets of 25 MB, and a loss in several chunks of 2,048 positions."""
-    large = ("vocab_size=40000", "n_embd=256", "micro_batch_size=80", "target_tokens=40960", "save_interval=100")
+    """With gradients in several of DDP's buckets of 25 MB, a loss in several chunks of 2,048 positions."""
+    large = (
+        "vocab_size=40000",
+        "n_embd=256",
+        "micro_batch_size=80",
+        "target_tokens=40960",
+        "save_interval=100",
+    )
     for compiled in ("true", "false"):
         args = arguments(data, tmp_path / compiled, *large, f"compile={compiled}", "dropout=0.0")
         process = torchrun(2, "transformer_KV_1_300_M.py", *args)
@@ -239,7 +257,9 @@ def test_a_checkpoint_has_the_released_layout(whole_run):
         f"checkpoint_step_{step}.pt" for step in (2, 4, 6, 8)
     ]
     model = KV.load_model(whole_run / "final_model.pt")
-    assert all(torch.equal(w, weights(whole_run / "checkpoint_step_8.pt")[n]) for n, w in model.state_dict().items())
+    assert all(
+        torch.equal(w, weights(whole_run / "checkpoint_step_8.pt")[n]) for n, w in model.state_dict().items()
+    )
 
 
 def test_a_terminal_shows_loss_speed_and_the_time_left(data, tmp_path):
@@ -262,7 +282,9 @@ def test_a_log_file_shows_the_time_left(data, tmp_path, capsys):
     KV.main(arguments(data, tmp_path))
     lines = [line for line in capsys.readouterr().out.splitlines() if ", train: " in line]
     assert len(lines) == 8
-    assert all(re.fullmatch(r"step \d of 8, train: loss \d\.\d{4}, [\d,]+ tokens/s, 00:00 left", x) for x in lines)
+    assert all(
+        re.fullmatch(r"step \d of 8, train: loss \d\.\d{4}, [\d,]+ tokens/s, 00:00 left", x) for x in lines
+    )
 
 
 def test_samples_continue_validation_text(data, whole_run):
@@ -273,7 +295,9 @@ def test_samples_continue_validation_text(data, whole_run):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_step_in_hand_and_the_next_start_goes_on(number, data, tmp_path):
     args = arguments(data, tmp_path, "save_interval=1000", ENDLESS)
-    process = to_a_moment("torch:Tensor.backward:9:before", tmp_path / "held", args)  # the third step: four a step
+    process = to_a_moment(
+        "torch:Tensor.backward:9:before", tmp_path / "held", args
+    )  # the third step: four a step
     wait_until_held(process, tmp_path / "held")
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
@@ -339,13 +363,23 @@ def test_several_skipped_updates_in_a_row_stop_the_run(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("function", "error", "words"),
     [
-        ("GPT_QKV_KEqualsV.forward", torch.OutOfMemoryError("CUDA out of memory."), ["Halve micro_batch_size"]),
+        (
+            "GPT_QKV_KEqualsV.forward",
+            torch.OutOfMemoryError("CUDA out of memory."),
+            ["Halve micro_batch_size"],
+        ),
         ("Logger.__call__", OSError(errno.ENOSPC, "No space left on device"), ["No space left"]),
-        ("GPT_QKV_KEqualsV.forward", dist.DistBackendError("NCCL error"), ["lost another process", "start again"]),
+        (
+            "GPT_QKV_KEqualsV.forward",
+            dist.DistBackendError("NCCL error"),
+            ["lost another process", "start again"],
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
 )
-def test_what_ends_a_run_in_the_middle_is_one_line(function, error, words, data, tmp_path, capsys, monkeypatch):
+def test_what_ends_a_run_in_the_middle_is_one_line(
+    function, error, words, data, tmp_path, capsys, monkeypatch
+):
     def fail(*_):
         raise error
 
@@ -368,9 +402,13 @@ def test_an_error_of_the_program_keeps_its_traceback(data, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
-def test_a_damaged_newest_checkpoint_is_passed_over_but_refused_by_name(damage, data, whole_run, tmp_path, capsys):
+def test_a_damaged_newest_checkpoint_is_passed_over_but_refused_by_name(
+    damage, data, whole_run, tmp_path, capsys
+):
     for step in (2, 4, 6):
-        (tmp_path / f"checkpoint_step_{step}.pt").write_bytes((whole_run / f"checkpoint_step_{step}.pt").read_bytes())
+        (tmp_path / f"checkpoint_step_{step}.pt").write_bytes(
+            (whole_run / f"checkpoint_step_{step}.pt").read_bytes()
+        )
     newest = tmp_path / "checkpoint_step_6.pt"
     content = {"truncated": newest.read_bytes()[:-1000], "empty": b"", "text": b"not a checkpoint\n"}
     newest.write_bytes(content[damage])
@@ -378,7 +416,10 @@ def test_a_damaged_newest_checkpoint_is_passed_over_but_refused_by_name(damage, 
     assert f"{newest}: not a whole checkpoint" in error
     KV.main(arguments(data, tmp_path, "dropout=0.1"))
     output = capsys.readouterr().out
-    assert f"passed over {newest}" in output and f"resuming from {tmp_path}/checkpoint_step_4.pt at step 4" in output
+    assert (
+        f"passed over {newest}" in output
+        and f"resuming from {tmp_path}/checkpoint_step_4.pt at step 4" in output
+    )
     expected, found = weights(whole_run / "final_model.pt"), weights(tmp_path / "final_model.pt")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -432,9 +473,11 @@ def test_what_cannot_work_is_said_before_any_work(settings, words, data, tmp_pat
 
 
 def test_a_number_of_processes_that_cannot_share_the_batch_names_those_that_can(data):
-    config = KV.load_config(KV.TrainingConfig, ROOT / "configs/train_config_300M.yaml", {})
+    config = KV.load_config(KV.TrainingConfig, ROOT / "configs/train_config_300M.yaml", [])
     assert [KV.accumulation_for(config, n) for n in (1, 2, 6, 8, 64)] == [192, 96, 32, 24, 3]
-    with pytest.raises(ValueError, match="5 ranks .* 192 .* use 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192"):
+    with pytest.raises(
+        ValueError, match="5 ranks .* 192 .* use 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 192"
+    ):
         KV.accumulation_for(config, 5)
 
 
@@ -444,8 +487,8 @@ def test_a_number_of_processes_that_cannot_share_the_batch_names_those_that_can(
 )
 def test_mfu_is_the_share_of_the_peak_of_all_gpus(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
-    config = KV.load_config(KV.TrainingConfig, ROOT / "configs/train_config_300M.yaml", {})
-    model_config = KV.load_config(KV.ModelConfig, ROOT / "configs/model_config_300M.yaml", {})
+    config = KV.load_config(KV.TrainingConfig, ROOT / "configs/train_config_300M.yaml", [])
+    model_config = KV.load_config(KV.ModelConfig, ROOT / "configs/model_config_300M.yaml", [])
     with torch.device("meta"):
         model = KV.GPT_QKV_KEqualsV(model_config)
     monkeypatch.setattr(KV, "WORLD_SIZE", 8)

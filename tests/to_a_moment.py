@@ -3,9 +3,9 @@
     python to_a_moment.py MODULE:FUNCTION:WHICH:WHEN kill SCRIPT ...
     python to_a_moment.py MODULE:FUNCTION:WHICH:WHEN FILE SCRIPT ...
 
-The moment is before or after (WHEN) one call of a function of a library: the n-th, or the first whose first argument
-has a text in it (WHICH). A process that is held makes FILE, and goes on once a signal has reached it; of several
-ranks, rank 0 alone is held.
+The moment is before or after (WHEN) one call of a function of a library: the n-th, or the first whose first
+argument has a text in it (WHICH). A process that is held makes FILE, and goes on once a signal has reached
+it; of several ranks, rank 0 alone is held.
 """
 
 import importlib

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/decode.py                                # all variants; an hour on 2 cores, 12 GB
     python tests/benchmarks/decode.py --scenes long --dtypes fp32 --variants kqv kv --rounds 9
-    python tests/benchmarks/decode.py --scenes short --scripts DIR   # of another checkout, in turn with this
+    python tests/benchmarks/decode.py --scenes short --scripts DIR   # another checkout, in turn with this one
 
     short   4 layers, d 512, 8 heads, a prompt of 384 tokens and 128 new ones
     long    8 layers of the 300M width (d 1024, 16 heads), a prompt of 4,064 tokens and 32 new ones
@@ -10,11 +10,11 @@
 Held equal: the shape, the vocabulary, batch 1, greedy choice, the dtype of weights and cache, eval mode, the
 process and its threads. GPT-2 holds the weights of QKV, and in fp32 the run ends with an error if the two
 disagree on a token. All go through their own `generate`. The contestants take turns, after a warm-up round
-that is not counted. A ratio is that of one round, so that what else the machine does falls on both: the median
-of the rounds (lowest to highest).
+that is not counted. A ratio is that of one round, so that what else the machine does falls on both: the
+median of the rounds (lowest to highest).
 
-    prefill   the prompt and the first new token; not in bf16 where the processor only emulates it, so that the
-              caches are then filled in fp32 and cast
+    prefill   the prompt and the first new token. Where the processor only emulates bf16, it is not measured
+              there: the caches are filled in fp32 and cast
     decode    the other new tokens, out of the filled cache
     better    the faster of the two transformers caches, in each round
     step      bytes that a decode step has to read: the weights without the positions, and the cache
@@ -149,42 +149,40 @@ def timed(contestant, tokens, new, cache):
     return returned - called, returned - starts[0], tokens
 
 
-def measure(contestants, prompt, new, dtypes, rounds):
-    """By dtype: seconds of prefill and of a decode step by contestant and round, and the read bandwidths."""
-    filled, first, results = {}, {}, {}
-    for dtype in dtypes:
-        for contestant in contestants.values():
+def measure(contestants, prompt, new, dtype, rounds):
+    """Seconds of prefill and of a decode step by contestant and round, and each round's read bandwidth."""
+    prefill, decode = {name: [] for name in contestants}, {name: [] for name in contestants}
+    filled, first, bandwidths = {}, {}, []
+
+    # prefill; it leaves the caches from which the decode starts
+    native = dtype == "fp32" or bf16_is_native(CPU)
+    for _ in range(PREFILL_ROUNDS if native else 1):
+        for name, contestant in contestants.items():
+            contestant.model.to(DTYPES[dtype] if native else torch.float32)
+            filled[name] = contestant.empty_cache(prompt.shape[1] + new)
+            seconds, _, first[name] = timed(contestant, prompt, 1, filled[name])
+            prefill[name].append(seconds)
+    if not native:
+        prefill = None
+        for name, contestant in contestants.items():
             contestant.model.to(DTYPES[dtype])
-        prefill, decode = {name: [] for name in contestants}, {name: [] for name in contestants}
-        bandwidths = []
+            cast_cache(filled[name], DTYPES[dtype])
 
-        # Prefill fills the caches from which the decode starts.
-        if dtype == "fp32" or bf16_is_native(CPU):
-            for _ in range(PREFILL_ROUNDS):
-                for name, contestant in contestants.items():
-                    filled[name] = contestant.empty_cache(prompt.shape[1] + new)
-                    seconds, _, first[name] = timed(contestant, prompt, 1, filled[name])
-                    prefill[name].append(seconds)
-        else:
-            for cache in filled.values():
-                cast_cache(cache, DTYPES[dtype])
-
-        for number in range(rounds + 1):
-            bandwidth = read_bandwidth(CPU, repeats=2)
-            answers = {}
-            for name, contestant in contestants.items():
-                cache = copy.deepcopy(filled[name])
-                _, seconds, answers[name] = timed(contestant, first[name], new - 1, cache)
-                if number:  # the first round is the warm-up
-                    decode[name].append(seconds / (new - 1))
+    # decode, from a copy of the filled cache; the first round is the warm-up
+    for number in range(rounds + 1):
+        bandwidth = read_bandwidth(CPU, repeats=2)
+        answers = {}
+        for name, contestant in contestants.items():
+            cache = copy.deepcopy(filled[name])
+            _, seconds, answers[name] = timed(contestant, first[name], new - 1, cache)
             if number:
-                bandwidths.append(bandwidth)
-            if dtype == "fp32" and "kqv" in answers:
-                for name in (DYNAMIC, STATIC):
-                    agree = torch.equal(answers["kqv"], answers[name])
-                    assert agree, f"QKV and {name} disagree on a token"
-        results[dtype] = prefill, decode, bandwidths
-    return results
+                decode[name].append(seconds / (new - 1))
+        if number:
+            bandwidths.append(bandwidth)
+        if dtype == "fp32" and "kqv" in answers:
+            for name in (DYNAMIC, STATIC):
+                assert torch.equal(answers["kqv"], answers[name]), f"QKV and {name} disagree on a token"
+    return prefill, decode, bandwidths
 
 
 # -----------------------------------------------------------------------------
@@ -203,9 +201,7 @@ def ratio_and_range(theirs, ours):
 
 
 def table(contestants, prefill, decode, bandwidths, length):
-    """A scene in one dtype, as rows of cells with their headers."""
-    better = list(map(min, decode[DYNAMIC], decode[STATIC]))
-    better_prefill = list(map(min, prefill[DYNAMIC], prefill[STATIC]))
+    """The results of `measure`, as a table in Markdown."""
     read = {}
     for name, contestant in contestants.items():
         if isinstance(contestant, Script):
@@ -213,11 +209,13 @@ def table(contestants, prefill, decode, bandwidths, length):
     rows = []
     for name in contestants:
         row = {"": VARIANTS[name]["paper"] if name in VARIANTS else name}
-        if prefill[name]:
+        if prefill:
+            better = list(map(min, prefill[DYNAMIC], prefill[STATIC]))
             row["prefill, s"] = f"{median(prefill[name]):.2f}"
-            row["vs transformers"] = ratio(better_prefill, prefill[name]) if name in read else ""
+            row["vs transformers"] = ratio(better, prefill[name]) if name in read else ""
         row["decode, tokens/s"] = f"{1 / median(decode[name]):.1f}"
         if name in read:
+            better = list(map(min, decode[DYNAMIC], decode[STATIC]))
             row["vs dynamic"] = ratio(decode[DYNAMIC], decode[name])
             row["vs static"] = ratio(decode[STATIC], decode[name])
             row["vs better"] = ratio_and_range(better, decode[name])
@@ -256,12 +254,10 @@ def main(arguments=None):
         for alias in options.variants:
             contestants[alias] = Script(qkv if alias == "kqv" else build(alias, **shape))
         prompt = torch.randint(options.vocab_size, (1, prompt_length))
-        dtypes = sorted(options.dtypes, reverse=True)  # fp32 first
-        results = measure(contestants, prompt, new, dtypes, options.rounds)
-        for dtype, result in results.items():
-            for contestant in contestants.values():
-                contestant.model.to(DTYPES[dtype])
-            print(f"\n### {scene}, {dtype}\n\n{table(contestants, *result, prompt_length + new // 2)}")
+        for dtype in options.dtypes:
+            results = measure(contestants, prompt, new, dtype, options.rounds)
+            print(f"\n### {scene}, {dtype}, reads at {median(results[-1]) / 1e9:.1f} GB/s\n")
+            print(table(contestants, *results, prompt_length + new // 2))
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
     python tests/benchmarks/evaluation.py                            # about two minutes on 2 cores
     python tests/benchmarks/evaluation.py --batch_size 32 --rounds 10
 
-Held equal: Q–K=V with 6 layers, d 384, 6 heads and the vocabulary of 50,304, in fp32; the requests, which are token
-ids already: four continuations of 2 to 12 tokens for each context of 8 to 56; the process and the threads that torch
-takes by default. The released design computes the logits of every position of a single request. run_eval.py sorts the
-requests by length, fills batches up, and computes the logits of the continuations alone. The two take turns, and the
-run ends with an error if they disagree on a score.
+Held equal: Q–K=V with 6 layers, width 384, 6 heads and the vocabulary of 50,304, in fp32; the requests, which
+are token ids already: four continuations of 2 to 12 tokens for each context of 8 to 56; the process and its
+threads, torch's default number. The released design computes the logits of all positions of a single request.
+run_eval.py sorts the requests by length, pads batches, and computes the logits of the continuations alone.
+The two take turns, and the run ends with an error if they disagree on a score.
 
-    ratio    the released design's time over run_eval.py's, of such a pair: median of the rounds (lowest to highest)
+    ratio    the released design's time over run_eval.py's in a round: median (lowest to highest)
 """
 
 import argparse
@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from tabulate import tabulate  # noqa: E402
 
 from dataset_download import load_tokenizer  # noqa: E402
 from run_eval import CheckpointLM  # noqa: E402
@@ -67,12 +68,15 @@ def timed(score, requests):
 def processor():
     """What the machine calls its processor."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.processor()
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--requests", type=int, default=160)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
@@ -90,13 +94,15 @@ def main(arguments=None):
         if turn:  # the first is for warming up
             pairs.append((theirs, ours))
 
-    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(f"load of the machine: {os.getloadavg()[0]:.1f}")
-    print(f"\n{len(requests)} requests, batches of {options.batch_size}{'requests/s':>20}{'best':>10}{'median':>10}")
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{processor()}, {threads}, load {os.getloadavg()[0]:.1f}\n")
+    rows = []
     for name, times in zip(("released design", "run_eval.py"), zip(*pairs, strict=True), strict=True):
-        print(f"{name:<48}{len(requests) / min(times):>10.1f}{len(requests) / median(times):>10.1f}")
+        rows.append([name, f"{len(requests) / min(times):.1f}", f"{len(requests) / median(times):.1f}"])
     ratios = [theirs / ours for theirs, ours in pairs]
-    print(f"{'ratio':<48}{'':10}{median(ratios):>10.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    rows.append(["ratio", "", f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"])
+    headers = [f"{len(requests)} requests, batches of {options.batch_size}", "best, requests/s", "median"]
+    print(tabulate(rows, headers, tablefmt="plain", disable_numparse=True))
 
 
 if __name__ == "__main__":

@@ -90,24 +90,19 @@ def build(name, options, folder):
     settings = [f"train_data={data}", f"val_data={data}", "sequence=packed", f"seq_length={T}", f"n_positions={T}"]
     settings += ["micro_batch_size=1", "gradient_accumulation=1", "num_gpus=1", "log_interval=1000000"]
     settings += [f"precision={options.precision}", f"n_layer={options.layers}"]
-    run = {"settings": settings, "output_dir": Path(folder) / "outputs", "resume": "never"}
-    run |= {"model_config": configs[0], "train_config": configs[1]}
-    if name == "script":
-        trainer = KQV.Trainer(argparse.Namespace(**run), torch.device("cpu"))
-        return trainer.model, lambda: trainer._update([])
-
-    overrides = KQV.read_overrides(settings)
-    model_config = KQV.read_config(KQV.ModelConfig, configs[0], overrides)
-    config = KQV.read_config(KQV.TrainingConfig, configs[1], overrides)
+    model_config = KQV.load_config(KQV.ModelConfig, configs[0], settings)
+    config = KQV.load_config(KQV.TrainingConfig, configs[1], [*settings, "warmup_steps=1"])
     torch.manual_seed(config.seed)
     reference = KQV.GPT(model_config)
     if name == "released":
         model = ReleasedGPT(model_config)
         model.load_state_dict(reference.state_dict())
+    elif name == "script":
+        model = reference
     else:
         model = build_gpt2(reference, resid_pdrop=model_config.dropout, embd_pdrop=0, attn_pdrop=0).train()
     recipe = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), fused=name == "transformers", **recipe)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=name != "released", **recipe)
     batches = iter(KQV.get_dataloader(data, 1, T, "packed", config.seed))
 
     def step():
@@ -143,11 +138,12 @@ def work(name, options, folder, connection):
 def write_tokens(folder):
     """Token files with a thousand rows of random ids."""
     folder.mkdir()
-    tokens = np.random.default_rng(0).integers(0, 50257, 1000 * T).astype(np.uint16)
+    tokens = np.random.default_rng(0).integers(0, 50256, 1000 * T).astype(np.uint16)
+    tokens[-1] = 50256  # the end-of-text token
     np.save(folder / "chunk_000.tokens.npy", tokens)
     np.save(folder / "chunk_000.offsets.npy", np.array([0, len(tokens)]))
     np.save(folder / "token_bytes.npy", np.ones(50257, dtype=np.uint16))
-    chunk = {"name": "chunk_000", "documents": 1, "tokens": len(tokens)}
+    chunk = {"name": "chunk_000", "documents": 1, "tokens": len(tokens) - 1}
     metadata = {"chunks": [chunk], "documents": 1, "vocab_size": 50257, "eos_id": 50256, "finished": True}
     (folder / "metadata.json").write_text(json.dumps(metadata))
 
