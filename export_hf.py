@@ -125,10 +125,9 @@ def find_tokenizer(
     ids = tokenizer.eos_id + 1
     if ids > vocab_size:
         raise InputError(f"--tokenizer {tokenizer.name}: has {ids} token ids, and {path} knows {vocab_size}")
+    same = recorded in (None, tokenizer.name)
     if recorded in N_RANKS:  # whatever the name of the file that these ranks came out of
         same = len(tokenizer.ranks) == N_RANKS[recorded]
-    else:
-        same = recorded in (None, tokenizer.name)
     if not same:
         raise InputError(f"--tokenizer {tokenizer.name}: {path} was trained with another, {recorded}")
     return tokenizer
