@@ -1,8 +1,8 @@
 """GQA-4 at 300M: grouped-query attention, 4 key/value heads for 16 query heads.
 
 Tables 4 and 10 of "Do Transformers Need Three Projections? A Systematic Study of QKV Variants", ICML 2026.
-Each training script is one whole experiment. Any two differ only in this text, the constants, the attention
-class and the name of the model class; `make sync` keeps everything else identical.
+One file is one experiment: any two training scripts differ only in this text, the constants, the attention
+class and the name of the model class. `make sync` keeps the rest identical.
 
 Projections  c_q, C -> C, and one fused c_kv, C -> 2 x groups x head_dim, in the order k, v
 KV cache     K and V of 4 heads: 2 x 20 layers x 256 numbers a token, 20,480 bytes in bf16
@@ -11,7 +11,7 @@ KV cache     K and V of 4 heads: 2 x 20 layers x 256 numbers a token, 20,480 byt
     python transformer_GQA_300_M.py                          # one process: one GPU, or the CPU
     python transformer_GQA_300_M.py --output_dir outputs_gqa_masked score_padding=false seed=43
 
-Contents: attention, model, data, evaluation, training, output folder, checkpoints, logging, processes, command line.
+Contents: attention, model, data, evaluation, training, output folder, logging, configuration, command line.
 """
 
 from __future__ import annotations

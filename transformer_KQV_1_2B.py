@@ -1,8 +1,8 @@
 """QKV at 1.2B: separate query, key and value projections, the baseline of the paper.
 
 Tables 4 and 10 of "Do Transformers Need Three Projections? A Systematic Study of QKV Variants", ICML 2026.
-Each training script is one whole experiment. Any two differ only in this text, the constants, the attention
-class and the name of the model class; `make sync` keeps everything else identical.
+One file is one experiment: any two training scripts differ only in this text, the constants, the attention
+class and the name of the model class. `make sync` keeps the rest identical.
 
 Projections  one fused c_attn, C -> 3C, in the order q, k, v
 KV cache     K and V of every head: 2 x 22 layers x 2,048 numbers a token, 180,224 bytes in bf16
@@ -11,7 +11,7 @@ KV cache     K and V of every head: 2 x 22 layers x 2,048 numbers a token, 180,2
     python transformer_KQV_1_2B.py                          # one process: one GPU, or the CPU
     python transformer_KQV_1_2B.py --output_dir outputs_1.2B_kqv_masked score_padding=false seed=43
 
-Contents: attention, model, data, evaluation, training, output folder, checkpoints, logging, processes, command line.
+Contents: attention, model, data, evaluation, training, output folder, logging, configuration, command line.
 """
 
 from __future__ import annotations

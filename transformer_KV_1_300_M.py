@@ -1,8 +1,8 @@
 """Q–K=V at 300M: the key is the value, the headline variant of the paper.
 
 Tables 4 and 10 of "Do Transformers Need Three Projections? A Systematic Study of QKV Variants", ICML 2026.
-Each training script is one whole experiment. Any two differ only in this text, the constants, the attention
-class and the name of the model class; `make sync` keeps everything else identical.
+One file is one experiment: any two training scripts differ only in this text, the constants, the attention
+class and the name of the model class. `make sync` keeps the rest identical.
 
 Projections  c_q and c_k, C -> C each; the value is the key
 KV cache     K of every head, which is V too: 20 layers x 1,024 numbers a token, 40,960 bytes in bf16
@@ -11,7 +11,7 @@ KV cache     K of every head, which is V too: 20 layers x 1,024 numbers a token,
     python transformer_KV_1_300_M.py                          # one process: one GPU, or the CPU
     python transformer_KV_1_300_M.py --output_dir outputs_qkv_k_equals_v_masked score_padding=false seed=43
 
-Contents: attention, model, data, evaluation, training, output folder, checkpoints, logging, processes, command line.
+Contents: attention, model, data, evaluation, training, output folder, logging, configuration, command line.
 """
 
 from __future__ import annotations

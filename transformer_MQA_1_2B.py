@@ -1,8 +1,8 @@
 """MQA at 1.2B: multi-query attention, one key/value head for 32 query heads.
 
 Tables 4 and 10 of "Do Transformers Need Three Projections? A Systematic Study of QKV Variants", ICML 2026.
-Each training script is one whole experiment. Any two differ only in this text, the constants, the attention
-class and the name of the model class; `make sync` keeps everything else identical.
+One file is one experiment: any two training scripts differ only in this text, the constants, the attention
+class and the name of the model class. `make sync` keeps the rest identical.
 
 Projections  c_q, C -> C, and one fused c_kv, C -> 2 x head_dim, in the order k, v
 KV cache     K and V of one head: 2 x 22 layers x 64 numbers a token, 5,632 bytes in bf16
@@ -11,7 +11,7 @@ KV cache     K and V of one head: 2 x 22 layers x 64 numbers a token, 5,632 byte
     python transformer_MQA_1_2B.py                          # one process: one GPU, or the CPU
     python transformer_MQA_1_2B.py --output_dir outputs_1.2B_mqa_masked score_padding=false seed=43
 
-Contents: attention, model, data, evaluation, training, output folder, checkpoints, logging, processes, command line.
+Contents: attention, model, data, evaluation, training, output folder, logging, configuration, command line.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Q-GQA-8 at 1.2B: grouped-query attention in which the key is the value, 8 of its heads for 32 query heads.
 
 Tables 4 and 10 of "Do Transformers Need Three Projections? A Systematic Study of QKV Variants", ICML 2026.
-Each training script is one whole experiment. Any two differ only in this text, the constants, the attention
-class and the name of the model class; `make sync` keeps everything else identical.
+One file is one experiment: any two training scripts differ only in this text, the constants, the attention
+class and the name of the model class. `make sync` keeps the rest identical.
 
 Projections  c_q, C -> C, and c_k, C -> groups x head_dim; the value is the key
 KV cache     K of 8 heads, which is V too: 22 layers x 512 numbers a token, 22,528 bytes in bf16
@@ -11,7 +11,7 @@ KV cache     K of 8 heads, which is V too: 22 layers x 512 numbers a token, 22,5
     python transformer_QGQA_1_2B.py                          # one process: one GPU, or the CPU
     python transformer_QGQA_1_2B.py --output_dir outputs_1.2B_q_gqa_masked score_padding=false seed=43
 
-Contents: attention, model, data, evaluation, training, output folder, checkpoints, logging, processes, command line.
+Contents: attention, model, data, evaluation, training, output folder, logging, configuration, command line.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Q=K–V at 300M: the query is the key, beside a value of its own.
 
 Tables 4 and 10 of "Do Transformers Need Three Projections? A Systematic Study of QKV Variants", ICML 2026.
-Each training script is one whole experiment. Any two differ only in this text, the constants, the attention
-class and the name of the model class; `make sync` keeps everything else identical.
+One file is one experiment: any two training scripts differ only in this text, the constants, the attention
+class and the name of the model class. `make sync` keeps the rest identical.
 
 Projections  one fused c_kv, C -> 2C, in the order k, v; the query is the key
 KV cache     K and V of every head: 2 x 20 layers x 1,024 numbers a token, 81,920 bytes in bf16
@@ -11,7 +11,7 @@ KV cache     K and V of every head: 2 x 20 layers x 1,024 numbers a token, 81,92
     python transformer_QK_300_M.py                          # one process: one GPU, or the CPU
     python transformer_QK_300_M.py --output_dir outputs_kv_masked score_padding=false seed=43
 
-Contents: attention, model, data, evaluation, training, output folder, checkpoints, logging, processes, command line.
+Contents: attention, model, data, evaluation, training, output folder, logging, configuration, command line.
 """
 
 from __future__ import annotations
