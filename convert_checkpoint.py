@@ -9,9 +9,9 @@ The scores see a key only through the query, and the output sees a value only th
 of both a head may keep any numbers s = D x of the layer's input x, as long as k is about A s and v is about
 B s: A goes into the query projection (A^T q in the place of q), B into the output projection (W_O B in the
 place of W_O). The mean costs nothing: a constant in every key drops out of the softmax, and the attention
-weights of a row sum to one, so a constant in every value moves into the bias of c_proj. What is left to choose
-is which head_dim of the 2 head_dim numbers of [k; v] to keep: by a singular value decomposition of both
-together, in the metric of what an error costs.
+weights of a row sum to one, so a constant in every value moves into the bias of c_proj. What is left to
+choose is which head_dim of the 2 head_dim numbers of [k; v] to keep: by a singular value decomposition of
+both together, in the metric of what an error costs.
 
 Where a KV head of the target takes the place of several (kqv to gqa, mqa, qgqa, qmqa; gqa to mqa, qmqa), the
 same algebra goes over the keys and values of all of them. That leaves out far more, so train on afterwards.
@@ -237,13 +237,13 @@ class Moments:
         return torch.stack([torch.block_diag(*costs[block]) for block in self.heads.blocks])
 
 
-def collect_moments(model, heads, loader, n_tokens, weighting):
-    """One Moments for each layer out of the first rows of a shuffled loader, and how many tokens these held.
+def collect_moments(model, moments, loader, n_tokens):
+    """Add the first rows of a shuffled loader to the Moments of each layer; returns the tokens in them.
 
     One row at a time, and in the backward pass the activations of one layer at a time, so that 2 GB beside
     the model are enough at 1.2B and 2,048 positions.
     """
-    moments = [Moments(heads, weighting) for _ in model.h]
+    weighting = moments[0].weighting
     model.requires_grad_(False)
     hooks = []
     for block, sums in zip(model.h, moments, strict=True):
@@ -271,7 +271,7 @@ def collect_moments(model, heads, loader, n_tokens, weighting):
         hook.remove()
     for block in model.h:
         vars(block).pop("forward", None)
-    return moments, n_seen
+    return n_seen
 
 
 def observe(moments, attn, projection, inputs, outputs):
@@ -325,9 +325,12 @@ def check_sample(number, covariance, attention, norm):
 
 def read_source(path, device):
     """(alias, model, contents without the weights) of a checkpoint of one of the training scripts."""
-    contents = SCRIPTS["kqv"].read_checkpoint(path)
-    weights = contents.pop("model_state_dict")
-    recorded = contents.get("variant") or variant_of(weights, contents["model_config"])
+    try:
+        contents = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        weights = contents.pop("model_state_dict")
+        recorded = contents.get("variant") or variant_of(weights, contents["model_config"])
+    except Exception as error:  # a file of another kind can fail in any way
+        raise ConversionError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
     aliases = {SCRIPTS[alias].VARIANT: alias for alias in TARGETS}
     if recorded not in aliases:
         expected = ", ".join(aliases)
@@ -342,11 +345,12 @@ def read_source(path, device):
 
 def variant_of(weights, config):
     """The variant of a released checkpoint, which does not record it, by its first layer's projections."""
-    if "h.0.attn.c_attn.weight" in weights:
+    first = {name.removeprefix("module."): len(tensor) for name, tensor in weights.items() if "h.0." in name}
+    if "h.0.attn.c_attn.weight" in first:
         return "KQV"
-    if "h.0.attn.c_q.weight" in weights and "h.0.attn.c_kv.weight" in weights:
+    if "h.0.attn.c_q.weight" in first and "h.0.attn.c_kv.weight" in first:
         head_dim = config["n_embd"] // config["n_head"]
-        return {head_dim: "QMQA", 2 * head_dim: "MQA"}.get(len(weights["h.0.attn.c_kv.weight"]), "GQA")
+        return {head_dim: "QMQA", 2 * head_dim: "MQA"}.get(first["h.0.attn.c_kv.weight"], "GQA")
     return "unknown"
 
 
@@ -448,7 +452,8 @@ def convert(model, to, config, method="joint_svd", weighting="gradient", loader=
 
     moments, n_seen = [None] * config.n_layer, 0
     if loader is not None:
-        moments, n_seen = collect_moments(model, heads, loader, n_tokens, weighting)
+        moments = [Moments(heads, weighting) for _ in model.h]
+        n_seen = collect_moments(model, moments, loader, n_tokens)
 
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     left_out = []
@@ -498,10 +503,13 @@ def open_data(folder, contents, config, seed=None, batch_tokens=1):
     sequence, seq_length = settings.get("sequence", "packed"), settings.get("seq_length", config.n_positions)
     batch_size = max(1, batch_tokens // seq_length)
     loader = SCRIPTS["kqv"].get_dataloader(folder, batch_size, seq_length, sequence, seed)
-    data, tokenizer = loader.dataset, contents.get("tokenizer")
-    if data.vocab_size > config.vocab_size or (tokenizer and data.tokenizer != tokenizer):
-        theirs = f"{data.tokenizer['name']}, {data.vocab_size:,} tokens"
-        ours = f"{config.vocab_size:,}" + (f", and was trained with {tokenizer['name']}" if tokenizer else "")
+    metadata = json.loads((Path(folder) / "metadata.json").read_text(encoding="utf-8"))
+    tokenizer = contents.get("tokenizer", metadata["tokenizer"])
+    if metadata["vocab_size"] > config.vocab_size or metadata["tokenizer"] != tokenizer:
+        theirs = f"{metadata['tokenizer']}, {metadata['vocab_size']:,} tokens"
+        ours = f"{config.vocab_size:,}"
+        if "tokenizer" in contents:
+            ours += f" and was trained with {tokenizer}"
         raise ConversionError(f"{folder}: data of another vocabulary: {theirs}; the model has {ours}")
     return loader
 

@@ -10,8 +10,6 @@ model card (README.md). It gets its name once it has been loaded back, with the 
 """
 
 import argparse
-import base64
-import hashlib
 import json
 import math
 import os
@@ -42,6 +40,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_qkv.QKVForCausalLM",
 }
 END_OF_TEXT = "<|endoftext|>"
+N_RANKS = {"bytes": 256, "gpt2": 50_256}
 UNKNOWN = "not known"
 
 
@@ -105,16 +104,18 @@ def find_tokenizer(
 
     InputError where there is none, and where it is not the one that the checkpoint was trained with.
     """
-    train_config = dict(contents.get("train_config") or {})
-    recorded = dict(contents.get("tokenizer") or {})  # {name, vocab_size, sha256}; not in every checkpoint
     if argument == "none":
         return None
+    train_config = dict(contents.get("train_config") or {})
+    recorded = contents.get("tokenizer")  # released checkpoints do not say
+    if isinstance(recorded, dict):
+        recorded = recorded["name"]
     if argument:
         tokenizer = load_tokenizer(argument)
     elif stored := stored_tokenizer(train_config.get("train_data"), train_config.get("val_data")):
         tokenizer = stored
-    elif recorded.get("name") in ("gpt2", "bytes"):
-        tokenizer = load_tokenizer(recorded["name"])
+    elif recorded in N_RANKS:
+        tokenizer = load_tokenizer(recorded)
     else:
         raise InputError(
             f"{path}: its training data, and with them its tokenizer, are not on this machine; "
@@ -124,8 +125,11 @@ def find_tokenizer(
     ids = tokenizer.eos_id + 1
     if ids > vocab_size:
         raise InputError(f"--tokenizer {tokenizer.name}: has {ids} token ids, and {path} knows {vocab_size}")
-    if recorded.get("sha256") not in (None, ranks_sha256(tokenizer)):
-        raise InputError(f"--tokenizer {tokenizer.name}: {path} was trained with another, {recorded['name']}")
+    same = recorded in (None, tokenizer.name)
+    if recorded in N_RANKS:  # whatever the name of the file that these ranks came out of
+        same = len(tokenizer.ranks) == N_RANKS[recorded]
+    if not same:
+        raise InputError(f"--tokenizer {tokenizer.name}: {path} was trained with another, {recorded}")
     return tokenizer
 
 
@@ -135,16 +139,9 @@ def stored_tokenizer(*data_folders: str | None) -> Tokenizer | None:
         ranks = Path(folder or "nowhere") / "tokenizer.tiktoken"
         if ranks.is_file():
             tokenizer = load_tokenizer(str(ranks))
-            metadata = read_metadata(ranks.parent) or {}
-            return replace(tokenizer, name=metadata.get("tokenizer", tokenizer.name))
+            metadata = read_metadata(ranks.parent)
+            return replace(tokenizer, name=metadata.tokenizer if metadata else tokenizer.name)
     return None
-
-
-def ranks_sha256(tokenizer: Tokenizer) -> str:
-    """SHA-256 of a tokenizer.tiktoken of dataset_download.py: a line for each rank, base64 and the rank."""
-    by_rank = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
-    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(by_rank)]
-    return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def fast_tokenizer(tokenizer: Tokenizer, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -258,7 +255,9 @@ def metrics_of(path: Path, step: int | None) -> dict:
     """The run's last evaluation at the checkpoint's step, out of the metrics.jsonl beside it; {} for none."""
     file = path.parent / "metrics.jsonl"
     found = {}
-    if step is None or not file.is_file():
+    if (
+        not step or not file.is_file()
+    ):  # a converted checkpoint is at step 0; what the file has there is not its
         return found
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
@@ -277,33 +276,43 @@ def figure(evaluation: dict, name: str) -> str:
 
 def data_of(train_config: dict) -> str:
     """The source of the training data, out of the metadata beside them."""
-    metadata = read_metadata(Path(train_config.get("train_data") or "nowhere")) or {}
-    source = metadata.get("source") or UNKNOWN
+    try:
+        metadata = read_metadata(Path(train_config.get("train_data") or "nowhere"))
+    except InputError:  # damaged since, which is no reason to keep the model back
+        metadata = None
+    if metadata is None:
+        return UNKNOWN
+    source = metadata.source
     if Path(source).is_absolute():  # of this machine, and nobody else's business
         source = f"local files, {Path(source).name}"
-    if metadata.get("revision"):
-        source += f", revision {metadata['revision']}"
+    if metadata.revision:
+        source += f", revision {metadata.revision}"
     return source
 
 
 def training_of(contents: dict) -> str:
-    """Tokens and steps, or where a converted checkpoint comes from."""
+    """Tokens and steps, and where the weights came from that a run or a conversion began with."""
     known = []
     if contents.get("tokens_seen"):
         known.append(f"{contents['tokens_seen']:,} tokens, padding included")
     if contents.get("step"):
         known.append(f"{contents['step']:,} steps")
+    if contents.get("init_from"):
+        known.append(f"begun from the weights of {Path(contents['init_from']).name}")
     if contents.get("converted_from"):
         known.append(f"converted from {described(contents['converted_from'])}")
     return "; ".join(known) or UNKNOWN
 
 
 def described(record: object) -> str:
-    """A record of any depth in a line; of a path, the last part."""
+    """What a record says, in a line; of a path, the last part."""
     if isinstance(record, dict):
-        return ", ".join(f"{key} {described(value)}" for key, value in record.items())
+        known = {key: value for key, value in record.items() if value is not None}
+        return ", ".join(f"{key.replace('_', ' ')} {described(value)}" for key, value in known.items())
     if isinstance(record, list | tuple):
-        return ", ".join(described(value) for value in record)
+        return " ".join(described(value) for value in record)
+    if isinstance(record, float):
+        return f"{record:.3g}"
     return Path(record).name if isinstance(record, str) else str(record)
 
 

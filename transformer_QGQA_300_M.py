@@ -339,8 +339,10 @@ class TokenDataset(Dataset):
             metadata = json.loads((self.path / name).read_text(encoding="utf-8"))
             done = metadata["finished"] and metadata["documents"] > 0 and metadata["chunks"]
             require(done, "the preparation is not finished")
-            self.chunks, self.tokenizer = metadata["chunks"], metadata["tokenizer"]
+            self.chunks, digests = metadata["chunks"], metadata.get("tokenizer_sha256", {})
             self.vocab_size, self.eos_id = metadata["vocab_size"], metadata["eos_id"]
+            self.tokenizer = {"name": metadata["tokenizer"], "vocab_size": self.vocab_size}
+            self.tokenizer["sha256"] = digests.get("tokenizer.tiktoken")
             name = "token_bytes.npy"
             self.token_bytes = np.load(self.path / name).astype(np.int64)  # the length of each token's text
             require(self.token_bytes.shape == (self.vocab_size,), f"expected {self.vocab_size} numbers")
@@ -662,7 +664,7 @@ def describe_run(model_config, config, train_set, val_set, init_from) -> dict:
     require(length <= longest, f"seq_length: expected at most n_positions ({longest}), got {length}")
     size, known = train_set.vocab_size, model_config.vocab_size
     require(size <= known, f"vocab_size: expected at least {size} for {train_set.path}, got {known}")
-    same = (val_set.tokenizer, val_set.vocab_size) == (train_set.tokenizer, size)
+    same = val_set.tokenizer == train_set.tokenizer
     require(same, f"{val_set.path}: its tokenizer is not that of {train_set.path}; prepare both alike")
     if val_set.chunks == train_set.chunks:
         print0("warning: val_data is the text of train_data, so its perplexity is of text seen in training")

