@@ -9,7 +9,7 @@ KV cache     K of every head, which is V too: 22 layers x 2,048 numbers a token,
 
     torchrun --nproc_per_node=8 transformer_KV_1_1_2B.py     # the paper's run; started again, it resumes
     python transformer_KV_1_1_2B.py                          # one process: one GPU, or the CPU
-    python transformer_KV_1_1_2B.py --output_dir outputs_1.2B_qkv_k_equals_v_masked score_padding=false seed=43
+    python transformer_KV_1_1_2B.py --output_dir outputs_1.2B_qkv_k_equals_v_masked score_padding=false
 
 Contents: attention, model, data, evaluation, training, output folder, logging, configuration, command line.
 """
