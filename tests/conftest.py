@@ -1,6 +1,7 @@
 """Shared fixtures. The hubs are switched off before any library that would reach for them is imported."""
 
 import os
+import signal
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # threads that wait for each other make tiny models slow
 )
+# A shell's background job ignores Ctrl-C, and would hand that on to the processes that tests send it to.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 

@@ -316,7 +316,7 @@ def test_figures_can_do_without_qkv_and_without_evaluations(tmp_path, capsys):
             evaluation_line(perplexity=math.nan),
             "step 4: perplexity: expected a number, got nan",
         ),
-        ("metrics.jsonl", evaluation_line(step=None), "step None: step: expected a number, got None"),
+        ("metrics.jsonl", evaluation_line(step=None), "no line is a record with kind and step"),
         ("train_config.yaml", "seed: 1\n", "train_config.yaml: train_data: missing"),
         (
             "model_config.yaml",

@@ -745,7 +745,8 @@ def with_tokenizers(tokenizers, tmp_path, how, recorded, trained, validation, ar
         script, folder = script_of("kv"), tokenizers[recorded][1]
         record = script.get_dataloader(folder, 1, 64).dataset.tokenizer
         sha256 = hashlib.sha256((folder / "tokenizer.tiktoken").read_bytes()).hexdigest()
-        record = {"name": record, "sha256": sha256} if how == "with its SHA-256" else record
+        assert record["sha256"] == sha256
+        record = record if how == "with its SHA-256" else record["name"]
     train_data = tokenizers[trained][1] if trained else "nowhere"
     path = save(build("kv"), "kv", tmp_path / "a.pt", train_data, tokenizer=record)
     return path, tokenizers[validation][1] if validation else None, argument and tokenizers[argument][0]
