@@ -38,7 +38,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import yaml
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
@@ -113,11 +112,12 @@ class Heads:
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_groups or config.n_head
         self.head_dim = config.n_embd // config.n_head
+        self.kv_width = 2 * self.n_kv_head * self.head_dim  # keys and values of all KV heads
         numbers = torch.arange(2 * self.n_kv_head).view(2, target_heads, -1)
         self.blocks = numbers.flatten(0, 1) if caches_values else numbers.transpose(0, 1).flatten(1)
 
     def by_block(self, kv):
-        """Keys and values as the projection gives them, [..., 2 n_kv_head head_dim] -> [..., blocks, n]."""
+        """Keys and values as the projection gives them, [..., kv_width] -> [..., blocks, n]."""
         heads = kv.unflatten(-1, (2 * self.n_kv_head, self.head_dim))
         return heads[..., self.blocks, :].flatten(-2)
 
@@ -136,7 +136,7 @@ class AttentionWeights:
         # In c_attn the queries come first; keys and values are the last outputs of c_attn, and all of c_kv.
         fused = f"{prefix}.c_attn.weight" in weights
         q, kv = ("c_attn", "c_attn") if fused else ("c_q", "c_kv")
-        C, kv_width = heads.n_head * heads.head_dim, 2 * heads.n_kv_head * heads.head_dim
+        C, kv_width = heads.n_head * heads.head_dim, heads.kv_width
         by_head = (heads.n_head, heads.head_dim)
         q_weight = weights[f"{prefix}.{q}.weight"][:C].double()
         self.q_weight = q_weight.unflatten(0, by_head)  # [n_head, head_dim, C]
@@ -202,8 +202,8 @@ class Moments:
         self.second = torch.zeros(n_blocks, n, n, dtype=torch.float64)
         self.costs = torch.zeros(costs, dtype=torch.float64)
 
-    def add(self, kv, vectors=None):
-        """Keys and values [N, 2 n_kv_head head_dim] with their gradients, or with the queries [N, C]."""
+    def add(self, kv, vectors):
+        """Keys and values [N, kv_width], and their gradients or, without those, the queries [N, C]."""
         u = self.heads.by_block(kv.double()).transpose(0, 1)  # [blocks, N, n]
         weights = torch.ones_like(u[..., :1])
         if self.weighting == "gradient":
@@ -238,55 +238,76 @@ class Moments:
 
 
 def collect_moments(model, moments, loader, n_tokens):
-    """Add the first rows of a shuffled loader to the Moments of each layer; returns the tokens in them.
-
-    One row at a time, and in the backward pass the activations of one layer at a time, so that 2 GB beside
-    the model are enough at 1.2B and 2,048 positions.
-    """
-    weighting = moments[0].weighting
+    """Add the first rows of a shuffled loader to each layer's Moments; returns how many tokens they held."""
+    add_row = add_gradients if moments[0].weighting == "gradient" else add_activations
     model.requires_grad_(False)
-    hooks = []
-    for block, sums in zip(model.h, moments, strict=True):
-        projection = block.attn.c_attn if hasattr(block.attn, "c_attn") else block.attn.c_kv
-        hooks.append(projection.register_forward_hook(partial(observe, sums, block.attn)))
-        if weighting == "gradient":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
     n_seen = 0
     with tqdm(total=n_tokens, unit="token", desc="calibration", disable=not sys.stderr.isatty()) as bar:
         for number, (input_ids, is_text) in enumerate(loader, start=1):
             input_ids = input_ids[:, : is_text.sum()]  # padding stands at the end, where no text sees it
             if input_ids.shape[1] > 1:
-                input_ids = input_ids.to(model.wte.weight.device)
-                with torch.set_grad_enabled(weighting == "gradient"):
-                    hidden = model.hidden_states(input_ids)
-                if weighting == "gradient":
-                    hidden.backward(loss_gradient(hidden.detach(), model.wte.weight, input_ids))
+                add_row(model, moments, input_ids.to(model.wte.weight.device))
                 n_seen += input_ids.shape[1]
                 bar.update(min(input_ids.shape[1], n_tokens - bar.n))
             if n_seen >= n_tokens or number == len(loader.dataset):
                 break
-
-    for hook in hooks:
-        hook.remove()
-    for block in model.h:
-        vars(block).pop("forward", None)
     return n_seen
 
 
-def observe(moments, attn, projection, inputs, outputs):
-    """Forward hook of the projection of keys and values: its outputs [1, T, ...] go to its layer's sums."""
-    heads, (x,) = moments.heads, inputs
-    width = 2 * heads.n_kv_head * heads.head_dim
-    kv = outputs[0, :, -width:].detach().cpu().clone()
-    if moments.weighting == "gradient":
-        outputs.requires_grad_()  # in the first layer; the others' depend on it
-        outputs.register_hook(lambda gradient: moments.add(kv, gradient[0, :, -width:].cpu()))
-    elif moments.weighting == "activation":
-        q, C = projection if hasattr(attn, "c_attn") else attn.c_q, x.shape[-1]
-        moments.add(kv, F.linear(x[0], q.weight[:C], q.bias[:C]).cpu())
-    else:
-        moments.add(kv)
+@torch.no_grad()
+def inputs_of(modules, model, input_ids):
+    """The input of each of the modules, [1, T, C], in one forward pass."""
+    inputs = []
+    hooks = [module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for module in modules]
+    model.hidden_states(input_ids)
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def projections(attn):
+    """The modules that give the queries and, as their last outputs, keys and values."""
+    if hasattr(attn, "c_attn"):
+        return attn.c_attn, attn.c_attn
+    return attn.c_q, attn.c_kv
+
+
+@torch.no_grad()
+def add_activations(model, moments, input_ids):
+    """Add a row's keys, values and queries to each layer's Moments."""
+    inputs = inputs_of([block.attn for block in model.h], model, input_ids)
+    for block, sums, x in zip(model.h, moments, inputs, strict=True):
+        (q, kv), C, kv_width = projections(block.attn), x.shape[-1], sums.heads.kv_width
+        keys_and_values = F.linear(x[0], kv.weight[-kv_width:], kv.bias[-kv_width:])
+        queries = F.linear(x[0], q.weight[:C], q.bias[:C])
+        sums.add(keys_and_values.cpu(), queries.cpu())
+
+
+def add_gradients(model, moments, input_ids):
+    """Add a row's keys and values, and the gradients of its loss by them, to each layer's Moments.
+
+    The backward pass computes each layer anew from its input, so that it holds the activations of one at a
+    time: 2 GB beside the model are enough at 1.2B and 2,048 positions.
+    """
+    inputs = inputs_of([*model.h, model.ln_f], model, input_ids)
+    x = inputs.pop().requires_grad_()
+    hidden = model.ln_f(x)
+    hidden.backward(loss_gradient(hidden.detach(), model.wte.weight, input_ids))
+    for block, sums in zip(reversed(model.h), reversed(moments), strict=True):
+        gradient, x = x.grad, inputs.pop().requires_grad_()
+        _, projection = projections(block.attn)
+        hook = projection.register_forward_hook(keep_output)
+        y = block(x)
+        hook.remove()
+        y.backward(gradient)
+        output, kv_width = vars(projection).pop("output"), sums.heads.kv_width
+        sums.add(output.detach()[0, :, -kv_width:].cpu(), output.grad[0, :, -kv_width:].cpu())
+
+
+def keep_output(module, inputs, output):
+    """Forward hook: the module keeps its output, which will get its gradient."""
+    output.retain_grad()
+    module.output = output
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ class OtherMoments(cc.Moments):
         super().__init__(heads, weighting)
         self.positions = [] if way["method"].endswith("fitted") else None
 
-    def add(self, kv, vectors=None):
+    def add(self, kv, vectors):
         u = self.heads.by_block(kv.double()).transpose(0, 1)  # [blocks, N, n]
         if self.change == "positions alike":
             gradients = self.heads.by_block(vectors.double()).transpose(0, 1)
@@ -182,9 +182,8 @@ def convert_by(way, model, to, config, loader_of):
 @torch.no_grad()
 def keep_what_is_kept(attn, heads, attention, projector, mean):
     """Give the source's layer what is left of its keys and values u: projector (u - mean) + mean."""
-    projection = attn.c_attn if hasattr(attn, "c_attn") else attn.c_kv
-    width = 2 * heads.n_kv_head * heads.head_dim
-    rows = len(projection.weight) - width + heads.by_block(torch.arange(width)).flatten()
+    _, projection = cc.projections(attn)
+    rows = len(projection.weight) - heads.kv_width + heads.by_block(torch.arange(heads.kv_width)).flatten()
     bias = projector @ (attention.kv_bias - mean)[..., None]
     projection.weight[rows] = (projector @ attention.kv_weight).flatten(0, 1).float()
     projection.bias[rows] = (bias[..., 0] + mean).flatten().float()
