@@ -385,8 +385,9 @@ class TokenDataset(Dataset):
             text = tokens[row * self.seq_length : (row + 1) * self.seq_length]
         else:  # without its end-of-text token
             text = tokens[offsets[row] : offsets[row + 1] - 1][: self.seq_length]
-        known = len(text) == 0 or text.max() < self.vocab_size
-        require(known, f"{self.path}/{self.chunks[chunk]['name']}.tokens.npy: a token beyond the vocabulary")
+        if len(text) and text.max() >= self.vocab_size:
+            name = f"{self.path}/{self.chunks[chunk]['name']}.tokens.npy"
+            raise OneRankError(f"{name}: a token beyond the vocabulary")
         input_ids = np.full(self.seq_length, self.eos_id, dtype=np.int64)
         input_ids[: len(text)] = text
         return torch.from_numpy(input_ids), torch.arange(self.seq_length) < len(text)
@@ -991,6 +992,9 @@ class RunError(ValueError):
 class OtherVariant(RunError):
     """A checkpoint of another training script."""
 
+class OneRankError(RunError):
+    """Raised on one rank, which therefore has to tell of it itself."""
+
 def require(condition, message):
     if not condition:
         raise RunError(message)
@@ -1139,7 +1143,7 @@ def main(arguments=None):
 
 def explain(error, output_dir) -> int:
     """Print one line about what ended the run, return the exit status; raise errors of the program again."""
-    on_all_ranks = isinstance(error, RunError)  # so that the line of rank 0 will do
+    on_all_ranks = isinstance(error, RunError) and not isinstance(error, OneRankError)  # rank 0 tells of it
     if isinstance(error, OSError) and not error.filename:
         error = f"{output_dir}: {error}"
     elif isinstance(error, torch.OutOfMemoryError):

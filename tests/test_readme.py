@@ -82,6 +82,8 @@ SMALL = [  # how a command begins, and what is added to it; the first that fits
         "torchrun --nproc_per_node=8 run_eval.py",
         "--tasks piqa --include_path FOLDER --tokenizer bytes --limit 2",
     ),
+    ("python convert_checkpoint.py", ""),
+    ("python export_hf.py", "--tokenizer bytes"),
     ("python transformer_", TRAINED),
     ("torchrun", TRAINED),
 ]
@@ -111,6 +113,7 @@ def clone(tmp_path_factory):
     run(re.search(r"python dataset_download.py --source stdlib .*", MAKEFILE)[0], clone)  # of `make demo`
     for alias, name in (
         ("kqv", "a.pt"), ("kv", "b.pt"), ("kv", "outputs_demo/final_model.pt"),
+        ("kqv", "outputs_kqv/final_model.pt"),
         ("kv", "outputs_qkv_k_equals_v/final_model.pt"),
         ("kv", "outputs_1.2B_qkv_k_equals_v/checkpoint_step_8000.pt"),
     ):  # fmt: skip
@@ -304,7 +307,7 @@ def test_with_rotary_positions_only_distances_count(clone):
 
 
 def results():
-    """The committed results of `make replicate`: trained with the filling scored, and with it masked."""
+    """The committed results of `make replicate`: trained with the padding scored, and with it masked."""
     tables = json.loads((ROOT / "results/reduced_scale/results_table.json").read_text(encoding="utf-8"))
     (scored,), (masked,) = (
         [t for t in tables if t["title"][-1].endswith(how)] for how in ("scored", "masked")
@@ -330,7 +333,7 @@ def test_the_first_table_holds_the_published_and_the_committed_results():
         assert line.endswith(f"| {' | '.join([published, *here])} |"), line
 
 
-def test_the_effect_of_scoring_the_filling_is_that_of_the_committed_results():
+def test_the_effect_of_scoring_the_padding_is_that_of_the_committed_results():
     scored, masked = (table["kv"] for table in results())
     of_all, of_text = (f"{scored[f'{key}_vs_qkv']:+.1f} %" for key in ("perplexity", "text_perplexity"))
     assert re.search(

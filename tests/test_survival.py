@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, prepare
@@ -267,6 +268,17 @@ def test_a_missing_chunk_is_named(data, tmp_path):
     (line,) = errors_of(torchrun(2, SCRIPT, *arguments(settings, tmp_path / "out")))
     assert chunk.name in line and "dataset_download.py" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_alone_reads_a_damaged_row_tells_of_it(tmp_path):
+    """One token of one document, so that one of two ranks draws it, and rank 0 need not be that one."""
+    settings = prepare(tmp_path, [f"Text number {i} of some that fill a chunk or more. " * 9 for i in range(60)])
+    chunk = min((tmp_path / "data/train").glob("*.tokens.npy"))
+    tokens = np.load(chunk, mmap_mode="r+")
+    tokens[3] = 60_000
+    tokens.flush()
+    lines = errors_of(torchrun(2, SCRIPT, *arguments(settings, tmp_path / "out", *LONG, "sequence=padded")))
+    assert any(f"{chunk}: a token beyond the vocabulary" in line for line in lines)
 
 
 def test_a_loss_that_is_not_a_number_ends_two_ranks_with_one_line(data, whole_run, tmp_path):

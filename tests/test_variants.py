@@ -107,13 +107,16 @@ def test_the_attention_is_the_same_text_at_both_sizes(alias):
 
 
 @each_script
-def test_a_script_grows_no_longer(alias, size):
-    """The aim is 900 lines; this is what it takes today. 110 columns, the attention on the first screens."""
+def test_lines_fit_the_screen_and_the_attention_is_on_the_first_ones(alias, size):
     lines = text_of(alias, size).splitlines()
-    length, width = len(lines), max(map(len, lines))
-    assert length <= 1_165
-    assert width <= 110
+    assert max(map(len, lines)) <= 110
     assert lines.index("class CausalSelfAttention(nn.Module):") < 100
+
+
+@pytest.mark.xfail(strict=True, reason="the aim is 900 lines; the scripts have about 1,160")
+@each_script
+def test_a_script_has_at_most_900_lines(alias, size):
+    assert len(text_of(alias, size).splitlines()) <= 900
 
 
 @pytest.mark.parametrize("size", ["300M", "1.2B"])
