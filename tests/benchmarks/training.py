@@ -7,7 +7,7 @@ Held equal: QKV with 20 layers, d 1024, 16 heads, T 1024, one row a step, vocabu
 weights, AdamW with one group of parameters, gradients clipped at 1, the threads that torch takes by default. A step
 is everything from the token ids to the zeroed gradients.
 
-    script        Trainer of transformer_KQV_300_M.py, reading its rows from token files
+    script        train() of transformer_KQV_300_M.py, reading its rows from token files
     released      explicit attention with a mask buffer in each layer, AdamW that is not fused, all logits in fp32
     transformers  GPT2LMHeadModel with its default attention and loss, fused AdamW
 
@@ -84,14 +84,38 @@ def loss_of(model, ids, precision):
     return output.loss if hasattr(output, "loss") else output[1]
 
 
+def configs_of(options, folder):
+    """The 300M configs, cut to one row a step."""
+    data, configs = f"{folder}/data", [ROOT / f"configs/{kind}_config_300M.yaml" for kind in ("model", "train")]
+    shape = [f"n_positions={T}", f"n_layer={options.layers}"]
+    settings = [f"train_data={data}", f"val_data={data}", "sequence=packed", f"seq_length={T}", "eval_batches=1"]
+    settings += ["micro_batch_size=1", "gradient_accumulation=1", "num_gpus=1", "log_interval=1000000"]
+    settings += [f"precision={options.precision}", "warmup_steps=1", "eval_interval=1000000"]
+    model_config = KQV.load_config(KQV.ModelConfig, configs[0], shape)
+    return model_config, KQV.load_config(KQV.TrainingConfig, configs[1], settings)
+
+
+def train_script(options, folder, connection):
+    """The script's own train(), held once a step, where it asks for the learning rate."""
+    original, started = KQV.get_lr, None
+
+    def get_lr(step, config):
+        nonlocal started
+        if started:
+            connection.send((time.perf_counter() - started, peak_memory()))
+        if connection.recv() != "step":
+            sys.exit()
+        started = time.perf_counter()
+        return original(step, config)
+
+    KQV.get_lr = get_lr
+    KQV.train(*configs_of(options, folder), Path(folder) / "outputs", resume="never")
+
+
 def build(name, options, folder):
     """A model, and the function that takes a step on the next row."""
-    data, configs = f"{folder}/data", [ROOT / f"configs/{kind}_config_300M.yaml" for kind in ("model", "train")]
-    settings = [f"train_data={data}", f"val_data={data}", "sequence=packed", f"seq_length={T}", f"n_positions={T}"]
-    settings += ["micro_batch_size=1", "gradient_accumulation=1", "num_gpus=1", "log_interval=1000000"]
-    settings += [f"precision={options.precision}", f"n_layer={options.layers}"]
-    model_config = KQV.load_config(KQV.ModelConfig, configs[0], settings)
-    config = KQV.load_config(KQV.TrainingConfig, configs[1], [*settings, "warmup_steps=1"])
+    data = f"{folder}/data"
+    model_config, config = configs_of(options, folder)
     torch.manual_seed(config.seed)
     reference = KQV.GPT(model_config)
     if name == "released":
@@ -129,6 +153,9 @@ def work(name, options, folder, connection):
     with torch.no_grad():
         connection.send(float(loss_of(model, torch.arange(T)[None] * 37 % 50257, options.precision)))
     model.train()
+    if name == "script":
+        del model, step
+        train_script(options, folder, connection)
     while connection.recv() == "step":
         started = time.perf_counter()
         step()
@@ -145,6 +172,7 @@ def write_tokens(folder):
     np.save(folder / "token_bytes.npy", np.ones(50257, dtype=np.uint16))
     chunk = {"name": "chunk_000", "documents": 1, "tokens": len(tokens) - 1}
     metadata = {"chunks": [chunk], "documents": 1, "vocab_size": 50257, "eos_id": 50256, "finished": True}
+    metadata["tokenizer"] = "random ids"
     (folder / "metadata.json").write_text(json.dumps(metadata))
 
 
