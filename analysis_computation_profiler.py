@@ -65,8 +65,9 @@ VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="u
 SIZES = ("300M", "1.2B")
 PERPLEXITY = {size: {} for size in SIZES}  # published, by size and alias
 for alias, row in VARIANTS.items():
-    for size in row["script"]:
-        PERPLEXITY[size][alias] = row["published"]["perplexity"][size]
+    for size, perplexity in row["published"].get("perplexity", {}).items():
+        PERPLEXITY[size][alias] = perplexity
+LOOKS = {alias: tuple(row["look"]) for alias, row in VARIANTS.items()}  # a colour and a marker in figures
 
 SEQUENCE_LENGTHS = (128, 512, 1024, 2048)
 PAPER_CONTEXTS = (2_048, 32_000, 128_000)
@@ -167,8 +168,8 @@ def theoretical_macs(variant, T):
     Projections, 2 T^2 d in each layer (the causal mask saves nothing), MLP, output embedding (Table 6).
     """
     c = variant.config
-    # "Q=K": the key's projection is the query's too. Where the key alone is cached, it is the value's.
-    query_width = 0 if "Q=K" in variant.paper else c.n_embd
+    # "Q=...": the query has no projection of its own. Where the key alone is cached, it is the value too.
+    query_width = 0 if variant.paper.startswith("Q=") else c.n_embd
     width = query_width + len(variant.row["cached"]) * variant.kv_width
     attention = T * c.n_embd * (width + c.n_embd) + 2 * T * T * c.n_embd
     mlp = 2 * T * c.n_embd * c.n_inner
@@ -787,11 +788,6 @@ FORMATS = {
 # -----------------------------------------------------------------------------
 # Figures
 
-LOOKS = {  # a colour of Okabe and Ito's, made for the colour-blind, with grey for their yellow; and a marker
-    "kqv": ("#000000", "o"), "qk": ("#999999", "s"), "kv": ("#D55E00", "D"), "k": ("#CC79A7", "X"),
-    "gqa": ("#0072B2", "^"), "mqa": ("#56B4E9", "v"), "qgqa": ("#009E73", "P"), "qmqa": ("#E69F00", "*"),
-}  # fmt: skip
-
 
 def panels(titles):
     """A figure and its axes, one for each title, side by side."""
@@ -821,6 +817,9 @@ def pareto_figure(path, variants):
     """
     figure, axes = panels(list(variants))
     for ax, (size, of_size) in zip(axes, variants.items(), strict=True):
+        of_size = [variant for variant in of_size if variant.alias in PERPLEXITY[size]]
+        if not of_size:
+            continue
         saved = {v.alias: 100 / (100 - cache_account(v, [])["reduction_percent"]) for v in of_size}
         points = {alias: (factor, PERPLEXITY[size][alias]) for alias, factor in saved.items()}
         edge = 1.08 * min(perplexity for _, perplexity in points.values())

@@ -143,6 +143,10 @@ def oracle(variant, model):
 # ---- the model is the paper's
 
 
+def test_every_variant_of_the_table_is_tested_here():
+    assert VARIANTS.keys() == TABLE.keys()
+
+
 @each_variant
 def test_logits_are_those_of_transformers(variant):
     model, ids = variant.build(), tokens(3, 24)

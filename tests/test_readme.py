@@ -323,7 +323,7 @@ def with_change(row, key, value, change):
 
 def test_the_first_table_holds_the_published_and_the_committed_results():
     scored, _ = results()
-    assert scored.keys() == VARIANTS.keys()
+    assert scored.keys() == {alias for alias, row in VARIANTS.items() if row["published"]}
     lines = README.partition("\n## ")[0].splitlines()
     for alias, row in scored.items():
         name = f"**{row['variant']}**" if alias == "kv" else row["variant"]
