@@ -1,0 +1,128 @@
+"""The pages behind the README: what they name exists, and CITATION.cff cites what the README cites."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = (".ci", "configs", "dev", "docs", "results", "runs", "tests")
+SUFFIXES = ("cff", "json", "md", "py", "sh", "txt", "yaml", "yml")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def in_code(text):
+    """What stands between single backticks."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`]+)`", prose)
+
+
+def anchors(path):
+    """The sections of a page, as links name them."""
+    titles = re.findall(r"^#+ (.+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if "://" in link:
+            continue
+        path, _, section = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not section or section in anchors(target), link
+
+
+@each_page
+def test_files_of_the_repository_that_a_page_names_exist(page):
+    """A name is ours if it begins with one of our folders, or is that of a Python file."""
+    text = page.read_text(encoding="utf-8")
+    code = "\n".join([*in_code(text), *blocks(text, "bash")])
+    names = re.findall(rf"(?<![\w./*-])[\w./-]+\.(?:{'|'.join(SUFFIXES)})\b", code)
+    ours = {name for name in names if name.split("/")[0] in FOLDERS or re.fullmatch(r"[a-z]\w+\.py", name)}
+    assert ours
+    assert not [name for name in ours if not (ROOT / name).exists()]
+
+
+@each_page
+def test_make_targets_that_a_page_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    code = "\n".join([*in_code(text), *blocks(text, "bash")])
+    targets = re.findall(r"^([\w-]+):", MAKEFILE, re.MULTILINE)
+    assert set(re.findall(r"^make ([\w-]+)", code, re.MULTILINE)) <= set(targets)
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/design.md"])
+def test_names_in_the_code_that_a_page_explains_exist(page):
+    """Those with an underscore or an inner capital. What was rejected is not in the code."""
+    text = (ROOT / page).read_text(encoding="utf-8").partition("\n## Tried")[0]
+    names = {code for code in in_code(text) if re.fullmatch(r"\w*(_|[a-z][A-Z]|[A-Z]{2})\w*", code)}
+    files = [path for pattern in ("*.py", "*/*.py", "configs/*.yaml") for path in ROOT.glob(pattern)]
+    written = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    assert len(names) > 5
+    assert not [name for name in names if not re.search(rf"{name}\b", written)]
+
+
+def commands():
+    """The lines of CONTRIBUTING.md's shell blocks, as words."""
+    for block in blocks((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "bash"):
+        for line in block.splitlines():
+            yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_a_command_for_contributors_names_what_exists(words):
+    """A target of the Makefile; or a Python file that has the options, or the test that -k asks for."""
+    words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\w+", word)]
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:.*## ", MAKEFILE, re.MULTILINE)
+        return
+    if words[:3] == ["python3", "-m", "venv"]:
+        return
+    assert words[0] == ".venv/bin/python"
+    (name,) = [word for word in words if word.endswith(".py")]
+    text = (ROOT / name).read_text(encoding="utf-8")
+    if words[1:3] == ["-m", "pytest"]:
+        wanted = words[words.index("-k") + 1] if "-k" in words else "test"
+        assert re.search(rf"^def test_\w*{wanted.removeprefix('test')}", text, re.MULTILINE)
+    else:
+        for option in (word for word in words if word.startswith("--")):
+            assert f'"{option}"' in text
+
+
+def test_the_citation_is_the_readme_s():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["message"] and citation["title"] and citation["authors"]
+    (entry,) = blocks(README, "bibtex")
+    fields = dict(re.findall(r"^ *(\w+) *= *\{(.*)\},?$", entry, re.MULTILINE))
+    fields = {key: value.replace("{", "").replace("}", "") for key, value in fields.items()}
+    paper = citation["preferred-citation"]
+    authors = [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+    assert paper["title"] == fields["title"]
+    assert " and ".join(authors) == fields["author"]
+    assert paper["year"] == int(fields["year"])
+    assert paper["collection-title"] == fields["booktitle"]
+    assert (paper["publisher"]["name"], paper["volume"]) == (fields["series"], int(fields["volume"]))
+    assert paper["url"] in README
+
+
+def test_the_workflow_runs_what_has_to_pass():
+    """With PyTorch's CPU build, at the version of requirements.txt, there before the rest is installed."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    runs = [step["run"] for step in job["steps"] if "run" in step]
+    assert runs[-1] == ".ci/run" and (ROOT / ".ci/run").stat().st_mode & 0o111
+    assert any("/whl/cpu" in command and "requirements.txt" in command for command in runs[:-1])
+    assert Path(ROOT / "requirements.txt").read_text().count("\ntorch==") == 1
