@@ -20,7 +20,7 @@ demo: .venv/installed  ## prepare a small corpus, train Q–K=V on it, evaluate 
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 transformer_KV_1_300_M.py $(DEMO)
 
 test: .venv/installed  ## run the test suite (8 minutes on 2 cores at most, no network, no GPU)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed  ## run the long tests alone
 	$(BIN)/python -m pytest -m slow
