@@ -15,8 +15,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # threads that wait for each other make tiny models slow
 )
-# A shell's background job ignores Ctrl-C, and would hand that on to the processes that tests send it to.
+# A shell's background job ignores Ctrl-C, and nohup SIGHUP; the processes under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
