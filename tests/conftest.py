@@ -15,9 +15,11 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # threads that wait for each other make tiny models slow
 )
-# A shell's background job ignores Ctrl-C, and nohup SIGHUP; the processes under test would inherit that.
+# A shell's background job ignores Ctrl-C, and nohup SIGHUP, and the processes under test would inherit that.
+# They do not inherit a handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
