@@ -18,9 +18,10 @@ help:  ## list the targets
 demo: .venv/installed  ## prepare a small corpus, train Q–K=V on it, evaluate and sample (5 minutes on 2 cores)
 	$(BIN)/python dataset_download.py --source stdlib --tokenizer bytes --target_tokens 4_000_000 --validation_tokens 200_000 --output_dir demo_data
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 transformer_KV_1_300_M.py $(DEMO)
+	@echo "use it elsewhere: $(BIN)/python export_hf.py --model kv --checkpoint outputs_demo/final_model.pt --output_dir hf_demo"
 
 test: .venv/installed  ## run the test suite (8 minutes on 2 cores at most, no network, no GPU)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed  ## run the long tests alone
 	$(BIN)/python -m pytest -m slow
@@ -41,5 +42,5 @@ lint: .venv/installed  ## run ruff, and check that the training scripts are in s
 sync: .venv/installed  ## copy the shared text of transformer_KQV_300_M.py to the other training scripts
 	$(BIN)/python dev/sync_scripts.py --write
 
-clean:  ## remove what `make demo` wrote
-	rm -rf demo_data outputs_demo
+clean:  ## remove what `make demo` wrote, and its export
+	rm -rf demo_data outputs_demo hf_demo

@@ -96,6 +96,7 @@ class QKVConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)  # first, for it sets fields that came under a name of attribute_map
         one_head = self.variant in ("mqa", "qmqa")
         grouped = self.variant in ("gqa", "qgqa")
         if self.n_inner is None:
@@ -114,7 +115,6 @@ class QKVConfig(PreTrainedConfig):
             raise ValueError(f"n_kv_groups: expected a divisor of n_head ({n_head}), got {groups}")
         if not one_head and not grouped and groups != n_head:
             raise ValueError(f"n_kv_groups: expected n_head ({n_head}) for {variant}, got {groups}")
-        super().__post_init__(**kwargs)
 
 
 # -----------------------------------------------------------------------------
@@ -266,14 +266,15 @@ class QKVModel(QKVPreTrainedModel):
         """int64 [B, T], or embeddings [B, T, n_embd] -> last_hidden_state [B, T, n_embd], and the cache.
 
         attention_mask [B, past + T]: 0 on padding. position_ids [B, T]: by default counted over what the mask
-        does not hide, so that padding may stand on either side. ValueError for more than n_positions tokens.
+        does not hide, so that padding may stand on either side; in a packed row, each text counts from 0.
+        ValueError for more than n_positions tokens without position_ids.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         length, n_positions = inputs_embeds.shape[1], self.config.n_positions
-        if length > n_positions:
+        if position_ids is None and length > n_positions:  # a packed row may be longer than its texts
             raise ValueError(f"{length} tokens do not fit the model's n_positions, {n_positions}")
 
         # The past. Gradient checkpointing runs each block twice, which must not append to a cache.

@@ -438,7 +438,7 @@ def get_dataloader(data_path, batch_size, seq_length, sequence="padded", seed=No
 # Evaluation
 
 @torch.no_grad()
-def evaluate(model, val_loader, max_batches: int | None = None, stop_signals=()) -> dict | None:
+def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> dict | None:
     """Score the rows of a get_dataloader loader, or its first max_batches batches, in the caller's precision.
 
     Each rank scores its share and the sums are added, so the world size does not change the result. Returns
@@ -453,7 +453,7 @@ def evaluate(model, val_loader, max_batches: int | None = None, stop_signals=())
     sums = torch.zeros(8, dtype=torch.float64)  # as unpacked below; the last one counts signals
     with eval_mode(model):
         for input_ids, is_text in islice(val_loader, share):
-            if stop_signals:
+            if received:  # signals to stop
                 break
             inputs = input_ids.to(device)
             losses = model.token_losses(model.hidden_states(inputs), inputs).cpu().double()
@@ -461,7 +461,7 @@ def evaluate(model, val_loader, max_batches: int | None = None, stop_signals=())
             text_bytes = (token_bytes[input_ids[:, 1:]] * text).sum()
             counts = losses.numel(), text.sum(), text_bytes, (~is_text).sum(), is_text.numel(), 0
             sums += torch.tensor([losses.sum(), (losses * text).sum(), *counts], dtype=torch.float64)
-    sums[-1] = len(stop_signals)
+    sums[-1] = len(received)
     if dist.is_initialized():
         sums = sums.to(device)
         dist.all_reduce(sums)
@@ -494,9 +494,9 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
     # data, and what output_dir holds: what does not go together is refused before anything is written
     with errors_on_all_ranks():
         accumulation_steps = accumulation_for(config, WORLD_SIZE)
-        rows = (config.micro_batch_size, config.seq_length, config.sequence)
+        loader_args = (config.micro_batch_size, config.seq_length, config.sequence)
         train_set = TokenDataset(config.train_data, config.seq_length, config.sequence)
-        val_loader = get_dataloader(config.val_data, *rows)
+        val_loader = get_dataloader(config.val_data, *loader_args)
         run = describe_run(model_config, config, train_set, val_loader.dataset, init_from)
         start, lock = [None], nullcontext()  # rank 0 decides, all follow
         if init_from:
@@ -535,7 +535,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         if step == config.total_steps and not finished:  # the last evaluation or save is still to be done
             evaluated_at = saved_at = None
         rows_seen = step * config.rows_per_step
-        batches = iter(get_dataloader(config.train_data, *rows, config.seed, rows_seen))
+        batches = iter(get_dataloader(config.train_data, *loader_args, config.seed, rows_seen))
         log = Logger(output_dir, run, config, step, finished)
     if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
         model.compile()

@@ -15,8 +15,11 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # threads that wait for each other make tiny models slow
 )
-# A shell's background job ignores Ctrl-C, and would hand that on to the processes that tests send it to.
+# A shell's background job ignores Ctrl-C, and nohup SIGHUP, and the processes under test would inherit that.
+# They do not inherit a handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -25,7 +28,17 @@ import yaml  # noqa: E402
 
 import dataset_download  # noqa: E402
 
+# In this order, so that no worker of pytest-xdist is left alone with one of them at the end.
+LONGEST_FILES = (
+    "test_readme.py", "test_gate.py", "test_run_eval.py", "test_dataset_interruptions.py", "test_survival.py",
+)  # fmt: skip
 VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first; the order within a file stays."""
+    first = {name: place for place, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: first.get(item.path.name, len(first)))
 
 
 def script_of(alias, size="300M"):

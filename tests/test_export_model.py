@@ -321,6 +321,18 @@ def test_left_padded_prompts_are_continued_as_single_ones(alias, attention):
         assert torch.equal(together[:, 8:], torch.stack(alone))
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("alias", ["kqv", "kv", "qgqa"])
+def test_texts_in_a_packed_row_do_not_see_each_other(alias, attention):
+    _, exported = build(alias)
+    exported.set_attn_implementation(attention)
+    texts = [tokens(length, seed=length) for length in (30, 5, 20)]  # 55 tokens in a model of 48 positions
+    positions = torch.cat([torch.arange(len(text)) for text in texts])
+    packed = exported(torch.cat(texts)[None], position_ids=positions[None], use_cache=False).logits
+    alone = torch.cat([exported(text[None]).logits for text in texts], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
+
+
 def test_more_tokens_than_positions_are_an_error_with_both_numbers():
     _, exported = build("kv")
     with pytest.raises(ValueError, match="49 tokens do not fit the model's n_positions, 48"):
@@ -473,6 +485,18 @@ def test_new_weights_are_drawn_as_in_the_paper():
 def test_a_configuration_that_does_not_go_together_is_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         QKVConfig(**SHAPE | settings)
+
+
+@pytest.mark.parametrize(
+    ("variant", "groups"), [("kqv", None), ("kv", None), ("gqa", 2), ("mqa", None), ("qgqa", 2)]
+)
+def test_the_names_that_the_library_has_for_the_shape(variant, groups):
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": groups}
+    config = QKVConfig(variant=variant, vocab_size=61, max_position_embeddings=48, **shape)
+    own_names = QKVConfig(variant=variant, n_kv_groups=groups, **SHAPE | {"dropout": 0.1})
+    assert config.to_dict() == own_names.to_dict()
+    with pytest.raises(ValueError, match="n_embd: expected a multiple of n_head"):
+        QKVConfig(variant=variant, hidden_size=30, num_attention_heads=4)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Every command and every piece of code in the README: run as it stands there, in a copy of the repository.
+"""Every command and every piece of code in README.md and docs/operations.md: run in a copy of the repository.
 
 What makes a command small is added at its end, where the last of two values counts; SMALL says what.
 """
@@ -24,8 +24,10 @@ from test_run_eval import FORMATS, build, save, write_task
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-PROSE = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+BOTH = f"{README}\n{OPERATIONS}"
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", BOTH, re.MULTILINE | re.DOTALL)
+PROSE = re.sub(r"^```.*?^```", "", BOTH, flags=re.MULTILINE | re.DOTALL)
 PROGRAMS = ("diff", "make", "pip", "pytest", "python", "sed", "torchrun")
 
 
@@ -146,7 +148,7 @@ def run(command, clone, **changes):
 
 
 def smaller(command):
-    """What is run in place of one of the README's commands, or None."""
+    """What is run in place of a command, or None."""
     added = next(added for beginning, added in SMALL if command.startswith(beginning))
     for there, here in HERE.items():
         command = command.replace(there, here)
@@ -154,7 +156,7 @@ def smaller(command):
 
 
 def cases():
-    """The commands that are run, under the README's own text as their names."""
+    """The commands that are run, under their own text as their names."""
     for command in commands():
         if runnable := smaller(command):
             marks = [pytest.mark.slow, pytest.mark.timeout(1800)] if command in SLOW else []
@@ -166,9 +168,13 @@ def test_a_command_runs(command, clone):
     run(command, clone)
 
 
-def test_the_files_that_the_readme_names_exist():
+def test_the_readme_is_short():
+    assert README.count("\n") <= 220
+
+
+def test_the_files_that_are_named_exist():
     """In code, in links and in the commands of tables."""
-    names = re.findall(r"(?:[\w.]+/)*[\w.]+\.(?:py|yaml|json|txt|png|md)\b", README)
+    names = re.findall(r"(?:[\w.]+/)*[\w.]+\.(?:py|yaml|json|txt|png|md)\b", BOTH)
     ours = [name for name in names if name.startswith(("transformer_", "configs/", "tests/", "results"))]
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert ours and links
@@ -180,8 +186,7 @@ def test_the_sections_that_the_readme_links_to_exist():
         re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
         for title in re.findall(r"^#+ (.+)", PROSE, re.M)
     ]
-    targets = re.findall(r"\]\(#([^)]+)\)", README)
-    assert targets and not set(targets) - set(titles)
+    assert not set(re.findall(r"\]\(#([^)]+)\)", README)) - set(titles)
 
 
 def test_the_python_of_the_paper_s_run(clone, monkeypatch, capsys):
@@ -336,8 +341,7 @@ def test_the_first_table_holds_the_published_and_the_committed_results():
 def test_the_effect_of_scoring_the_padding_is_that_of_the_committed_results():
     scored, masked = (table["kv"] for table in results())
     of_all, of_text = (f"{scored[f'{key}_vs_qkv']:+.1f} %" for key in ("perplexity", "text_perplexity"))
-    assert re.search(
-        rf"^\| .*scored.* \| {re.escape(of_all)} \| {re.escape(of_text)} \|$", README, re.MULTILINE
-    )
+    row = rf"^\| .*scored.* \| {re.escape(of_all)} \| {re.escape(of_text)} \|$"
+    assert re.search(row, OPERATIONS, re.MULTILINE)
     of_text = f"{masked['text_perplexity_vs_qkv']:+.1f} %"
-    assert re.search(rf"^\| .*masked.* \| \| {re.escape(of_text)} \|$", README, re.MULTILINE)
+    assert re.search(rf"^\| .*masked.* \| \| {re.escape(of_text)} \|$", OPERATIONS, re.MULTILINE)
