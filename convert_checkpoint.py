@@ -524,13 +524,13 @@ def open_data(folder, contents, config, seed=None, batch_tokens=1):
     sequence, seq_length = settings.get("sequence", "packed"), settings.get("seq_length", config.n_positions)
     batch_size = max(1, batch_tokens // seq_length)
     loader = SCRIPTS["kqv"].get_dataloader(folder, batch_size, seq_length, sequence, seed)
-    metadata = json.loads((Path(folder) / "metadata.json").read_text(encoding="utf-8"))
-    tokenizer = contents.get("tokenizer", metadata["tokenizer"])
-    if metadata["vocab_size"] > config.vocab_size or metadata["tokenizer"] != tokenizer:
-        theirs = f"{metadata['tokenizer']}, {metadata['vocab_size']:,} tokens"
+    tokenizer = loader.dataset.tokenizer
+    trained_with = contents.get("tokenizer", tokenizer)
+    if tokenizer != trained_with or tokenizer["vocab_size"] > config.vocab_size:
+        theirs = f"{tokenizer['name']}, {tokenizer['vocab_size']:,} tokens"
         ours = f"{config.vocab_size:,}"
         if "tokenizer" in contents:
-            ours += f" and was trained with {tokenizer}"
+            ours += f" and was trained with {trained_with['name']}, {trained_with['vocab_size']:,} tokens"
         raise ConversionError(f"{folder}: data of another vocabulary: {theirs}; the model has {ours}")
     return loader
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_RUN, VARIANTS, gpt2_of, prepare, script_of
+from conftest import ROOT, TINY_MODEL, TINY_RUN, VARIANTS, gpt2_of, prepare, script_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -490,6 +490,20 @@ def test_a_gpt2_becomes_q_k_v_in_one_go(gpt2, data_dir, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_checkpoint_that_a_training_run_wrote_is_converted(data, data_dir, tmp_path, capsys):
+    """Nothing in it is made up for this test; its vocabulary is padded beyond the tokenizer's."""
+    configs = [f"--{kind}_config={ROOT / 'configs'}/{kind}_config_demo.yaml" for kind in ("model", "train")]
+    settings = [*configs, f"--output_dir={tmp_path / 'run'}", *TINY_MODEL, "vocab_size=320", *TINY_RUN, *data]
+    script_of("kqv").main(settings)
+    splits = ["--data", str(data_dir / "train"), "--val_data", str(data_dir / "validation")]
+    output = tmp_path / "kv.pt"
+    checkpoint = str(tmp_path / "run/final_model.pt")
+    cc.main(["--checkpoint", checkpoint, "--to", "kv", "--output", str(output), *splits])
+    assert "text perplexity: " in capsys.readouterr().out
+    source = script_of("kqv").read_checkpoint(checkpoint)
+    assert script_of("kv").read_checkpoint(output)["tokenizer"] == source["tokenizer"]
+
+
 # ---- errors
 
 
@@ -561,7 +575,8 @@ def test_data_of_another_vocabulary_is_refused(refused, tmp_path, data_dir):
     assert "another vocabulary: bytes, 257 tokens; the model has 100" in line
     line = refused(checkpoint=small, data=None, method="mean", val_data=data_dir / "validation")
     assert "validation: data of another vocabulary" in line
-    other = save("kqv", build("kqv"), tmp_path / "gpt2.pt", tokenizer="gpt2")
+    tokenizer = {"name": "gpt2", "vocab_size": 257, "sha256": None}
+    other = save("kqv", build("kqv"), tmp_path / "gpt2.pt", tokenizer=tokenizer)
     assert "was trained with gpt2" in refused(checkpoint=other)
     assert "no complete token files" in refused(data=tmp_path)
 
