@@ -730,6 +730,11 @@ def write_atomically(path: Path, write: Callable) -> str:
     return digest
 
 
+def write_text(path: Path, text: str) -> str:
+    """As write_atomically, for a text in UTF-8."""
+    return write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_array(path: Path, values: np.ndarray) -> str:
     return write_atomically(path, lambda file: np.save(file, values))
 
@@ -755,8 +760,7 @@ def read_metadata(folder: Path) -> Metadata | None:
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
     done = {"resume"} if metadata.resume is None else None
-    text = metadata.model_dump_json(indent=2, exclude=done) + "\n"
-    write_atomically(folder / "metadata.json", lambda file: file.write(text.encode()))
+    write_text(folder / "metadata.json", metadata.model_dump_json(indent=2, exclude=done) + "\n")
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, metadata: Metadata) -> np.ndarray:
@@ -905,8 +909,7 @@ def check_source_files(output: Path, source: Source, fresh: bool) -> None:
         found[str(file)] = (stat.st_size, stat.st_mtime_ns)
     noted = None if fresh else read_json(path, dict[str, tuple[int, int]])
     if noted is None:
-        text = json.dumps(found, indent=0)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, json.dumps(found, indent=0))
         return
     changed = [name for name in noted.keys() | found.keys() if noted.get(name) != found.get(name)]
     if changed:
