@@ -61,7 +61,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from dataset_download import InputError, write_atomically, write_text
+from dataset_download import InputError, Parser, write_atomically, write_text
 
 ROOT = Path(__file__).resolve().parent
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that, torch.profiler reports its every start and stop
@@ -1019,19 +1019,8 @@ def positive(text):
     return int(text)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line and exit status 2; argparse would print the usage before it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def command_line():
-    parser = Parser(
-        prog=Path(__file__).name,
-        usage="%(prog)s [options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__file__, __doc__, usage="%(prog)s [options]")
     add = parser.add_argument
     add("--sizes", nargs="+", choices=SIZES, help="default: both; measured: 300M, 1.2B decoding on CUDA")
     aliases = f"{', '.join(VARIANTS)} (default: all; CPU: four)"
