@@ -86,8 +86,8 @@ MODULES = {  # the part of a model that each of its modules counts towards, name
 class Variant:
     """A variant at one size: its row of configs/variants.yaml, its training script and its ModelConfig.
 
-    `settings` replace fields of configs/model_config_<size>.yaml. InputError where the variant has no model of
-    that size, or the script rejects a setting.
+    `settings` replace fields of configs/model_config_<size>.yaml. InputError where the variant has no model
+    of that size, or the script rejects a setting.
     """
 
     def __init__(self, alias, size, **settings):
@@ -138,7 +138,7 @@ class Variant:
         return tokens * self.config.n_layer * len(self.row["cached"]) * self.kv_width * itemsize
 
     def published(self, figure):
-        """A published figure from configs/variants.yaml; None where there is none, or a setting was changed."""
+        """A figure of the paper, from configs/variants.yaml; None without one, or with changed settings."""
         return None if "set" in self.label else self.row["published"].get(figure, {}).get(self.size)
 
 
@@ -226,9 +226,9 @@ def fvcore_macs(model, input_ids):
 def profiled_flops(model, input_ids):
     """torch.profiler's FLOPs of a forward pass, by operator.
 
-    The profiler goes by shapes, so the meta device will do. Some of its kernels are written in Python, though,
-    and call further operators that no real device runs. So an operator counts only if the model called it, or
-    if linear or matmul did, which PyTorch composes of other operators on every device.
+    The profiler goes by shapes, so the meta device will do. Some of that device's kernels are written in
+    Python, though, and call further operators that no real device runs. So an operator counts only if the
+    model called it, or if linear or matmul did, which PyTorch composes of other operators on every device.
     """
     with (
         torch.no_grad(),
@@ -975,8 +975,8 @@ def decode_figure(path, records):
 # -----------------------------------------------------------------------------
 # Command line
 
-# The options of each kind of run, with their defaults; those of another kind are refused. None: all there are,
-# whatever is free or native, the published setting, or nowhere.
+# The options of each kind of run, with their defaults; those of another kind are refused. None stands for all
+# there are, whatever is free or native, the published setting, or nowhere.
 MEASURED = {"device": None, "dtype": None, "memory": None, "rounds": 3, "set": ()}
 ON_CPU = {"sizes": ["300M"], "variants": ["kqv", "kv", "gqa", "qmqa"]}  # takes minutes
 DEFAULTS = {

@@ -464,7 +464,7 @@ def find_tokenizer(argument, path, recorded, val_data, train_data):
     """The tokenizer of a checkpoint's training data; InputError where the validation data has another one.
 
     `recorded` is what the checkpoint says of it, see identity(); None in the released ones, which do not say.
-    Without --tokenizer it is the one stored beside the data, or else the one the checkpoint names, or GPT-2's.
+    Without --tokenizer it is the one stored beside the data, or the one the checkpoint names, or GPT-2's.
     """
     validation = stored_tokenizer(val_data) if val_data else None
     training = None
@@ -524,7 +524,7 @@ loaded_once = cache(load_tokenizer)  # for several checkpoints
 
 
 def open_tasks(names, include_path, num_fewshot, n_positions):
-    """A TaskManager that knows all names; InputError for a task that is unknown, has no data or cannot run."""
+    """A TaskManager that knows all names; InputError for a task that is unknown, lacks data or cannot run."""
     manager = find_tasks(names, include_path)
     for name in names:
         try:
@@ -658,7 +658,7 @@ def check_options(options, device):
 
 
 def check_writable(path):
-    """InputError where the report could not be written, so that it is said now and not after hours of work."""
+    """InputError where the report could not be written, said now and not after hours of work."""
     if not path.parent.is_dir():
         raise InputError(f"--output_path {path}: there is no such folder")
     if path.is_dir():

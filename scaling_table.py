@@ -45,7 +45,7 @@ from results_table import (
 # What differs over the grid. A run starts from a file of initial weights, which its seed determines.
 SWEPT = {"learning_rate", "min_lr", "warmup_steps", "target_tokens", "rows a step", "init_from"}
 RESAMPLES = 10_000
-# The verdict on whether the gap widens: from 5 to 80 tokens for each parameter, with three seeds at both ends.
+# The verdict on whether the gap widens from 5 to 80 tokens a parameter takes three seeds at both ends.
 ENDS = (5, 80)
 SEEDS_TO_DECIDE = 3
 MATTERS = 0.005  # nats, half a percent of perplexity
@@ -78,7 +78,7 @@ class Cell:
         return self.tokens / self.parameters
 
     def best_rate(self, alias):
-        """The rate of the lowest mean text loss, over the seeds that all rates have; None without such seeds."""
+        """The rate of lowest mean text loss over the seeds that all rates have; None without such seeds."""
         rates = self.runs.get(alias)
         seeds = set.intersection(*map(set, rates.values())) if rates else ()
         if not seeds:
@@ -141,7 +141,7 @@ def studies(runs):
 
 
 def unvaried(run):
-    """The settings that all runs of a grid share; those that follow from the swept ones, as shares of them."""
+    """The settings that all runs of a grid share; what follows from the swept ones, as a share of them."""
     c = run.config
     settings = {key: value for key, value in run.setup.items() if key not in SWEPT}
     return settings | {
@@ -258,7 +258,7 @@ def verdict(record):
 def tokens_for(loss, curve):
     """The tokens after which QKV reaches a loss, by a curve of (tokens, loss) points.
 
-    The points are joined by straight lines in the logarithms, and the first and the last line go on beyond the
+    The points are joined by straight lines in the logarithms, and the first and last line go on beyond the
     ends. None where there is no line, or it does not fall.
     """
     curve = sorted(curve)
