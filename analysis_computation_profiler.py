@@ -5,22 +5,26 @@
     python analysis_computation_profiler.py --measure --variants kqv kv gqa --contexts 2048 8192 --batches 1 8
     python analysis_computation_profiler.py --measure train --sizes 300M --format csv > train.csv
 
-Without --measure no model is run: PyTorch's meta device knows shapes alone. A forward pass of one sequence
-has three accounts: the closed formula; fvcore's MACs, which equal it; torch.profiler's FLOPs, which are
-2 x MACs and the element-wise work that is itemised. Where they disagree, the exit status is 1. An analysis of
-all variants writes comprehensive_flop_analysis_<size>.json, that of 300M unless --sizes says otherwise.
+Without --measure no model runs: PyTorch's meta device knows shapes alone. A forward pass of one sequence is
+accounted for three times: by the closed formula; by fvcore's MACs, which equal it; and by torch.profiler's
+FLOPs, which are 2 x MACs plus the element-wise work that is itemised. If the three disagree, the exit status
+is 1. An analysis of all variants writes comprehensive_flop_analysis_<size>.json, for 300M unless --sizes says
+otherwise.
 
 With --measure the scripts' `generate` fills its KV cache and decodes from it, or the scripts' model trains.
-Weights are random, and positions as many as the longest context needs. The variants take turns, after a
-warm-up round that is not counted. Figures are medians of the rounds (lowest to highest); "vs QKV" compares
-the turns of one round.
+Weights are random, and there are as many positions as the longest context needs. The variants take turns,
+after a warm-up round that does not count. Figures are medians over the rounds (lowest to highest); "vs QKV"
+compares the turns of one round.
 
-    peak memory   of weights and run together; on a CPU resident memory, where Linux tells it
-    roofline      the decode rate if a step only took reading the weights and the cache, at the read bandwidth
+    peak memory   of weights and run together; on a CPU resident memory, which only Linux tells
+    roofline      the decode rate if a step took no longer than reading the weights and the cache
     mfu           (6 N + 12 L d T) FLOPs a token, as a share of the GPU's dense bf16 peak
     published     Tables 14 and 15: 1.2B in bf16 on an A100
 
 GB are 10^9 bytes, GiB 2^30.
+
+Contents: variants, accounts, measurement (the machine, decoding, training, turns and rounds), printing,
+figures, command line.
 """
 
 import argparse
@@ -51,51 +55,41 @@ from unittest.mock import patch
 import psutil
 import torch
 import yaml
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from dataset_download import InputError, write_atomically
+from dataset_download import InputError, Parser, write_atomically, write_text
 
 ROOT = Path(__file__).resolve().parent
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that, torch.profiler reports its every start and stop
 
 VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
 SIZES = ("300M", "1.2B")
-PERPLEXITY = {size: {} for size in SIZES}  # published, by size and alias
-for alias, row in VARIANTS.items():
-    for size, perplexity in row["published"].get("perplexity", {}).items():
-        PERPLEXITY[size][alias] = perplexity
 LOOKS = {alias: tuple(row["look"]) for alias, row in VARIANTS.items()}  # a colour and a marker in figures
 
 SEQUENCE_LENGTHS = (128, 512, 1024, 2048)
 PAPER_CONTEXTS = (2_048, 32_000, 128_000)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 READ_BYTES = 2**29  # far beyond every processor's cache
 
-# Options of each kind of run, and their defaults. None: all there are, what is free or native, as published.
-ACCOUNTS = {
-    "sizes": None, "variants": None, "contexts": PAPER_CONTEXTS, "memory": 40 * 10**9, "output_dir": Path(),
+
+# -----------------------------------------------------------------------------
+# Variants
+
+MODULES = {  # the part of a model that each of its modules counts towards, named as in the released JSON
+    "wte": "embedding", "wpe": "embedding", "attn": "attention", "mlp": "mlp",
+    "ln_1": "layernorm", "ln_2": "layernorm", "ln_f": "layernorm",
 }  # fmt: skip
-ANY = {"device": None, "dtype": None, "memory": None, "variants": None, "rounds": 3, "set": ()}
-ON_CPU = ANY | {"sizes": ["300M"], "variants": ["kqv", "kv", "gqa", "qmqa"]}
-ON_GPU_DECODE = {"sizes": ["1.2B"], "contexts": [2_048, 8_192, 32_000], "batches": [1, 8], "steps": 128}
-ON_CPU_TRAIN = {"micro_batch_size": 1, "seq_length": 256, "accumulation": 1, "steps": 1, "compile": False}
-ON_GPU_TRAIN = {"micro_batch_size": None, "seq_length": None, "accumulation": 8, "steps": 3, "compile": True}
-MEASURED = {
-    ("decode", "cpu"): ON_CPU | {"contexts": [512, 2_048], "batches": [1], "steps": 32},
-    ("decode", "cuda"): ANY | ON_GPU_DECODE,
-    ("train", "cpu"): ON_CPU | ON_CPU_TRAIN,
-    ("train", "cuda"): ANY | {"sizes": ["300M"]} | ON_GPU_TRAIN,
-}
 
 
 class Variant:
     """A variant at one size: its row of configs/variants.yaml, its training script and its ModelConfig.
 
-    `settings` replace fields of configs/model_config_<size>.yaml. InputError if the parts do not go together.
+    `settings` replace fields of configs/model_config_<size>.yaml. InputError where the variant has no model
+    of that size, or the script rejects a setting.
     """
 
     def __init__(self, alias, size, **settings):
@@ -112,8 +106,8 @@ class Variant:
             raise InputError(str(error)) from error
         groups = self.config.n_kv_groups
         self.paper = f"{self.row['paper']}-{groups}" if groups and groups > 1 else self.row["paper"]
-        self.key = self.row["published"].get("release_name", self.paper)  # in the JSON
-        self.label = {"size": size, "variant": self.paper, "alias": alias}  # of a record
+        self.key = self.row["published"].get("release_name", self.paper)  # its key in the JSON
+        self.label = {"size": size, "variant": self.paper, "alias": alias}  # the first fields of its records
         if changes:
             self.label["set"] = " ".join(changes)
 
@@ -125,37 +119,46 @@ class Variant:
 
     @cached_property
     def parameters(self):
-        """Parameters by part, named as in the released JSON; the tied output embedding counts once."""
-        modules = {"embedding": "wte wpe", "attention": "attn", "mlp": "mlp", "layernorm": "ln_1 ln_2 ln_f"}
-        counts = dict.fromkeys(("total", "trainable", *modules), 0)
+        """Parameters by part; the output embedding is tied to the input's and counts once."""
+        counts = dict.fromkeys(("total", "trainable", *MODULES.values()), 0)
         for name, parameter in self.build().named_parameters():
             counts["total"] += parameter.numel()
-            counts["trainable"] += parameter.numel() * parameter.requires_grad
-            for part, names in modules.items():
-                counts[part] += parameter.numel() * bool(set(names.split()) & set(name.split(".")))
+            if parameter.requires_grad:
+                counts["trainable"] += parameter.numel()
+            for module in name.split("."):
+                if module in MODULES:
+                    counts[MODULES[module]] += parameter.numel()
         return counts
 
     @property
     def kv_width(self):
-        """Numbers in the keys, or in the values, of one token in one layer."""
+        """How many numbers the keys of one token take up in one layer; as many as the values."""
         return (self.config.n_kv_groups or self.config.n_head) * (self.config.n_embd // self.config.n_head)
 
     def cache_bytes(self, tokens=1, itemsize=2):
-        """The KV cache of so many tokens of one sequence, by formula; an itemsize of 2 is bf16."""
+        """Bytes of the KV cache for so many tokens of one sequence, by formula; an itemsize of 2 is bf16."""
         return tokens * self.config.n_layer * len(self.row["cached"]) * self.kv_width * itemsize
 
     def published(self, figure):
-        """A figure of configs/variants.yaml for a model as published; None where there is none."""
+        """A figure of the paper, from configs/variants.yaml; None without one, or with changed settings."""
         return None if "set" in self.label else self.row["published"].get(figure, {}).get(self.size)
 
 
 def chosen(sizes, aliases, settings):
-    """Lists of Variants by size; None stands for all there are. InputError for one that there is not."""
+    """{size: its Variants}, where None stands for all.
+
+    InputError for a model that is asked for by both size and alias, and does not exist.
+    """
     variants = {}
     for size in sizes or SIZES:
-        has = [alias for alias, row in VARIANTS.items() if size in row["script"] or (sizes and aliases)]
-        variants[size] = [Variant(alias, size, **settings) for alias in has if alias in (aliases or has)]
-    return {size: of_size for size, of_size in variants.items() if of_size}
+        of_size = []
+        for alias, row in VARIANTS.items():
+            exists = size in row["script"] or (sizes and aliases)  # if not, Variant says so
+            if exists and alias in (aliases or VARIANTS):
+                of_size.append(Variant(alias, size, **settings))
+        if of_size:
+            variants[size] = of_size
+    return variants
 
 
 # -----------------------------------------------------------------------------
@@ -185,7 +188,7 @@ def theoretical_macs(variant, T):
 
 
 def elementwise_flops(variant, T):
-    """What torch.profiler counts beside matrix products, one FLOP a number: scaled scores, and additions."""
+    """What torch.profiler counts besides matrix products, at one FLOP a number: scaled scores, additions."""
     c = variant.config
     items = {
         "score_scaling": c.n_layer * c.n_head * T * T,
@@ -225,9 +228,9 @@ def fvcore_macs(model, input_ids):
 def profiled_flops(model, input_ids):
     """torch.profiler's FLOPs of a forward pass, by operator.
 
-    The profiler goes by shapes, so the meta device will do. But there some kernels are written in Python and
-    call further operators, which run on no real device. So an operator counts if the model called it, or one
-    of the two that PyTorch composes of others on every device.
+    The profiler goes by shapes, so the meta device will do. Some of that device's kernels are written in
+    Python, though, and call further operators that no real device runs. So an operator counts only if the
+    model called it, or if linear or matmul did, which PyTorch composes of other operators on every device.
     """
     with (
         torch.no_grad(),
@@ -245,7 +248,7 @@ def profiled_flops(model, input_ids):
 
 
 def forward_account(variant, model, T):
-    """The three accounts of one forward pass of T tokens, as they stand in the JSON."""
+    """The three accounts of one forward pass of T tokens, in the form of the JSON."""
     input_ids = torch.zeros(1, T, dtype=torch.int64, device=model.wte.weight.device)
     macs = theoretical_macs(variant, T)
     with counting(variant.script):
@@ -264,7 +267,7 @@ def forward_account(variant, model, T):
 
 
 def cache_account(variant, contexts):
-    """The KV cache of one sequence in bf16, by context, and what it saves against K and V of every head."""
+    """The KV cache of one sequence in bf16, by context, and its saving over caching K and V of every head."""
     c = variant.config
     by_context = {}
     for context in contexts:
@@ -283,7 +286,7 @@ def cache_account(variant, contexts):
 def analyse(alias, size):
     """A variant's entry in comprehensive_flop_analysis_<size>.json: the release's fields, ours beside them.
 
-    `ratio` is FLOPs over 2 x MACs, and `overhead_percent` what it exceeds 1 by.
+    `ratio` is FLOPs over 2 x MACs, and `overhead_percent` is how far it exceeds 1.
     """
     variant = Variant(alias, size)
     model = variant.build()
@@ -298,12 +301,12 @@ def analyse(alias, size):
 
 
 def sequences_that_fit(variant, context, memory):
-    """How many caches of `context` tokens fit into `memory` bytes beside the weights, all in bf16."""
+    """How many caches of `context` tokens fit into `memory` bytes next to the weights, all in bf16."""
     return max(0, memory - 2 * variant.parameters["total"]) // variant.cache_bytes(context)
 
 
 def account_records(variant, entry, contexts, memory):
-    """An entry as flat records, by their table; `unexplained` is what the three accounts leave open."""
+    """{table: flat records} of an entry; `unexplained` is how far its three accounts disagree."""
     compute = []
     for T, forward in entry["analysis_by_seq_len"].items():
         macs, flops = forward["theoretical_macs"]["total"], forward["actual_flops"]["total_flops"]
@@ -326,10 +329,11 @@ def account_records(variant, entry, contexts, memory):
 
 
 def add_change(records, key, name):
-    """Give each record the change of `key` against QKV's of the same size and T, in percent."""
+    """Give each record, under `name`, the change of `key` against QKV at the same size and T, in percent."""
     qkv = {(record["size"], record.get("T")): record[key] for record in records if record["alias"] == "kqv"}
     for record in records:
-        if reference := qkv.get((record["size"], record.get("T"))):
+        reference = qkv.get((record["size"], record.get("T")))
+        if reference:
             record[name] = 100 * (record[key] / reference - 1)
 
 
@@ -346,26 +350,25 @@ class Machine:
     bandwidth: float
 
 
-def processor():
-    """What the machine calls its processor."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    return names[0] if names else platform.processor()
+def cpu_info():
+    """What Linux says of its processors; empty elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def device_name(device):
-    """What the device is called, and for a CPU the threads in use."""
+    """The device's name, and for a CPU the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor()}, threads: {torch.get_num_threads()}"
+    names = re.findall(r"^model name\s*: (.*)$", cpu_info(), re.MULTILINE)
+    return f"{names[0] if names else platform.processor()}, threads: {torch.get_num_threads()}"
 
 
 def bf16_is_native(device):
     """Whether the device computes in bf16; one that emulates it is faster in fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    info = Path("/proc/cpuinfo")
-    return info.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", info.read_text()))
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info()))
 
 
 def mark(device):
@@ -378,7 +381,7 @@ def mark(device):
 
 
 def seconds(start, end):
-    """Between two marks; waits for the work before the second."""
+    """Seconds between two marks; waits for the work before the second."""
     if isinstance(end, float):
         return end - start
     end.synchronize()
@@ -386,7 +389,7 @@ def seconds(start, end):
 
 
 def read_bandwidth(device, repeats=5):
-    """Bytes a second of the fastest of some passes over a large matrix that write next to nothing."""
+    """Bytes a second of the fastest of several passes over a large matrix, which write next to nothing."""
     matrix = torch.ones(1024, READ_BYTES // 4096, device=device)
     row = torch.ones(1, 1024, device=device)
     times = []
@@ -404,7 +407,7 @@ def free_memory(device):
 
 
 def release_memory(device):
-    """Give freed memory back to the system; the next model would hide in what is kept."""
+    """Give freed memory back to the system; otherwise the next model would reuse it, and show no rise."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -413,15 +416,16 @@ def release_memory(device):
 
 
 class PeakMemory:
-    """How far the memory in use rises above where it stood when this was made."""
+    """The highest rise of the memory in use above where it stood when this object was made."""
 
     def __init__(self, device):
         release_memory(device)
-        self.device, self.cuda = device, device.type == "cuda"
+        self.device = device
+        self.cuda = device.type == "cuda"
         self.before = torch.cuda.memory_allocated(device) if self.cuda else psutil.Process().memory_info().rss
 
     def restart(self):
-        """Forget the peak so far: of building a model in fp32 and casting it, say."""
+        """Forget the peak so far, such as that of building a model in fp32 and casting it."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
@@ -429,13 +433,13 @@ class PeakMemory:
                 Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
 
     def read(self):
-        """The rise in bytes; None outside Linux, where a peak cannot be restarted (and psutil knows none)."""
+        """The rise in bytes; None outside Linux, where a peak cannot be restarted."""
         if self.cuda:
             return torch.cuda.max_memory_allocated(self.device) - self.before
         status = Path("/proc/self/status")
-        peak = (
-            re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE) if status.exists() else None
-        )
+        if not status.exists():
+            return None
+        peak = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)  # psutil has no peak
         return int(peak[1]) * 1024 - self.before if peak else None
 
 
@@ -445,8 +449,10 @@ class PeakMemory:
 
 @contextlib.contextmanager
 def observed(model, device):
-    """Two lists that fill as `generate` goes: a mark at the start of each forward pass, and its cache."""
-    marks, caches, forward = [], [], model.hidden_states
+    """Two lists that fill as `generate` runs: a mark at the start of each forward pass, and its cache."""
+    marks = []
+    caches = []
+    forward = model.hidden_states
 
     def hidden_states(input_ids, cache=None):
         marks.append(mark(device))
@@ -458,7 +464,7 @@ def observed(model, device):
 
 
 def allocated(cache):
-    """Bytes of the distinct storages behind a KV cache: a tensor held twice counts once, padding counts."""
+    """Bytes of the storages behind a KV cache: a tensor held twice counts once, unused space counts."""
     storages = {}
     for layer in cache.layers:
         for tensor in layer:
@@ -474,7 +480,8 @@ def step_bytes(variant, context, batch, itemsize):
 
 def decode_turn(variant, machine, context, batch, steps):
     """One `generate` of the script's model: the prompt and a token, then `steps` tokens from the cache."""
-    device, peak = machine.device, PeakMemory(machine.device)
+    device = machine.device
+    peak = PeakMemory(device)
     n_positions = max(variant.config.n_positions, context + steps + 1)
     model = variant.build(device, machine.dtype, n_positions=n_positions)
     prompt = torch.randint(variant.config.vocab_size, (batch, context), device=device)
@@ -482,6 +489,7 @@ def decode_turn(variant, machine, context, batch, steps):
     with observed(model, device) as (marks, caches):
         model.generate(prompt, steps + 1, temperature=0)
         end = mark(device)
+
     # On average a step reads the prompt and half of what is decoded.
     read = step_bytes(variant, context + steps / 2, batch, machine.dtype.itemsize)
     return {
@@ -497,17 +505,20 @@ def decode_turn(variant, machine, context, batch, steps):
 
 def decode_needs(variant, machine, context, batch, steps):
     """An estimate of a decode turn's peak in bytes: weights, cache, and one layer's work on the prompt."""
-    c, itemsize, length = variant.config, machine.dtype.itemsize, context + steps + 1
+    c = variant.config
+    itemsize = machine.dtype.itemsize
+    length = context + steps + 1
     parameters = variant.parameters["total"] + max(0, length - c.n_positions) * c.n_embd
-    on_cpu = machine.device.type == "cpu"
-    head = c.vocab_size * c.n_embd * itemsize if on_cpu and itemsize == 4 else 0  # generate's copy of wte
     layer = batch * context * (6 * c.n_embd + 2 * c.n_inner) * itemsize
-    run = parameters * itemsize + head + layer + batch * variant.cache_bytes(length, itemsize)
-    return int(1.05 * max(run, 4 * parameters))  # it is built in fp32; and 3 % more than the sum was seen
+    run = parameters * itemsize + layer + batch * variant.cache_bytes(length, itemsize)
+    if machine.device.type == "cpu" and machine.dtype == torch.float32:
+        run += c.vocab_size * c.n_embd * itemsize  # there, generate copies wte
+    # A model is built in fp32 and then cast. Measured peaks exceeded this sum by up to 3 %.
+    return int(1.05 * max(run, 4 * parameters))
 
 
 def decode_record(variant, machine, point, ours, qkvs):
-    """What the decode turns of a variant come to, beside QKV's of the same rounds where there are any."""
+    """A variant's record from its decode turns, and from QKV's of the same rounds (None without QKV)."""
     record = {key: ours[0][key] for key in ("n_positions", "cache_bytes", "formula_bytes")}
     record |= spreads(("peak_bytes", "prefill", "decode", "roofline"), ours, qkvs)
     record["of_roofline"] = 100 * record["decode"] / record["roofline"]
@@ -519,8 +530,10 @@ def decode_record(variant, machine, point, ours, qkvs):
 
 def decode_points(options, size):
     """The keyword arguments of every decode_turn."""
-    places = product(options.contexts, options.batches)
-    return [{"context": context, "batch": batch, "steps": options.steps} for context, batch in places]
+    points = []
+    for context, batch in product(options.contexts, options.batches):
+        points.append({"context": context, "batch": batch, "steps": options.steps})
+    return points
 
 
 # -----------------------------------------------------------------------------
@@ -529,10 +542,11 @@ def decode_points(options, size):
 
 def train_turn(variant, machine, micro_batch_size, seq_length, accumulation, steps, compile):
     """Updates of the script's model as it trains: autocast, clipped gradients, fused AdamW."""
-    device, peak = machine.device, PeakMemory(machine.device)
+    device = machine.device
+    peak = PeakMemory(device)
     model = variant.build(device, n_positions=max(variant.config.n_positions, seq_length)).train()
     if compile:
-        torch.compiler.reset()  # what was compiled for the last model is of no use to this one
+        torch.compiler.reset()  # forget what was compiled for the last model
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch = torch.randint(variant.config.vocab_size, (micro_batch_size, seq_length), device=device)
@@ -557,14 +571,15 @@ def train_turn(variant, machine, micro_batch_size, seq_length, accumulation, ste
 
 def train_needs(variant, machine, micro_batch_size, seq_length, **_):
     """An estimate of a training turn's peak: 16 bytes a parameter, fp32 activations, a chunk of logits."""
-    c, tokens = variant.config, micro_batch_size * seq_length
+    c = variant.config
+    tokens = micro_batch_size * seq_length
     activations = tokens * c.n_layer * (10 * c.n_embd + 2 * c.n_inner)
     logits = 3 * min(tokens, variant.script.LOSS_CHUNK) * c.vocab_size
     return 16 * variant.parameters["total"] + 4 * (activations + logits)
 
 
 def train_record(variant, machine, point, ours, qkvs):
-    """What the training turns of a variant come to; `mfu` in percent, where the GPU's peak is known."""
+    """As decode_record, for training turns; `mfu` in percent, where the GPU's peak is known."""
     record = spreads(("train", "peak_bytes"), ours, qkvs)
     length = SimpleNamespace(seq_length=point["seq_length"])
     for key, share in variant.script.mfu(variant.build(), length, machine.device, record["train"]).items():
@@ -584,14 +599,14 @@ def train_points(options, size):
 
 
 def spread(key, values):
-    """Median and range of a figure over the rounds, as entries of a record; none if it was not measured."""
-    return (
-        {} if None in values else {key: median(values), f"{key}_low": min(values), f"{key}_high": max(values)}
-    )
+    """Median and range of a figure over the rounds, as fields of a record; none where it was not measured."""
+    if None in values:
+        return {}
+    return {key: median(values), f"{key}_low": min(values), f"{key}_high": max(values)}
 
 
 def spreads(keys, turns, qkvs):
-    """The spread of each figure, and of its change in percent against QKV's turns of the same rounds."""
+    """The spread of each figure, and of its change in percent against QKV's turn in the same round."""
     record = {}
     for key in keys:
         record |= spread(key, [turn[key] for turn in turns])
@@ -602,14 +617,17 @@ def spreads(keys, turns, qkvs):
 
 
 def take_turns(variants, turn, needs, rounds, available, progress):
-    """Results of turn(variant) by alias, a list over the rounds; and the reasons of those that were left out.
+    """({alias: results of turn(variant), round by round}, {alias: why it was left out}).
 
-    Every round goes through all variants, so that what else the machine does falls on all of them. The first
-    is the warm-up. A variant is left out where needs(variant) bytes are more than are available.
+    Every round goes through all variants, so that whatever else the machine does affects them alike. The
+    first round warms up and does not count. A variant is left out if it needs(variant) more bytes than are
+    available, or runs out of memory all the same.
     """
-    results, skipped = {variant.alias: [] for variant in variants}, {}
+    results = {variant.alias: [] for variant in variants}
+    skipped = {}
     for variant in variants:
-        if (needed := needs(variant)) > available:
+        needed = needs(variant)
+        if needed > available:
             reason = f"needs about {needed / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are available"
             skipped[variant.alias] = reason
     for number, variant in product(range(rounds + 1), variants):
@@ -621,7 +639,8 @@ def take_turns(variants, turn, needs, rounds, available, progress):
         except torch.OutOfMemoryError:
             skipped[variant.alias] = "out of memory"
         else:
-            results[variant.alias] += [result] if number else []
+            if number > 0:
+                results[variant.alias].append(result)
     return {alias: turns for alias, turns in results.items() if alias not in skipped}, skipped
 
 
@@ -631,37 +650,58 @@ MEASUREMENTS = {
 }
 
 
+def measure_point(variants, machine, point, options, bar):
+    """(records of what was measured, records of what was skipped) with one set of keyword arguments."""
+    _, turn_of, needs_of, record_of = MEASUREMENTS[options.measure]
+    turn = partial(turn_of, machine=machine, **point)
+    needs = partial(needs_of, machine=machine, **point)
+    release_memory(machine.device)
+    available = min(free_memory(machine.device), options.memory or math.inf)
+    results, skipped = take_turns(variants, turn, needs, options.rounds, available, bar.update)
+
+    measured = []
+    left_out = []
+    for variant in variants:
+        record = variant.label | point
+        if variant.alias in skipped:
+            left_out.append(record | {"place": described(point), "reason": skipped[variant.alias]})
+        else:
+            turns = results[variant.alias]
+            measured.append(record | record_of(variant, machine, point, turns, results.get("kqv")))
+    return measured, left_out
+
+
+def described(point):
+    return ", ".join(f"{key} {value}" for key, value in point.items())
+
+
 def measure(variants, options):
     """Records of what was measured, of what was skipped, and of the machine."""
-    points_of, turn, needs, record_of = MEASUREMENTS[options.measure]
+    points_of, *_ = MEASUREMENTS[options.measure]
     machine = Machine(options.device, DTYPES[options.dtype], read_bandwidth(options.device))
     points = [(size, point) for size in variants for point in points_of(options, size)]
-    total = (options.rounds + 1) * sum(len(variants[size]) for size, _ in points)
-    measured, left_out = [], []
-    with tqdm(total=total, unit="turn", disable=None) as bar:
+    turns = (options.rounds + 1) * sum(len(variants[size]) for size, _ in points)
+
+    measured = []
+    left_out = []
+    with tqdm(total=turns, unit="turn", disable=None) as bar:
         for size, point in points:
-            place = ", ".join(f"{key} {value}" for key, value in point.items())
-            bar.set_description(f"{size}, {place}")
-            release_memory(machine.device)
-            available = min(free_memory(machine.device), options.memory or math.inf)
-            at_point = (partial(function, machine=machine, **point) for function in (turn, needs))
-            results, skipped = take_turns(variants[size], *at_point, options.rounds, available, bar.update)
-            for variant in variants[size]:
-                if reason := skipped.get(variant.alias):
-                    left_out.append(variant.label | point | {"place": place, "reason": reason})
-                else:
-                    ours, qkvs = results[variant.alias], results.get("kqv")
-                    measured.append(variant.label | point | record_of(variant, machine, point, ours, qkvs))
+            bar.set_description(f"{size}, {described(point)}")
+            records, skipped = measure_point(variants[size], machine, point, options, bar)
+            measured += records
+            left_out += skipped
     about = {
-        "device": device_name(machine.device), "torch": torch.__version__, "dtype": options.dtype,
-        "rounds": options.rounds, "read_bandwidth": machine.bandwidth,
-    }  # fmt: skip
+        "device": device_name(machine.device),
+        "torch": torch.__version__,
+        "dtype": options.dtype,
+        "rounds": options.rounds,
+        "read_bandwidth": machine.bandwidth,
+    }
     return {"machine": [about], options.measure: measured, "skipped": left_out}
 
 
 # -----------------------------------------------------------------------------
 # Printing
-
 
 integer = "{:,.0f}".format
 percent = "{:.1f} %".format
@@ -669,18 +709,21 @@ change = "{:+.1f} %".format
 
 
 def amount(value):
+    """Two decimals, and three digits below 1."""
     return f"{value:,.2f}" if value >= 1 else f"{value:#.3g}"
 
 
 def giga(value):
+    """Bytes as GB."""
     return amount(value / 1e9)
 
 
 def rate(value):
+    """A decimal below 1,000, none above."""
     return f"{value:,.1f}" if value < 1000 else integer(value)
 
 
-# Views: a title, and columns of a header, the key in the record, and how a value is written.
+# Each kind of record has views: a title, and columns of a header, the key in the record, and how to write it.
 NAME, TOKENS = ("", "variant", str), ("tokens", "context", integer)
 VIEWS = {
     "parameters": [("Parameters at {size}; the paper's Table 5 is of 300M", [
@@ -731,11 +774,30 @@ VIEWS = {
 
 
 def cell(record, key, write):
-    """The text of a value, with its range where it has one."""
+    """The text of a value, with its range where it has one; empty where the record has no such value."""
     if record.get(key) is None:
         return ""
+    text = write(record[key])
     low, high = record.get(f"{key}_low"), record.get(f"{key}_high")
-    return write(record[key]) + (f" ({write(low)} to {write(high)})" if low != high else "")
+    return text if low == high else f"{text} ({write(low)} to {write(high)})"
+
+
+def view(columns, records, style):
+    """A table of records, without columns that are empty throughout, such as a GPU's figures on a CPU."""
+    filled = []
+    for header, key, write in columns:
+        cells = [cell(record, key, write) for record in records]
+        if any(cells):
+            filled.append((header, cells))
+    headers = [header for header, _ in filled]
+    rows = zip(*(cells for _, cells in filled), strict=True)
+    return grid(headers, rows, style)
+
+
+def grid(headers, rows, style):
+    """A table in one of tabulate's styles: the first column to the left, the others to the right."""
+    alignment = ["left"] + ["right"] * (len(headers) - 1)
+    return tabulate(rows, headers, style, colalign=alignment, disable_numparse=True)
 
 
 def model_of(record):
@@ -743,43 +805,46 @@ def model_of(record):
     return " with ".join(record[key] for key in ("size", "set") if key in record)
 
 
-def as_tables(records, title_format, layout):
-    """Every view that there are records for, size by size: the first column to the left, others to the right.
-
-    A column that says nothing is left out: what was published where nothing was, a GPU's figures on a CPU.
-    """
+def as_tables(records, heading, style):
+    """Every view of the records, model by model, each under its title."""
     blocks = []
     for name, of_name in records.items():
-        for model in dict.fromkeys(map(model_of, of_name)):
+        for model in dict.fromkeys(model_of(record) for record in of_name):
             of_model = [record for record in of_name if model_of(record) == model]
             for title, columns in VIEWS[name]:
-                said = [column for column in columns if any(cell(record, *column[1:]) for record in of_model)]
-                rows = [[cell(record, key, write) for _, key, write in said] for record in of_model]
-                headers = [header for header, _, _ in said]
-                alignment = ["left"] + ["right"] * (len(headers) - 1)
-                table = tabulate(rows, headers, layout, colalign=alignment, disable_numparse=True)
-                blocks.append(f"{title_format.format(title.format(size=model))}\n\n{table}\n")
-    return "\n".join(blocks)
+                blocks.append(heading + title.format(size=model))
+                blocks.append(view(columns, of_model, style))
+    return "\n\n".join(blocks) + "\n"
 
 
 def as_csv(records):
     """One sheet of all records, unrounded; `table` says where a record belongs, what it lacks is empty."""
-    rows = [{"table": name} | record for name, of_name in records.items() for record in of_name]
+    return sheet([{"table": name} | record for name, of_name in records.items() for record in of_name])
+
+
+def sheet(rows):
+    """Records as comma-separated values; a list is written as its items."""
     file = io.StringIO()
     writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        lists = {key: listed(value) for key, value in row.items() if isinstance(value, list)}
+        writer.writerow(row | lists)
     return file.getvalue()
+
+
+def listed(values):
+    return ", ".join(map(str, values))
 
 
 def as_json(records):
     """What there is, unrounded: lists of records by table, or the entries of a size by variant."""
-    return json.dumps(records, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(records, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 FORMATS = {
-    "table": partial(as_tables, title_format="{}", layout="simple"),
-    "markdown": partial(as_tables, title_format="### {}", layout="pipe"),
+    "table": partial(as_tables, heading="", style="simple"),
+    "markdown": partial(as_tables, heading="### ", style="pipe"),
     "json": as_json,
     "csv": as_csv,
 }
@@ -802,46 +867,59 @@ def panels(titles):
     return figure, axes
 
 
+def save_figure(path, figure):
+    write_atomically(path, partial(figure.savefig, format="png"))
+
+
 def context_axis(ax, contexts):
+    """A logarithmic x axis with a tick at each context."""
     ax.set_xscale("log", base=2)
     ax.set_xticks(contexts, [integer(context) for context in contexts], rotation=30)
     ax.minorticks_off()
     ax.set_xlabel("context, tokens")
 
 
-def pareto_figure(path, variants):
-    """Published perplexity against the saved part of the KV cache.
+def pareto_front(points):
+    """The (cost, loss) points that no other beats in one without losing in the other, by rising cost."""
+    front = []
+    for cost, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((cost, loss))
+    return front
 
-    The line joins those that no other beats in one without losing in the other. A perplexity far above the
-    others is drawn at the upper edge, with its value.
+
+def pareto_figure(path, variants):
+    """Published perplexity against the saved part of the KV cache, with a line through the Pareto front.
+
+    A perplexity far above the others is drawn at the upper edge, with its value.
     """
     figure, axes = panels(list(variants))
-    for ax, (size, of_size) in zip(axes, variants.items(), strict=True):
-        of_size = [variant for variant in of_size if variant.alias in PERPLEXITY[size]]
+    for ax, of_size in zip(axes, variants.values(), strict=True):
+        of_size = [variant for variant in of_size if variant.published("perplexity")]
         if not of_size:
             continue
-        saved = {v.alias: 100 / (100 - cache_account(v, [])["reduction_percent"]) for v in of_size}
-        points = {alias: (factor, PERPLEXITY[size][alias]) for alias, factor in saved.items()}
-        edge = 1.08 * min(perplexity for _, perplexity in points.values())
-        front, lowest = [], math.inf
-        for factor, perplexity in sorted(points.values(), key=lambda point: (-point[0], point[1])):
-            if perplexity < lowest:
-                front.append((factor, perplexity))
-                lowest = perplexity
-        ax.plot(*zip(*front, strict=True), color="0.7", zorder=1)
+        points = {}
         for variant in of_size:
-            (factor, perplexity), (colour, marker) = points[variant.alias], LOOKS[variant.alias]
+            kept = 1 - cache_account(variant, [])["reduction_percent"] / 100
+            points[variant.alias] = kept, variant.published("perplexity")
+        ax.plot(*zip(*pareto_front(points.values()), strict=True), color="0.7", zorder=1)
+
+        edge = 1.08 * min(perplexity for _, perplexity in points.values())
+        for variant in of_size:
+            kept, perplexity = points[variant.alias]
+            colour, marker = LOOKS[variant.alias]
             label = variant.paper if perplexity <= edge else f"{variant.paper}: {perplexity:g} ↑"
-            ax.scatter(factor, min(perplexity, edge), s=70, color=colour, marker=marker, zorder=2)
-            ax.annotate(label, (factor, min(perplexity, edge)), (7, -13), textcoords="offset points")
-        factors = [2**i for i in range(7)]
+            ax.scatter(kept, min(perplexity, edge), s=70, color=colour, marker=marker, zorder=2)
+            ax.annotate(label, (kept, min(perplexity, edge)), (7, -13), textcoords="offset points")
+
+        ticks = [0.5**i for i in range(7)]
         ax.set_xscale("log", base=2)
-        ax.set_xticks(factors, [f"{100 - 100 / factor:.3g} %" for factor in factors])
-        ax.set_xlim(0.85, 128)
+        ax.set_xticks(ticks, [f"{100 - 100 * kept:.3g} %" for kept in ticks])
+        ax.set_xlim(1 / 0.85, 1 / 128)
         ax.margins(y=0.1)
         ax.set_xlabel("KV cache saved")
         ax.set_ylabel("published validation perplexity")
-    write_atomically(path, partial(figure.savefig, format="png"))
+    save_figure(path, figure)
 
 
 def cache_figure(path, variants, memory):
@@ -852,119 +930,142 @@ def cache_figure(path, variants, memory):
         alike = {}
         for variant in of_size:
             alike.setdefault(variant.cache_bytes(), []).append(variant)
+
         for bytes_per_token, sharing in alike.items():
             colour, marker = LOOKS[sharing[0].alias]
             sizes = [bytes_per_token * context / 1e9 for context in contexts]
             ax.plot(contexts, sizes, color=colour, marker=marker, markersize=5)
             names = ", ".join(variant.paper for variant in sharing)
             ax.annotate(names, (contexts[-1], sizes[-1]), (8, 0), textcoords="offset points", va="center")
+
         ax.axhline(memory / 1e9, color="0.5", linestyle="--")
         ax.annotate(f"{memory / 1e9:g} GB", (contexts[0], memory / 1e9), (0, 4), textcoords="offset points")
         context_axis(ax, contexts)
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.set_ylabel("KV cache of a sequence, GB")
-    write_atomically(path, partial(figure.savefig, format="png"))
+    save_figure(path, figure)
 
 
 def decode_figure(path, records):
     """Measured decode rate against context, medians with their range; a panel for each size and batch."""
-    (machine,), done = records["machine"], records["decode"]
-    places = list(dict.fromkeys((record["size"], record["batch"]) for record in done))
-    figure, axes = panels([f"{size}, batch {batch}, {machine['dtype']}" for size, batch in places])
+    (machine,) = records["machine"]
+    panel_of = {}
+    for record in records["decode"]:
+        panel_of.setdefault((record["size"], record["batch"]), []).append(record)
+    figure, axes = panels([f"{size}, batch {batch}, {machine['dtype']}" for size, batch in panel_of])
     figure.suptitle(machine["device"], fontsize="small")
-    for ax, place in zip(axes, places, strict=True):
-        here = [record for record in done if (record["size"], record["batch"]) == place]
+    for ax, here in zip(axes, panel_of.values(), strict=True):
         for alias, variant in dict.fromkeys((record["alias"], record["variant"]) for record in here):
             line = sorted((r for r in here if r["alias"] == alias), key=lambda r: r["context"])
-            contexts, rates = [r["context"] for r in line], [r["decode"] for r in line]
+            contexts = [r["context"] for r in line]
+            rates = [r["decode"] for r in line]
             below = [r["decode"] - r["decode_low"] for r in line]
             above = [r["decode_high"] - r["decode"] for r in line]
             colour, marker = LOOKS[alias]
-            ax.errorbar(
-                contexts, rates, (below, above), color=colour, marker=marker, capsize=3, label=variant
-            )
+            look = {"color": colour, "marker": marker, "capsize": 3, "label": variant}
+            ax.errorbar(contexts, rates, (below, above), **look)
         context_axis(ax, sorted({record["context"] for record in here}))
         ax.set_ylim(bottom=0)
         ax.set_ylabel("decode, tokens a second")
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    write_atomically(path, partial(figure.savefig, format="png"))
+    save_figure(path, figure)
 
 
 # -----------------------------------------------------------------------------
 # Command line
 
+# The options of each kind of run, with their defaults; those of another kind are refused. None stands for all
+# there are, whatever is free or native, the published setting, or nowhere.
+MEASURED = {"device": None, "dtype": None, "memory": None, "rounds": 3, "set": ()}
+ON_CPU = {"sizes": ["300M"], "variants": ["kqv", "kv", "gqa", "qmqa"]}  # takes minutes
+DEFAULTS = {
+    "accounts": {
+        "sizes": None, "variants": None, "contexts": PAPER_CONTEXTS, "memory": 40 * 10**9,
+        "output_dir": Path(), "figures": None,
+    },
+    ("decode", "cpu"): MEASURED | ON_CPU | {
+        "contexts": [512, 2_048], "batches": [1], "steps": 32, "figures": None,
+    },
+    ("decode", "cuda"): MEASURED | {
+        "sizes": ["1.2B"], "variants": None, "contexts": [2_048, 8_192, 32_000], "batches": [1, 8],
+        "steps": 128, "figures": None,
+    },
+    ("train", "cpu"): MEASURED | ON_CPU | {
+        "micro_batch_size": 1, "seq_length": 256, "accumulation": 1, "steps": 1, "compile": False,
+    },
+    ("train", "cuda"): MEASURED | {
+        "sizes": ["300M"], "variants": None, "micro_batch_size": None, "seq_length": None,
+        "accumulation": 8, "steps": 3, "compile": True,
+    },
+}  # fmt: skip
+
 
 def memory_size(text):
     """Bytes of an amount such as 40GB or 24GiB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
-    if not found or found[2].upper() not in UNITS or not float(found[1]):
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = 0
+    if size < 10**6:  # none, or a number without a unit
         raise argparse.ArgumentTypeError(f"expected an amount such as 40GB or 24GiB, got {text!r}")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(size)
 
 
 def positive(text):
     """A whole number above 0."""
-    if not re.fullmatch(r"[0-9][0-9_]*", text) or not int(text.replace("_", "")):
+    if not text.replace("_", "").isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text.replace("_", ""))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """One line and exit status 2; argparse would print the usage before it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
+    return int(text)
 
 
 def command_line():
-    layout, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s [options]"
-    parser = Parser(prog=Path(__file__).name, usage=usage, description=__doc__, formatter_class=layout)
-    add, aliases = parser.add_argument, ", ".join(VARIANTS)
+    parser = Parser(__file__, __doc__, usage="%(prog)s [options]")
+    add = parser.add_argument
     add("--sizes", nargs="+", choices=SIZES, help="default: both; measured: 300M, 1.2B decoding on CUDA")
-    add(
-        "--variants",
-        nargs="+",
-        choices=VARIANTS,
-        metavar="ALIAS",
-        help=f"{aliases} (default: all; CPU: four)",
-    )
+    aliases = f"{', '.join(VARIANTS)} (default: all; CPU: four)"
+    add("--variants", nargs="+", choices=VARIANTS, metavar="ALIAS", help=aliases)
     add("--contexts", nargs="+", type=positive, metavar="T", help="tokens in the KV cache")
     memory = "for weights and caches, such as 24GiB (default: 40GB); measured: what a run may take"
     add("--memory", type=memory_size, metavar="SIZE", help=memory)
     add("--format", choices=FORMATS, default="table", help="of what is printed")
     add("--output_dir", type=Path, metavar="DIR", help="of the JSON (default: the current folder)")
     add("--figures", type=Path, metavar="DIR", help="write PNG figures there")
+
     add = parser.add_argument_group("measuring").add_argument
     add("--measure", nargs="?", choices=("decode", "train"), const="decode", help="default: decode")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, help="default: bf16 where it is native; training casts to it by autocast")
-    add("--rounds", type=positive, metavar="N", help="turns of each variant, beside the warm-up")
+    add("--rounds", type=positive, metavar="N", help="turns of each variant, besides the warm-up")
     add("--steps", type=positive, metavar="N", help="tokens decoded, or updates made, in a turn")
-    add("--set", nargs="+", metavar="KEY=VALUE", help="in place of what the model's config says")
+    add("--set", nargs="+", metavar="KEY=VALUE", help="fields of the model's config to change")
     add("--batches", nargs="+", type=positive, metavar="B", help="decode: sequences at the same time")
     add("--micro_batch_size", type=positive, metavar="B", help="train: rows in a forward and backward pass")
     add("--seq_length", type=positive, metavar="T", help="train: tokens in a row")
-    add("--accumulation", type=positive, metavar="N", help="train: such passes for one update")
+    add("--accumulation", type=positive, metavar="N", help="train: gradient accumulation steps in an update")
     add("--compile", action=argparse.BooleanOptionalAction, help="train: torch.compile (default: on CUDA)")
     return parser
 
 
 def complete(options):
-    """Fill in the defaults of the kind of run, make its folders; InputError for what does not go with it."""
-    if options.device == "cuda" and not torch.cuda.is_available():
+    """Fill in the defaults of the kind of run, make its folders; InputError for options of another kind."""
+    has_cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not has_cuda:
         raise InputError("--device cuda: PyTorch finds no CUDA device")
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    kind = f"--measure {options.measure}" if options.measure else "a run without --measure"
-    defaults = MEASURED[options.measure, device.type] if options.measure else ACCOUNTS
-    known = {*defaults, "measure", "format"}
-    if options.measure != "train":
-        known.add("figures")
+    device = torch.device(options.device or ("cuda" if has_cuda else "cpu"))
+    if options.measure:
+        kind, defaults = f"--measure {options.measure}", DEFAULTS[options.measure, device.type]
+    else:
+        kind, defaults = "a run without --measure", DEFAULTS["accounts"]
     for name, value in vars(options).items():
         if value is None:
             setattr(options, name, defaults.get(name))
-        elif name not in known:
+        elif name not in {*defaults, "measure", "format"}:
             raise InputError(f"--{name} does not go with {kind}")
-    options.device, options.dtype = device, options.dtype or ("bf16" if bf16_is_native(device) else "fp32")
+    options.device = device
+    options.dtype = options.dtype or ("bf16" if bf16_is_native(device) else "fp32")
+
+    # What would end a run when its work is done ends it here.
     for folder in filter(None, (options.output_dir, options.figures)):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -976,7 +1077,7 @@ def complete(options):
 
 
 def parse_settings(arguments):
-    """KEY=VALUE arguments as a dict of fields of ModelConfig."""
+    """{field of ModelConfig: value} of KEY=VALUE arguments; the training scripts check the values."""
     script = import_module(VARIANTS["kqv"]["script"]["300M"].removesuffix(".py"))
     known = [field.name for field in fields(script.ModelConfig)]
     settings = {}
@@ -984,29 +1085,36 @@ def parse_settings(arguments):
         key, _, value = argument.partition("=")
         if key not in known or not value:
             raise InputError(f"--set {argument}: expected KEY=VALUE with a KEY out of {', '.join(known)}")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {argument}: not a value as in a YAML file") from error
     return settings
 
 
 def run_accounts(options):
     """The records of an analysis without measuring; writes the JSON and the figures."""
     variants = chosen(options.sizes, options.variants, {})
-    to_write = [] if options.variants else options.sizes or SIZES[:1]
     everyone = [variant for of_size in variants.values() for variant in of_size]
     # Tracing and reading traces is Python's work: two processes take half the time.
     with ProcessPoolExecutor(min(2, len(everyone)), get_context("spawn")) as pool:
         entries = pool.map(analyse, [v.alias for v in everyone], [v.size for v in everyone])
         entries = list(tqdm(entries, total=len(everyone), unit="variant", disable=None))
+
     records = {"parameters": [], "compute": [], "kv_cache": []}
+    by_size = {size: {} for size in variants}
     for variant, entry in zip(everyone, entries, strict=True):
+        by_size[variant.size][variant.key] = entry
         for name, rows in account_records(variant, entry, options.contexts, options.memory).items():
             records[name] += rows
     add_change(records["parameters"], "total", "total_vs_qkv")
     add_change(records["compute"], "theoretical_macs", "macs_vs_qkv")
+
+    # A file holds all variants of its size, or is left as it is.
+    to_write = [] if options.variants else options.sizes or ["300M"]
     for size in to_write:
-        whole = {v.key: entry for v, entry in zip(everyone, entries, strict=True) if v.size == size}
-        path, text = options.output_dir / f"comprehensive_flop_analysis_{size}.json", as_json(whole).encode()
-        write_atomically(path, lambda file, text=text: file.write(text))
+        path = options.output_dir / f"comprehensive_flop_analysis_{size}.json"
+        write_text(path, as_json(by_size[size]))
     if options.figures:
         pareto_figure(options.figures / "pareto.png", variants)
         cache_figure(options.figures / "kv_cache.png", variants, options.memory)
@@ -1014,7 +1122,7 @@ def run_accounts(options):
 
 
 def run_measurement(options):
-    """The records of a measurement; draws the decode rates."""
+    """The records of a measurement; writes the figure of the decode rates."""
     records = measure(chosen(options.sizes, options.variants, parse_settings(options.set)), options)
     if options.figures and records["decode"]:
         decode_figure(options.figures / "decode.png", records)

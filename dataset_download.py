@@ -47,6 +47,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -60,6 +61,19 @@ MAX_SKIPPED = 0.01  # of the rows of a split, or of 1,000 while it has had fewer
 
 class InputError(ValueError):
     """Something the user can put right: an argument, a file, a source that cannot be reached."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose --help begins with a script's docstring."""
+
+    def __init__(self, script: str, description: str, **settings):
+        layout = argparse.RawDescriptionHelpFormatter
+        name = Path(script).name
+        super().__init__(prog=name, description=description, formatter_class=layout, **settings)
+
+    def error(self, message: object) -> NoReturn:
+        """Print one line and exit with status 2; argparse would print the usage before it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def warn(text: str) -> None:
@@ -145,6 +159,12 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     if bytes_missing or sorted(ranks.values()) != list(range(len(ranks))):
         raise InputError(f"{path}: the ranks must be 0, 1, 2, ... and cover each of the 256 bytes")
     return ranks
+
+
+def rank_file(ranks: dict[bytes, int]) -> bytes:
+    """The content of a .tiktoken file, as read_ranks reads it."""
+    by_rank = sorted(ranks, key=ranks.__getitem__)
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(by_rank))
 
 
 def gpt2_encoder(encoding) -> Callable[[list[str]], list[np.ndarray]]:
@@ -730,6 +750,11 @@ def write_atomically(path: Path, write: Callable) -> str:
     return digest
 
 
+def write_text(path: Path, text: str) -> str:
+    """As write_atomically, for a text in UTF-8."""
+    return write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_array(path: Path, values: np.ndarray) -> str:
     return write_atomically(path, lambda file: np.save(file, values))
 
@@ -755,15 +780,15 @@ def read_metadata(folder: Path) -> Metadata | None:
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
     done = {"resume"} if metadata.resume is None else None
-    text = metadata.model_dump_json(indent=2, exclude=done) + "\n"
-    write_atomically(folder / "metadata.json", lambda file: file.write(text.encode()))
+    write_text(folder / "metadata.json", metadata.model_dump_json(indent=2, exclude=done) + "\n")
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, metadata: Metadata) -> np.ndarray:
     """Write what bits per byte and decoding need. Returns the bytes of each id, uint16 [vocab_size]."""
-    by_rank = sorted(tokenizer.ranks, key=tokenizer.ranks.__getitem__)
-    lines = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(by_rank))
-    token_bytes = np.array([*map(len, by_rank), 0], np.uint16)
+    lines = rank_file(tokenizer.ranks)
+    token_bytes = np.zeros(tokenizer.eos_id + 1, np.uint16)  # 0 for the end-of-text id
+    for token, rank in tokenizer.ranks.items():
+        token_bytes[rank] = len(token)
     metadata.tokenizer_sha256 = {
         "tokenizer.tiktoken": write_atomically(folder / "tokenizer.tiktoken", lambda file: file.write(lines)),
         "token_bytes.npy": write_array(folder / "token_bytes.npy", token_bytes),
@@ -905,8 +930,7 @@ def check_source_files(output: Path, source: Source, fresh: bool) -> None:
         found[str(file)] = (stat.st_size, stat.st_mtime_ns)
     noted = None if fresh else read_json(path, dict[str, tuple[int, int]])
     if noted is None:
-        text = json.dumps(found, indent=0)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text(path, json.dumps(found, indent=0))
         return
     changed = [name for name in noted.keys() | found.keys() if noted.get(name) != found.get(name)]
     if changed:
@@ -1226,9 +1250,7 @@ def positive_token_count(text: str) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="dataset_download.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__file__, __doc__)
     add = parser.add_argument
     add(
         "--source",

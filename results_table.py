@@ -4,9 +4,9 @@
     python results_table.py outputs_kqv outputs_gqa --format markdown
     python results_table.py outputs_replicate --output_dir results/reduced_scale
 
-A folder of runs is searched one level deep. A table holds runs of one shape and one data protocol; a row,
-those of one variant that differ in the seed alone. A row marked * was trained otherwise than QKV, as the
-lines below the table say.
+A folder of runs is searched one level deep. A table holds runs of one shape and one data protocol; a row of
+it, those of one variant that differ in the seed alone. A row marked * was trained with other settings than
+QKV, which the lines below the table name.
 
     perplexity        of the final evaluation, over all positions, padding included: the paper's protocol. A
                       model that was trained with the padding masked cannot predict it: there it says nothing
@@ -15,20 +15,18 @@ lines below the table say.
     vs QKV            from runs of the same seed, which read the same data in the same order
 
 Incomplete runs are listed below the table and enter no mean. --output_dir writes results_table.md,
-results_table.json, validation_curves.png and pareto.png. Runs over sizes, tokens and rates: scaling_table.py.
+results_table.json, validation_curves.png and pareto.png. For runs over sizes, tokens and learning rates, see
+scaling_table.py.
 
 Contents: reading, comparing, printing, plotting, command line.
 """
 
-import argparse
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import math
 from dataclasses import asdict
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from importlib import import_module
 from itertools import groupby
 from pathlib import Path
@@ -37,25 +35,18 @@ from statistics import fmean
 import numpy as np
 import torch
 import yaml
-from tabulate import tabulate
 
 import analysis_computation_profiler as profiler
 import transformer_KQV_300_M as script  # what the training scripts share
-from analysis_computation_profiler import SIZES, VARIANTS, Variant
-from dataset_download import InputError, write_atomically
+from analysis_computation_profiler import SIZES, VARIANTS, Variant, listed
+from dataset_download import InputError, Parser, write_text
 
-RECORDED = (
-    "variant",
-    "train_data",
-    "val_data",
-    "init_from",
-    "changes",
-)  # in run.yaml and in every checkpoint
+RECORDED = ("variant", "train_data", "val_data", "init_from", "changes")  # in run.yaml and checkpoints
 TABLES = {"300M": ["300M (Table 4)"], "1.2B": ["1.2B (Table 10)"]}
 FIGURES = ("perplexity", "text_perplexity", "loss", "text_loss")  # of an evaluation
 SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
-GROUPED_BY = {*SHAPE, "n_kv_groups", "sequence", "score_padding", "seq_length"}  # or the variant itself
-UNKNOWN = {  # what is said of runs that have not recorded it
+GROUPED_BY = {*SHAPE, "n_kv_groups", "sequence", "score_padding", "seq_length"}  # into tables, or by variant
+NOT_RECORDED = {  # what is said of runs that lack it
     "variant": "Variant taken from the folder's name",
     "train_data": "Training data known by path",
     "val_data": "Validation data known by path",
@@ -75,19 +66,18 @@ def find_runs(paths):
             raise InputError(f"{path}: no runs found, neither a metrics.jsonl nor a folder with one")
         runs += [Run(folder) for folder in folders]
     if not runs:
-        raise InputError(
-            "no runs found: no folder outputs_* with a metrics.jsonl is here; name the runs' folders"
-        )
+        what = "no folder outputs_* with a metrics.jsonl is here; name the runs' folders"
+        raise InputError(f"no runs found: {what}")
     return runs
 
 
 def is_run(folder):
-    """Whether a training script has written into a folder: its log, or a checkpoint whose log is gone."""
+    """Whether a training script has written here: there is its log, or a checkpoint whose log is gone."""
     return (folder / "metrics.jsonl").exists() or bool(script.checkpoints(folder))
 
 
 class Run:
-    """An output folder: its variant and settings, how far it got and what its evaluations came to."""
+    """An output folder: variant, settings, how far the run got and what its evaluations came to."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -105,16 +95,19 @@ class Run:
 
     @cached_property
     def final(self):
-        """The evaluation after the last step, or None: then the run is incomplete."""
+        """The evaluation after the last step; None if the run is incomplete."""
         for evaluation in self.evaluations:
-            if (evaluation["kind"], evaluation["step"]) == ("final", self.config.total_steps):
+            if evaluation["kind"] == "final" and evaluation["step"] == self.config.total_steps:
                 return evaluation
         return None
 
     @cached_property
     def size(self):
         """300M or 1.2B where the model has that shape, else None."""
-        return next((s for s in SIZES if shape(self.variant.config) == shape(published_config(s))), None)
+        for size in SIZES:
+            if shape(self.variant.config) == shape(published_config(size)):
+                return size
+        return None
 
     @property
     def as_published(self):
@@ -137,23 +130,21 @@ class Run:
 
     @property
     def title(self):
-        """Of its table: the shape, and the data protocol."""
+        """The title of its table, in parts: the shape, and the data protocol."""
         model = self.variant.config
-        shape = [
-            f"{model.n_layer} layers, d {model.n_embd}, {model.n_head} heads",
-            f"feed-forward {model.n_inner:,}, {model.n_positions:,} positions, "
-            f"vocabulary {model.vocab_size:,}",
-        ]
+        layers = f"{model.n_layer} layers, d {model.n_embd}, {model.n_head} heads"
+        rest = f"{model.n_positions:,} positions, vocabulary {model.vocab_size:,}"
+        described = [layers, f"feed-forward {model.n_inner:,}, {rest}"]
         sequence, _, padding = self.protocol.partition(", ")
         rows = f"{sequence} rows of {self.config.seq_length:,} tokens"
-        return [*TABLES.get(self.size, shape), f"{rows}, {padding}" if padding else rows]
+        return [*TABLES.get(self.size, described), f"{rows}, {padding}" if padding else rows]
 
     @cached_property
     def setup(self):
-        """What is the same where runs differ in variant and seed alone.
+        """The settings that runs have in common if they differ in variant and seed alone.
 
-        Without what cannot change the result: the contents of the data stand in for its paths where they are
-        known, and the global batch for its three factors.
+        Leaves out what cannot change the result. In place of the data's paths stand its contents, where they
+        are known; in place of its three factors, the global batch.
         """
         c = self.config
         left_out = GROUPED_BY | set(script.CANNOT_CHANGE_THE_RESULT) | {"seed"}
@@ -161,9 +152,8 @@ class Run:
         settings = {key: value for key, value in settings.items() if key not in left_out}
         for split in ("train_data", "val_data"):
             chunks = self.about.get(split)
-            settings[split] = (
-                fingerprint(chunks) if chunks else f"{getattr(c, split)}, contents not recorded,"
-            )
+            unknown = f"{getattr(c, split)}, contents not recorded,"  # a note goes on with "of QKV"
+            settings[split] = fingerprint(chunks) if chunks else unknown
         return settings | {
             "init_from": self.about.get("init_from"),
             "rows a step": c.rows_per_step,
@@ -188,7 +178,7 @@ class Run:
 
 
 def recorded(folder):
-    """What a run recorded of itself: its variant, by the name of its script, and the chunks of its data."""
+    """What a run recorded of itself, in run.yaml or else in its newest readable checkpoint; {} without."""
     about = folder / "run.yaml"
     if about.exists():
         try:
@@ -196,7 +186,7 @@ def recorded(folder):
         except (TypeError, ValueError, yaml.YAMLError) as error:
             raise InputError(f"{about}: expected a YAML file of 'key: value' lines") from error
     for path in (*(path for _, path in script.checkpoints(folder)), folder / "final_model.pt"):
-        with contextlib.suppress(Exception):  # a damaged file can fail in any way; the next one may be whole
+        with contextlib.suppress(Exception):  # a damaged file can fail in any way; the next may be whole
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             return {key: contents[key] for key in RECORDED if key in contents}
     return {}
@@ -212,27 +202,26 @@ def alias_of(folder, about):
         names |= {alias: alias for alias in VARIANTS}
         name = folder.name if folder.name in names else folder.name.partition("_")[0]
     if name not in names:
-        raise InputError(
-            f"{folder}: unknown variant: {about.get('variant', 'not recorded, nor told by this name')}"
-        )
+        variant = about.get("variant", "not recorded, nor told by this name")
+        raise InputError(f"{folder}: unknown variant: {variant}")
     return names[name]
 
 
 def read_metrics(path):
-    """The last step in a metrics.jsonl, and its evaluations by step.
+    """(the last step, the evaluations by rising step) of a metrics.jsonl.
 
-    The log is only ever appended to. A killed run leaves a torn line, which is passed over; resumed, it logs
+    The log is only ever appended to. A kill can cut a line short, which is passed over; a resumed run logs
     the steps since its checkpoint again, and the last record of a step counts.
     """
     if not path.exists():
         raise InputError(f"{path}: missing, though checkpoints lie beside it")
     records = script.read_metrics(path)
     if path.stat().st_size and not records:
-        raise InputError(
-            f"{path}: not the metrics of a training script: no line is a record with kind and step"
-        )
+        what = "no line is a record with kind and step"
+        raise InputError(f"{path}: not the metrics of a training script: {what}")
 
-    last_step, evaluations = 0, {}
+    last_step = 0
+    evaluations = {}
     for record in records:
         step = number(record, "step", path)
         last_step = max(last_step, step)
@@ -243,7 +232,7 @@ def read_metrics(path):
 
 
 def number(record, key, path):
-    """A number of a record; InputError where it is missing, a text, infinite or not a number."""
+    """A finite number from a record; InputError for anything else, or nothing."""
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         where = f"step {record['step']}: {key}: expected a number, got {value!r}"
@@ -261,7 +250,7 @@ def shape(model):
 
 
 def fingerprint(chunks):
-    """Short for the hashes of all files of a split, in their order."""
+    """A short hash that stands for those of all files of a split, in their order."""
     return hashlib.sha256(json.dumps(chunks, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -270,34 +259,41 @@ def fingerprint(chunks):
 
 
 def compare(runs):
-    """The tables: runs grouped by place, and in each the rows, the runs and what is to be said about them."""
+    """The tables: for each kind of run, its title, its rows, its runs and the notes below."""
     runs = sorted(runs, key=lambda run: (run.place, list(VARIANTS).index(run.alias), run.seed))
     return [table_of(list(here)) for _, here in groupby(runs, key=lambda run: run.place)]
 
 
 def table_of(runs):
-    """The runs of one place, side by side."""
+    """The table of runs of one shape and protocol."""
     rows = {}
     for run in runs:
         row = rows.setdefault((run.variant.paper, *run.setup.items()), [])
         refuse_twice(run, row)
         row.append(run)
-    rows, size = list(rows.values()), runs[0].size
+    rows = list(rows.values())
 
-    # Where QKV was trained in several ways, the one with the most seeds.
-    reference = max(
-        (row for row in rows if row[0].alias == "kqv"), key=lambda row: len(complete(row)), default=[]
-    )
-    records = [row_record(row, reference, size or "300M") for row in rows]
-    # Both of the paper's tables are of rows with the padding scored.
-    published = (
-        "published" + ("" if size else " at 300M") + ("" if runs[0].as_published else ", padding scored")
-    )
-    about = {"title": runs[0].title, "size": size, "published": published}
-    return about | {"rows": records, "notes": notes(rows, reference), "runs": runs}
+    # Where QKV was trained in several ways, the one with the most seeds is compared with.
+    of_qkv = [row for row in rows if row[0].alias == "kqv"]
+    reference = max(of_qkv, key=lambda row: len(complete(row)), default=[])
+
+    # The paper's tables are both of rows with the padding scored.
+    size = runs[0].size
+    published = "published" if size else "published at 300M"
+    if not runs[0].as_published:
+        published += ", padding scored"
+    return {
+        "title": runs[0].title,
+        "size": size,
+        "published": published,
+        "rows": [row_record(row, reference, size or "300M") for row in rows],
+        "notes": notes(rows, reference),
+        "runs": runs,
+    }
 
 
 def refuse_twice(run, others):
+    """InputError where a run of the same row has the same seed."""
     for other in others:
         if other.seed == run.seed:
             who = f"{run.variant.paper}, seed {run.seed}, same settings"
@@ -305,52 +301,48 @@ def refuse_twice(run, others):
 
 
 def complete(row):
+    """The seeds of the complete runs."""
     return [run.seed for run in row if run.final]
 
 
-def row_record(row, reference, published_at):
-    """A row of the table: the means over its complete runs, unrounded."""
-    variant, alias = row[0].variant, row[0].alias
+def row_record(row, reference, size):
+    """A row of the table, unrounded: means over its complete runs, beside what was published at a size."""
+    variant = row[0].variant
     cached = profiler.cache_account(variant, [])
-
-    def published(figure):
-        return VARIANTS[alias]["published"].get(figure, {}).get(published_at)
-
+    published = variant.row["published"]
     record = {
         "variant": variant.paper + ("*" if differences(row, reference) else ""),
-        "alias": alias,
+        "alias": variant.alias,
         "seeds": complete(row),
         "parameters": variant.parameters["total"],
         "cache_bytes_per_token": cached["bytes_per_token"],
         "cache_reduction_percent": cached["reduction_percent"],
-        "published": published("perplexity"),
-        "published_vs_qkv": published("perplexity_change"),
+        "published": published["perplexity"].get(size),
+        "published_vs_qkv": published.get("perplexity_change", {}).get(size),
     }
 
-    # Changes are those of a seed, against QKV's run of the same seed.
-    finals, of_qkv = ({run.seed: run.final for run in runs if run.final} for runs in (row, reference))
-    pairs = [
-        (final, of_qkv[seed]) for seed, final in finals.items() if seed in of_qkv and row is not reference
-    ]
+    # A change is that of a seed, against QKV's run of the same seed.
+    finals = {run.seed: run.final for run in row if run.final}
+    of_qkv = {run.seed: run.final for run in reference if run.final}
+    paired = [seed for seed in finals if seed in of_qkv and row is not reference]
     for key in FIGURES:
+        changes = []
+        for seed in paired:
+            ours, qkv = finals[seed][key], of_qkv[seed][key]
+            changes.append(100 * (ours / qkv - 1) if "perplexity" in key else ours - qkv)
         record |= mean(key, [final[key] for final in finals.values()])
-        change = (lambda a, b: 100 * (a / b - 1)) if "perplexity" in key else (lambda a, b: a - b)
-        record |= mean(f"{key}_vs_qkv", [change(final[key], other[key]) for final, other in pairs])
+        record |= mean(f"{key}_vs_qkv", changes)
     return record
 
 
 def mean(name, values):
-    """The mean, and as the spread half of the range, which one value does not have."""
-    if not values:
-        return {name: None, f"{name}_spread": None}
-    return {
-        name: fmean(values),
-        f"{name}_spread": (max(values) - min(values)) / 2 if len(values) > 1 else None,
-    }
+    """Fields for the mean, and for half of the range as its spread, which one value does not have."""
+    spread = (max(values) - min(values)) / 2 if len(values) > 1 else None
+    return {name: fmean(values) if values else None, f"{name}_spread": spread}
 
 
 def differences(row, reference):
-    """Where the settings of a row are not QKV's: {key: (QKV's, the row's)}."""
+    """{setting: (QKV's value, the row's)} where the two differ."""
     if not reference:
         return {}
     ours, theirs = row[0].setup, reference[0].setup
@@ -359,7 +351,8 @@ def differences(row, reference):
 
 def notes(rows, reference):
     """Lines about what stands in the way of a comparison, and about what is not known."""
-    seeds, lines = complete(reference), []
+    seeds = complete(reference)
+    lines = []
     if not seeds:
         lines.append("No complete run of QKV: nothing to compare with.")
     for row in rows:
@@ -368,12 +361,12 @@ def notes(rows, reference):
             lines.append(f"* {who}: {key}: {theirs} of QKV, {ours} of the run")
         if seeds and complete(row) not in ([], seeds):
             lines.append(f"{who}: complete seeds: {listed(seeds)} of QKV, {listed(complete(row))} of the run")
-    everyone = [run for row in rows for run in row]
-    if everyone[0].protocol == "padded, padding masked":
+    runs = [run for row in rows for run in row]
+    if runs[0].protocol == "padded, padding masked":
         lines.append(
             "The padding was masked in training: a perplexity that includes it says nothing, the text's does."
         )
-    return lines + recorded_notes(everyone)
+    return lines + recorded_notes(runs)
 
 
 def recorded_notes(runs):
@@ -382,7 +375,7 @@ def recorded_notes(runs):
     for run in runs:
         if run.about.get("changes"):
             lines.append(f"{run.folder.name}: settings changed on the way: {listed(run.about['changes'])}.")
-    for key, what in UNKNOWN.items():
+    for key, what in NOT_RECORDED.items():
         without = [run for run in runs if not run.about.get(key)]
         if without:
             lines.append(f"{what} alone: {'all runs' if without == runs else folders(without)}.")
@@ -391,10 +384,6 @@ def recorded_notes(runs):
 
 def folders(runs):
     return listed(run.folder.name for run in runs)
-
-
-def listed(values):
-    return ", ".join(map(str, values))
 
 
 # -----------------------------------------------------------------------------
@@ -426,7 +415,7 @@ INCOMPLETE = [
 
 
 def cell(record, key, pattern, unit):
-    """The text of a value, with its spread or its interval where it has one."""
+    """The text of a value, with its spread or its interval where it has one; empty for None."""
     value = record[key]
     if value is None:
         return ""
@@ -445,11 +434,10 @@ def cell(record, key, pattern, unit):
 
 
 def grid(columns, records, style):
-    """A table in a style of tabulate: the first column to the left, the others to the right."""
-    rows = [[cell(record, *how) for _, *how in columns] for record in records]
+    """A table of records by columns such as RESULTS, in one of tabulate's styles."""
     headers = [header for header, *_ in columns]
-    align = ("left", *["right"] * (len(columns) - 1))
-    return tabulate(rows, headers, tablefmt=style, disable_numparse=True, colalign=align)
+    rows = [[cell(record, *how) for _, *how in columns] for record in records]
+    return profiler.grid(headers, rows, style)
 
 
 def document(tables, heading, style, bullet):
@@ -477,30 +465,15 @@ def as_markdown(tables):
 
 def as_csv(tables):
     """The rows of all tables, unrounded; `table` says which one a row belongs to."""
-    return sheet(
-        [{"table": ", ".join(table["title"])} | record for table in tables for record in table["rows"]]
-    )
-
-
-def sheet(rows):
-    """Records as comma-separated values."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, rows[0] if rows else [], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {key: listed(value) if isinstance(value, list) else value for key, value in row.items()}
-        )
-    return file.getvalue()
+    rows = []
+    for table in tables:
+        rows += [{"table": ", ".join(table["title"])} | record for record in table["rows"]]
+    return profiler.sheet(rows)
 
 
 def as_json(tables):
     """Everything, unrounded."""
-    return dumped([table | {"runs": [run.record() for run in table["runs"]]} for table in tables])
-
-
-def dumped(records):
-    return json.dumps(records, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return profiler.as_json([table | {"runs": [run.record() for run in table["runs"]]} for table in tables])
 
 
 FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_json}
@@ -516,7 +489,7 @@ def figure(path, titles, draw):
     for ax in axes:
         ax.title.set_fontsize("medium")
     draw(axes)
-    write_atomically(path, partial(figure.savefig, format="png"))
+    profiler.save_figure(path, figure)
 
 
 def table_figure(path, tables, draw):
@@ -531,28 +504,26 @@ def table_figure(path, tables, draw):
 
 def curves(ax, table):
     """Validation loss of the text against tokens, a line for each run; the untrained model is left out."""
+    named = set()
     for run in table["runs"]:
         colour, marker = profiler.LOOKS[run.alias]
         points = [(e["tokens"] / 1e6, e["text_loss"]) for e in run.evaluations if e["step"]]
-        label = run.variant.paper if run.variant.paper not in ax.get_legend_handles_labels()[1] else None
-        look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1, "label": label}
-        ax.plot(*np.reshape(points, (-1, 2)).T, **look)
+        name = run.variant.paper
+        look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
+        ax.plot(*np.reshape(points, (-1, 2)).T, label=None if name in named else name, **look)
+        named.add(name)
     ax.set_xlabel("training tokens, millions, padding included")
     ax.set_ylabel("validation loss of the text, nats a token")
     ax.legend(frameon=False)
 
 
 def pareto(ax, table):
-    """Text loss beyond QKV's against a token's KV cache; the line joins those that no other beats in both."""
-    compared = [
-        row for row in table["rows"] if row["text_loss_vs_qkv"] is not None or row["variant"] == "QKV"
-    ]
-    points = [(row["cache_bytes_per_token"], row["text_loss_vs_qkv"] or 0.0, row) for row in compared]
-    front, lowest = [], math.inf
-    for size, loss, _ in sorted(points, key=lambda point: point[:2]):
-        if loss < lowest:
-            front.append((size, loss))
-            lowest = loss
+    """Text loss beyond QKV's against a token's KV cache, with a line through the Pareto front."""
+    points = []
+    for row in table["rows"]:
+        if row["text_loss_vs_qkv"] is not None or row["variant"] == "QKV":
+            points.append((row["cache_bytes_per_token"], row["text_loss_vs_qkv"] or 0.0, row))
+    front = profiler.pareto_front((size, loss) for size, loss, _ in points)
     ax.plot(*zip(*front, strict=True), color="0.7", zorder=1)
     for size, loss, row in points:
         colour, marker = profiler.LOOKS[row["alias"]]
@@ -573,25 +544,23 @@ def pareto(ax, table):
 
 
 def write_texts(folder, name, what, forms):
-    """The tables as <name>.md and <name>.json."""
+    """What was found, as <name>.md and <name>.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, form in (("md", "markdown"), ("json", "json")):
-        text = forms[form](what).encode()
-        write_atomically(folder / f"{name}.{suffix}", lambda file, text=text: file.write(text))
+    write_text(folder / f"{name}.md", forms["markdown"](what))
+    write_text(folder / f"{name}.json", forms["json"](what))
 
 
 def write_all(folder, tables):
     write_texts(folder, "results_table", tables, FORMATS)
     table_figure(folder / "validation_curves.png", tables, curves)
-    having = [table for table in tables if any(row["text_loss_vs_qkv"] is not None for row in table["rows"])]
-    if having:
-        table_figure(folder / "pareto.png", having, pareto)
+    compared = [t for t in tables if any(row["text_loss_vs_qkv"] is not None for row in t["rows"])]
+    if compared:
+        table_figure(folder / "pareto.png", compared, pareto)
 
 
 def command_line(file, description, report, forms, write, arguments):
-    """Read the runs in the folders named, report on them, write files where asked for, and print."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = profiler.Parser(prog=Path(file).name, description=description, formatter_class=form)
+    """The command of a script: read the runs in the folders named, report on them, write files, and print."""
+    parser = Parser(file, description)
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs")
     parser.add_argument("--format", choices=forms, default="table", help="of what is printed")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write tables and figures there")

@@ -8,10 +8,11 @@
 The harness builds the few-shot prompts and computes the metrics with their standard errors. This file answers
 its requests: the log-probability of a continuation, and the greedy continuation of a prompt, from any
 checkpoint that the training scripts can load.
+
+Contents: the language model that the harness asks, processes, checkpoints, tasks, evaluation, the table and
+the report, command line.
 """
 
-import argparse
-import base64
 import contextlib
 import hashlib
 import io
@@ -51,30 +52,40 @@ from tqdm import tqdm
 
 from dataset_download import (
     InputError,
+    Parser,
     Tokenizer,
     load_tokenizer,
     network_errors,
+    rank_file,
     read_metadata,
-    write_atomically,
+    write_text,
 )
 
+ROOT = Path(__file__).resolve().parent
+VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
+RANK = int(os.environ.get("RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+
 FIVE = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")  # the paper's tasks
-# The accuracy of guessing, in per cent: among four answers or endings, or two solutions or names.
-CHANCE = dict(zip((*FIVE, "mean"), (25.0, 25.0, 25.0, 50.0, 50.0, 35.0), strict=True))
+CHANCE = {  # the accuracy of guessing, in per cent: among four answers or endings, or two solutions or names
+    "arc_challenge": 25.0, "arc_easy": 25.0, "hellaswag": 25.0, "piqa": 50.0, "winogrande": 50.0,
+    "mean": 35.0,
+}  # fmt: skip
 # The paper's mean over the five at 1.2B, 5-shot. It gives none for MQA.
-PUBLISHED = {"kqv": 36.40, "kv": 35.99, "gqa": 35.86, "qgqa": 36.72, "qmqa": 34.38}
+PUBLISHED = {
+    alias: row["published"]["downstream"]["1.2B"]
+    for alias, row in VARIANTS.items()
+    if "downstream" in row["published"]
+}
 PER_CENT = ("acc", "acc_norm", "exact_match")
-PERPLEXITY = "perplexity"  # a task of ours, beside the harness's
+PERPLEXITY = "perplexity"  # a task of ours, besides the harness's
+
 END_OF_TEXT = "<|endoftext|>"
 GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # by ranks_sha256()
 NEW_TOKENS = 256  # for a task that does not say how many to generate; as in the harness's HFLM
 CPU_BATCH = 8  # --batch_size auto on a CPU
 LARGEST_BATCH = 64  # where --batch_size auto starts on a GPU
 HEAD_ROWS = 2048  # positions whose logits exist at the same time
-ROOT = Path(__file__).resolve().parent
-VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
-RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 # -----------------------------------------------------------------------------
@@ -233,6 +244,7 @@ class CheckpointLM(TemplateLM):
         with tqdm(total=len(requests), desc="generating", unit="request", disable=no_bar()) as bar:
             for batch in by_length.get_batched(n=self.batch_size):
                 stops, new = greedy_settings(batch[0][1], self.max_length)
+                # A prompt loses its beginning where it leaves no room for the new tokens.
                 prompts = [self.tok_encode(text)[new - self.max_length :] or [self._eot] for text, _ in batch]
                 for request, text in zip(batch, self._continue(prompts, stops, new), strict=True):
                     texts.append(text)
@@ -385,19 +397,7 @@ def open_checkpoint(alias, path, tokenizer, val_data):
     if alias not in VARIANTS:
         raise InputError(f"--model {alias}: expected one of {', '.join(VARIANTS)}")
     script = script_of(alias)
-    with script_errors():
-        try:
-            contents = try_loading(script, path)
-        except script.RunError as error:
-            fitting = []
-            for name in VARIANTS:
-                with contextlib.suppress(ValueError):
-                    try_loading(script_of(name), path)
-                    fitting.append(name)
-            if fitting:
-                hint = f"{path} is a checkpoint of --model {' or '.join(fitting)}"
-                raise InputError(f"--model {alias}: {hint}") from error
-            raise
+    contents = read_contents(alias, path)
 
     # A vocabulary that is too large for the model is certainly another one.
     config = contents["model_config"]
@@ -420,13 +420,31 @@ def open_checkpoint(alias, path, tokenizer, val_data):
     return Checkpoint(alias, path, sha256, *place, config, train_config, script, tokenizer)
 
 
+def read_contents(alias, path):
+    """The contents of a checkpoint of this variant; InputError for another's, which names the right alias."""
+    script = script_of(alias)
+    with script_errors():
+        try:
+            return try_loading(script, path)
+        except script.RunError as error:
+            fitting = []
+            for other in VARIANTS:
+                with contextlib.suppress(ValueError):
+                    try_loading(script_of(other), path)
+                    fitting.append(other)
+            if not fitting:
+                raise
+            hint = f"{path} is a checkpoint of --model {' or '.join(fitting)}"
+            raise InputError(f"--model {alias}: {hint}") from error
+
+
 def script_of(alias):
     """The 300M training script of a variant, which reads checkpoints of both sizes."""
     return import_module(VARIANTS[alias]["script"]["300M"].removesuffix(".py"))
 
 
 def try_loading(script, path):
-    """The contents of a checkpoint that the script can load; its errors where it cannot."""
+    """The contents of a checkpoint that the script can load; the script's own errors where it cannot."""
     contents = script.read_checkpoint(path)
     with warnings.catch_warnings(action="ignore"):  # on the meta device, all is tried but copying the numbers
         script.load_model(path, device="meta")
@@ -435,7 +453,7 @@ def try_loading(script, path):
 
 @contextlib.contextmanager
 def script_errors():
-    """The errors of the training scripts, each script's of a class of its own, as InputError."""
+    """Raise the errors of the training scripts, each of which has its own class, as InputError."""
     try:
         yield
     except ValueError as error:
@@ -445,15 +463,16 @@ def script_errors():
 def find_tokenizer(argument, path, recorded, val_data, train_data):
     """The tokenizer of a checkpoint's training data; InputError where the validation data has another one.
 
-    recorded: what the checkpoint says of it, see identity(); None in the released ones, which do not say.
-    Without --tokenizer it is the one stored beside the data, or that the checkpoint names, or GPT-2's.
+    `recorded` is what the checkpoint says of it, see identity(); None in the released ones, which do not say.
+    Without --tokenizer it is the one stored beside the data, or the one the checkpoint names, or GPT-2's.
     """
     validation = stored_tokenizer(val_data) if val_data else None
     training = None
     with contextlib.suppress(InputError):  # the folder it was trained on may be of an older format
         training = stored_tokenizer(train_data) if train_data else None
     if training and not (recorded or argument):
-        recorded = training  # which may be other data by now: it counts where nobody else says
+        recorded = training  # other data may lie there by now, so this counts only where nothing else says
+
     if argument:
         tokenizer = loaded_once(argument)
     elif validation:
@@ -474,7 +493,7 @@ def find_tokenizer(argument, path, recorded, val_data, train_data):
 
 @cache
 def stored_tokenizer(folder):
-    """The tokenizer stored beside token files, under its name in their metadata; None where there is none."""
+    """The tokenizer stored beside token files, named as in their metadata; None where there is none."""
     ranks = Path(folder, "tokenizer.tiktoken")
     metadata = read_metadata(ranks.parent)
     if metadata is None or not ranks.is_file():
@@ -493,10 +512,8 @@ def identity(tokenizer):
 
 
 def ranks_sha256(tokenizer):
-    """As that of the tokenizer.tiktoken which dataset_download.py stores beside data of this tokenizer."""
-    ranks = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
-    lines = b"".join(b"%s %d\n" % (base64.b64encode(piece), rank) for piece, rank in ranks)
-    return hashlib.sha256(lines).hexdigest()
+    """The SHA-256 of the tokenizer.tiktoken that dataset_download.py stores beside data of this tokenizer."""
+    return hashlib.sha256(rank_file(tokenizer.ranks)).hexdigest()
 
 
 loaded_once = cache(load_tokenizer)  # for several checkpoints
@@ -507,7 +524,7 @@ loaded_once = cache(load_tokenizer)  # for several checkpoints
 
 
 def open_tasks(names, include_path, num_fewshot, n_positions):
-    """The harness's TaskManager; InputError for a task that is unknown, without data, or cannot be run."""
+    """A TaskManager that knows all names; InputError for a task that is unknown, lacks data or cannot run."""
     manager = find_tasks(names, include_path)
     for name in names:
         try:
@@ -523,7 +540,7 @@ def open_tasks(names, include_path, num_fewshot, n_positions):
 
 
 def find_tasks(names, include_path):
-    """A TaskManager that knows all names; InputError where one is unknown, or may stand in a broken file."""
+    """A TaskManager that knows all names; InputError where one is unknown, or may be in a broken file."""
     manager = open_folder(include_path, include_defaults=False)
     missing = [name for name in names if name not in manager.task_index]
     if not missing:
@@ -547,7 +564,7 @@ def find_tasks(names, include_path):
 
 
 def open_folder(include_path, include_defaults=True):
-    """A TaskManager of a folder and of the harness's own tasks, 14,000 files that take seconds to read."""
+    """A TaskManager for a folder and for the harness's own tasks, 14,000 files that take seconds to read."""
     if include_path and not Path(include_path).is_dir():
         raise InputError(f"--include_path {include_path}: no such folder")
     return TaskManager(include_path=include_path, include_defaults=include_defaults)
@@ -560,7 +577,8 @@ def check_task(task, num_fewshot, n_positions):
     if task.OUTPUT_TYPE == "generate_until":
         greedy_settings(task.config.generation_kwargs, n_positions)
 
-    # The harness keeps a task's own 0, and draws a spare example where the document itself may be among them.
+    # A task's own 0 goes before --num_fewshot. Where the examples come from the split that is scored, the
+    # harness draws one to spare, as the document itself may be among them.
     shots = 0 if task.config.num_fewshot == 0 else num_fewshot
     if shots and hasattr(task, "sampler"):
         examples = len(task.sampler.fewshot_docs())
@@ -573,7 +591,7 @@ def check_task(task, num_fewshot, n_positions):
 
 
 def out_of_reach(names, manager):
-    """What to say without a network: which task needs which data set of the hub, and how to do without."""
+    """The error without a network: which task needs which data set of the hub, and how to do without."""
     needed = []
     for name in names:
         dataset = (manager.task_index[name].cfg or {}).get("dataset_path", "several")
@@ -593,6 +611,27 @@ def out_of_reach(names, manager):
 def prepare(options):
     """(device, checkpoints, TaskManager or None), once all that can be checked beforehand is."""
     device = find_device(options.device)
+    check_options(options, device)
+
+    aliases = options.model or []
+    paths = options.checkpoint or []
+    if not paths or len(aliases) not in (1, len(paths)):
+        raise InputError("expected --checkpoint PATH ... and --model ALIAS, one for all or one for each")
+    if len(aliases) == 1:
+        aliases = aliases * len(paths)
+    checkpoints = []
+    for alias, path in zip(aliases, paths, strict=True):
+        checkpoints.append(open_checkpoint(alias, path, options.tokenizer, options.val_data))
+
+    manager = None
+    if options.tasks and RANK == 0:
+        n_positions = min(checkpoint.model_config["n_positions"] for checkpoint in checkpoints)
+        manager = open_tasks(options.tasks, options.include_path, options.num_fewshot, n_positions)
+    return device, checkpoints, manager
+
+
+def check_options(options, device):
+    """Check and complete the options that concern no single checkpoint; InputError for a bad one."""
     if options.dtype == "auto":
         fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
         options.dtype = "bfloat16" if fits else "float32"
@@ -617,24 +656,9 @@ def prepare(options):
         tasks.remove(PERPLEXITY)
     options.tasks = tasks
 
-    aliases = options.model or []
-    paths = options.checkpoint or []
-    if not paths or len(aliases) not in (1, len(paths)):
-        raise InputError("expected --checkpoint PATH ... and --model ALIAS, one for all or one for each")
-    if len(aliases) == 1:
-        aliases = aliases * len(paths)
-    checkpoints = []
-    for alias, path in zip(aliases, paths, strict=True):
-        checkpoints.append(open_checkpoint(alias, path, options.tokenizer, options.val_data))
-    manager = None
-    if options.tasks and RANK == 0:
-        n_positions = min(checkpoint.model_config["n_positions"] for checkpoint in checkpoints)
-        manager = open_tasks(options.tasks, options.include_path, options.num_fewshot, n_positions)
-    return device, checkpoints, manager
-
 
 def check_writable(path):
-    """InputError where the report could not be written: said at once, and not after hours of work."""
+    """InputError where the report could not be written, said now and not after hours of work."""
     if not path.parent.is_dir():
         raise InputError(f"--output_path {path}: there is no such folder")
     if path.is_dir():
@@ -646,7 +670,7 @@ def check_writable(path):
 
 
 def find_device(name):
-    """The torch.device of this process; InputError where there is none of that name."""
+    """The torch.device of this process; InputError where it has none of that name."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -663,7 +687,7 @@ def find_device(name):
 
 
 def evaluate_checkpoint(checkpoint, options, device, manager):
-    """All that was asked for, as a dict for JSON; the harness's results are on rank 0 alone."""
+    """All figures of a checkpoint, as a dict for JSON; the harness's results are on rank 0 alone."""
     with script_errors():
         model = checkpoint.script.load_model(checkpoint.path, device).to(getattr(torch, options.dtype))
     lm = CheckpointLM(model, checkpoint.tokenizer, options.batch_size)
@@ -739,7 +763,7 @@ def figures(record):
 
 
 def table(records):
-    """Lines with a row for each figure and a column for each checkpoint, of {label: record}."""
+    """Lines of text for {label: record}: a row for each figure and a column for each checkpoint."""
     columns = [figures(record) for record in records.values()]
     rows = []
     for task, metric in columns[0]:
@@ -797,7 +821,7 @@ def compared(what, ours, theirs):
 
 
 def write_report(path, records, options, lines):
-    """The scores as the harness gives them, and what is needed to get them again, as one JSON file."""
+    """Write the scores as the harness gives them, and what it takes to get them again, as one JSON file."""
     packages = ("torch", "lm_eval", "datasets", "transformers", "tiktoken")
     report = {
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
@@ -810,18 +834,15 @@ def write_report(path, records, options, lines):
     # The standard error of a single document is NaN, which is no JSON.
     text = json.dumps(report, default=handle_non_serializable)
     report = json.loads(text, parse_constant=lambda constant: None)
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
 # -----------------------------------------------------------------------------
-# The command line
+# Command line
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(
-        prog="run_eval.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__file__, __doc__)
     add = parser.add_argument
     add("--model", nargs="+", metavar="ALIAS", help=f"{', '.join(VARIANTS)}; one for all or one for each")
     add("--checkpoint", nargs="+", metavar="PATH", help="ours or released; several make one table")

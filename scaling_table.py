@@ -5,12 +5,12 @@
 
 The complete runs of the folders are read as one grid, which results/scaling/README.md defines.
 
-    gap            text loss less QKV's of the same seed; in percent: the change of perplexity it comes to
-    converted      QKV, made Q–K=V by convert_checkpoint.py without training (conversion.txt beside a run)
-    common rate    the peak learning rate at which QKV is best, for both
-    own rate       the rate at which each is best
+    gap            text loss minus QKV's of the same seed; in percent, the change of perplexity it comes to
+    converted      QKV made Q–K=V by convert_checkpoint.py, without training (conversion.txt beside a run)
+    common rate    both at the peak learning rate at which QKV is best
+    own rate       each at the rate at which it is best
     intervals      95 %, by a bootstrap over the seeds
-    compute lost   of the variant's training compute, what QKV would not have needed for the same loss
+    compute lost   the share of the variant's training compute that QKV does not need for the same loss
 
 Runs on other data, or with another recipe, are reported apart. --output_dir writes scaling_table.md,
 scaling_table.json, gap.png, losses.png, rates.png and lengths.png.
@@ -21,37 +21,34 @@ Contents: the grid, slopes, reports, printing, plotting, command line.
 import math
 import re
 from dataclasses import dataclass
+from itertools import product
 from statistics import fmean
 
 import numpy as np
 
 import analysis_computation_profiler as profiler
-from analysis_computation_profiler import VARIANTS
+from analysis_computation_profiler import VARIANTS, listed
 from dataset_download import InputError
 from results_table import (
     Run,
     command_line,
-    dumped,
     figure,
     folders,
     grid,
-    listed,
     mean,
     recorded_notes,
     refuse_twice,
     shape,
-    sheet,
     write_texts,
 )
 
-# What differs over the grid. A run starts from a file of its own, of initial weights that its seed shares.
+# What differs over the grid. A run starts from a file of initial weights, which its seed determines.
 SWEPT = {"learning_rate", "min_lr", "warmup_steps", "target_tokens", "rows a step", "init_from"}
 RESAMPLES = 10_000
-# Whether the gap widens is asked from 5 to 80 tokens for each parameter, of three seeds at both ends; half a
-# percent of perplexity counts.
+# The verdict on whether the gap widens from 5 to 80 tokens a parameter takes three seeds at both ends.
 ENDS = (5, 80)
 SEEDS_TO_DECIDE = 3
-MATTERS = 0.005  # nats
+MATTERS = 0.005  # nats, half a percent of perplexity
 CONVERTED = "converted"  # stands among the aliases of the variants
 CONVERSION = re.compile(r"^text perplexity: ([\d.]+) before, ([\d.]+) after", re.MULTILINE)
 
@@ -89,7 +86,7 @@ class Cell:
         return min(rates, key=lambda rate: fmean(rates[rate][seed].final["text_loss"] for seed in seeds))
 
     def at_edge(self, alias):
-        """Whether the best of several rates is the lowest or the highest: a better one may lie beyond."""
+        """Whether the best of several rates is the lowest or highest, so that a better one may lie beyond."""
         rates = self.runs[alias]
         return len(rates) > 1 and self.best_rate(alias) in (min(rates), max(rates))
 
@@ -99,7 +96,7 @@ class Cell:
         return {seed: runs[seed].final[key] for seed in sorted(runs)}
 
     def gaps(self, alias, at, key="text_loss"):
-        """{seed: loss - QKV's}, in nats a token; `at` is common, QKV's best rate for both, or own."""
+        """{seed: loss - QKV's}, in nats a token; `at` is common (QKV's best rate for both) or own."""
         common = self.best_rate("kqv")
         of_qkv = self.losses("kqv", common, key)
         losses = self.losses(alias, common if at == "common" else self.best_rate(alias), key)
@@ -108,14 +105,17 @@ class Cell:
 
 @dataclass
 class Converted:
-    """A run of QKV whose model was made Q–K=V without training, in the place of a Run in a Cell."""
+    """A run of QKV whose model was made Q–K=V without training; stands in a Cell like a Run."""
 
     run: Run
     final: dict
 
 
 def converted(run):
-    """A run with the text loss after its conversion, from conversion.txt; None where there is none."""
+    """The run after its conversion, with the text loss from conversion.txt; None where there is no such file.
+
+    InputError where the file is of another model, or cannot be read.
+    """
     path = run.folder / "conversion.txt"
     if not path.exists():
         return None
@@ -123,26 +123,25 @@ def converted(run):
     if not found:
         raise InputError(f"{path}: expected what convert_checkpoint.py prints, with the text perplexities")
     before, after = map(float, found.groups())
-    if abs(before / run.final["text_perplexity"] - 1) > 1e-3:
-        own = run.final["text_perplexity"]
-        raise InputError(
-            f"{path}: of another model: text perplexity {before:.4f}, not {own:.4f} as in this run"
-        )
+    own = run.final["text_perplexity"]
+    if abs(before / own - 1) > 1e-3:
+        other = f"text perplexity {before:.4f}, not {own:.4f} as in this run"
+        raise InputError(f"{path}: of another model: {other}")
     return Converted(run, {"text_loss": run.final["text_loss"] + math.log(after / before)})
 
 
 def studies(runs):
-    """Complete runs by the data and recipe they share: [(settings, cells)], the largest first."""
+    """Complete runs by the data and recipe they share: [(settings, cells)], most runs first."""
     groups = {}
     for run in runs:
         if run.final:
             groups.setdefault(tuple(unvaried(run).items()), []).append(run)
-    largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return [(dict(settings), cells_of(here)) for settings, here in largest_first]
+    most_first = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return [(dict(settings), cells_of(here)) for settings, here in most_first]
 
 
 def unvaried(run):
-    """The settings that all runs of a grid share; those that follow from the swept ones as shares of them."""
+    """The settings that all runs of a grid share; what follows from the swept ones, as a share of them."""
     c = run.config
     settings = {key: value for key, value in run.setup.items() if key not in SWEPT}
     return settings | {
@@ -153,6 +152,7 @@ def unvaried(run):
 
 
 def cells_of(runs):
+    """The Cells of a study, by size, tokens, protocol and length of rows."""
     cells = {}
     for run in runs:
         model = run.variant.config
@@ -174,7 +174,7 @@ def cells_of(runs):
 
 
 def bootstrap(samples, coefficients):
-    """95 % interval of the sum of coefficient x mean over samples, each drawn from with replacement."""
+    """95 % interval of the sum of coefficient x mean over samples, each resampled with replacement."""
     random = np.random.default_rng(0)
     total = np.zeros(RESAMPLES)
     for values, coefficient in zip(samples, coefficients, strict=True):
@@ -184,9 +184,10 @@ def bootstrap(samples, coefficients):
 
 
 def slope_coefficients(groups, x, counts):
-    """The weights of cells' means that sum to the slope of a least-squares fit, an intercept for each group.
+    """The weights of cells' means whose weighted sum is the slope of a least-squares fit.
 
-    For each cell: its group, its x, and the number of values in its mean. None where no group has two x.
+    The fit has an intercept for each group. A cell has a group, an x, and a number of values in its mean.
+    Returns None where no group has two different x.
     """
     groups, x, counts = map(np.asarray, (groups, x, counts))
     centred = np.zeros(len(x))
@@ -198,46 +199,47 @@ def slope_coefficients(groups, x, counts):
 
 
 def slope(cells, alias, at, over):
-    """The slope of the gap over ln(D/N), sizes apart, or over ln N, tokens for each parameter apart.
+    """The slope of the gap, as a record; None where it is not determined.
 
-    Returns a record with the slope in nats for a factor of e, its interval, and the slope of each seed alone;
-    None where it is not determined.
+    Over tokens: over ln(D/N), with an intercept for each size. Over size: over ln N, with one for each number
+    of tokens per parameter. Slopes are in nats for a factor of e.
     """
-    gaps = [cell.gaps(alias, at) for cell in cells]
-    cells = [cell for cell, gap in zip(cells, gaps, strict=True) if gap]
-    gaps = [gap for gap in gaps if gap]
-    if over == "tokens":
-        groups = [cell.size for cell in cells]
-        x = [math.log(cell.tokens_per_parameter) for cell in cells]
-    else:
-        groups = [cell.tokens_per_parameter for cell in cells]
-        x = [math.log(cell.parameters) for cell in cells]
-    coefficients = slope_coefficients(groups, x, [len(gap) for gap in gaps]) if cells else None
+    gaps = []
+    groups = []
+    x = []
+    seeds_at = dict.fromkeys(ENDS, 0)
+    for cell in cells:
+        gap = cell.gaps(alias, at)
+        if not gap:
+            continue
+        ratio = cell.tokens_per_parameter
+        gaps.append(gap)
+        groups.append(cell.size if over == "tokens" else ratio)
+        x.append(math.log(ratio if over == "tokens" else cell.parameters))
+        if ratio in seeds_at:
+            seeds_at[ratio] = max(len(gap), seeds_at[ratio])
+    coefficients = slope_coefficients(groups, x, [len(gap) for gap in gaps]) if gaps else None
     if coefficients is None:
         return None
 
-    samples = [list(gap.values()) for gap in gaps]
     by_seed = {}
     for seed in sorted(set().union(*gaps)):
         having = [i for i, gap in enumerate(gaps) if seed in gap]
         alone = slope_coefficients([groups[i] for i in having], [x[i] for i in having], [1] * len(having))
         if alone is not None:
             by_seed[seed] = float(alone @ [gaps[i][seed] for i in having])
-    seeds_at = dict.fromkeys(ENDS, 0)
-    for cell, gap in zip(cells, gaps, strict=True):
-        if cell.tokens_per_parameter in seeds_at:
-            seeds_at[cell.tokens_per_parameter] = max(len(gap), seeds_at[cell.tokens_per_parameter])
+    samples = [list(gap.values()) for gap in gaps]
     return {
         "slope": float(coefficients @ [fmean(values) for values in samples]),
         "slope_interval": bootstrap(samples, coefficients),
         "slope_by_seed": by_seed,
-        "cells": len(cells),
+        "cells": len(gaps),
         "seeds_at_the_ends": min(seeds_at.values()),
     }
 
 
 def verdict(record):
-    """Widens, shrinks, does not change or cannot tell, by the criteria of results/scaling/README.md."""
+    """widens, shrinks, does not change or cannot tell, by the criteria of results/scaling/README.md."""
     factor = math.log(ENDS[1] / ENDS[0])
     change = factor * record["slope"]
     low, high = (factor * limit for limit in record["slope_interval"])
@@ -254,9 +256,10 @@ def verdict(record):
 
 
 def tokens_for(loss, curve):
-    """The tokens after which QKV has a loss: its (tokens, loss) points, joined by lines in the logarithms.
+    """The tokens after which QKV reaches a loss, by a curve of (tokens, loss) points.
 
-    Beyond the ends the first and the last line go on. None where there is no line, or it does not fall.
+    The points are joined by straight lines in the logarithms, and the first and last line go on beyond the
+    ends. None where there is no line, or it does not fall.
     """
     curve = sorted(curve)
     for i, ((fewer, higher), (more, lower)) in enumerate(zip(curve, curve[1:], strict=False)):
@@ -273,14 +276,14 @@ def tokens_for(loss, curve):
 
 
 def report(runs):
-    """The report on every study among the runs: gaps, slopes, rows of several lengths, and notes."""
+    """A report on every study among the runs: its gaps, slopes, rows of several lengths, rates and notes."""
     found = studies(runs)
     if not found:
         raise InputError("no complete runs among those named, so there is nothing to compare")
     reports = []
     for settings, cells in found:
         main = main_cells(cells)
-        reports.append({
+        one = {
             "title": f"Training data {settings['train_data']}",
             "settings": settings,
             "cells": cells,
@@ -291,7 +294,8 @@ def report(runs):
             "falls": fall_records(cells),
             "rates": rate_records(main),
             "notes": study_notes(settings, found[0][0], cells),
-        })  # fmt: skip
+        }
+        reports.append(one)
     reports[0]["notes"] += recorded_notes(runs)
     incomplete = [run for run in runs if not run.final]
     if incomplete:
@@ -313,7 +317,7 @@ def compared(cells):
 
 
 def paper_name(cells, alias):
-    """As the paper writes a variant, with its number of KV heads."""
+    """A variant as the paper writes it, with its number of groups."""
     if alias == CONVERTED:
         return "QKV, converted to Q–K=V"
     runs = next(cell.runs[alias] for cell in cells if alias in cell.runs)
@@ -321,12 +325,12 @@ def paper_name(cells, alias):
 
 
 def percent(nats):
-    """The change of perplexity that a difference of losses comes to."""
+    """The change of perplexity, in percent, that a difference of losses comes to."""
     return 100 * math.expm1(nats)
 
 
 def gap_fields(gaps, name):
-    """The mean of gaps as a change of perplexity in percent, and its interval."""
+    """Fields for the mean of gaps, as a change of perplexity in percent, and for its interval."""
     if not gaps:
         return {name: None, f"{name}_interval": None}
     values = list(gaps.values())
@@ -364,8 +368,8 @@ def gap_records(cells):
 def compute_lost(cells, cell, alias):
     """Percent of a variant's training compute that QKV of the same shape does not need for the same loss.
 
-    Both at their own rates; compute is the MACs of a token's forward pass times the tokens. Negative where
-    QKV needs more.
+    Both train at their own rates; compute is the MACs of a token's forward pass times the tokens. Negative
+    where QKV needs more; None where QKV's curve does not tell.
     """
     gaps = cell.gaps(alias, "own")
     curve = []
@@ -388,30 +392,23 @@ def compute_lost(cells, cell, alias):
 def slope_records(cells):
     """Slopes of the gap: over tokens for each parameter, all sizes and each alone, and over the size."""
     sizes = list(dict.fromkeys(cell.size for cell in cells))
+    choices = [("tokens", "all sizes", cells)]
+    if len(sizes) > 1:
+        choices += [("tokens", size, [cell for cell in cells if cell.size == size]) for size in sizes]
+        choices += [("size", "all tokens for each parameter", cells)]
     records = []
-    for alias in compared(cells):
-        for at in ("own", "common"):
-            choices = [("tokens", "all sizes", cells)]
-            if len(sizes) > 1:
-                choices += [("tokens", size, [cell for cell in cells if cell.size == size]) for size in sizes]
-                choices += [("size", "all tokens for each parameter", cells)]
-            for over, of, chosen in choices:
-                found = slope(chosen, alias, at, over)
-                if found:
-                    decided = verdict(found) if (alias, over, of) == ("kv", "tokens", "all sizes") else None
-                    about = {
-                        "variant": paper_name(cells, alias),
-                        "alias": alias,
-                        "rate": at,
-                        "over": over,
-                        "of": of,
-                    }
-                    records.append(about | found | {"verdict": decided})
+    for alias, at, (over, of, chosen) in product(compared(cells), ("own", "common"), choices):
+        found = slope(chosen, alias, at, over)
+        if found is None:
+            continue
+        about = {"variant": paper_name(cells, alias), "alias": alias, "rate": at, "over": over, "of": of}
+        asked = (alias, over, of) == ("kv", "tokens", "all sizes")
+        records.append(about | found | {"verdict": verdict(found) if asked else None})
     return records
 
 
 def length_groups(cells):
-    """Cells of one size and number of tokens that differ in their rows: [cells]."""
+    """The lists of cells of one size and number of tokens whose rows differ in content."""
     groups = {}
     for cell in cells:
         groups.setdefault((cell.size, cell.tokens), []).append(cell)
@@ -454,23 +451,18 @@ def fall_records(cells):
     """How far the gap falls from the shortest rows to the longest, over all positions and over text only."""
     records = []
     for group in length_groups(cells):
-        for alias in compared(group):
-            for protocol in dict.fromkeys(cell.protocol for cell in group):
-                here = [cell for cell in group if cell.protocol == protocol and cell.gaps(alias, "common")]
-                if len(here) < 2:
-                    continue
-                short, long = here[0], here[-1]
-                record = {"variant": paper_name(group, alias), "alias": alias, "protocol": protocol}
-                record |= {"from": short.row, "to": long.row}
-                for name, key in (("all_positions", "loss"), ("text", "text_loss")):
-                    samples = [list(cell.gaps(alias, "common", key).values()) for cell in (short, long)]
-                    fall = fmean(samples[0]) - fmean(samples[1])
-                    limits = bootstrap(samples, [1, -1])
-                    record |= {
-                        f"fall_{name}": 100 * fall,
-                        f"fall_{name}_interval": [100 * limit for limit in limits],
-                    }
-                records.append(record)
+        for alias, protocol in product(compared(group), dict.fromkeys(cell.protocol for cell in group)):
+            here = [cell for cell in group if cell.protocol == protocol and cell.gaps(alias, "common")]
+            if len(here) < 2:
+                continue
+            short, long = here[0], here[-1]
+            record = {"variant": paper_name(group, alias), "alias": alias, "protocol": protocol}
+            record |= {"from": short.row, "to": long.row}
+            for name, key in (("fall_all_positions", "loss"), ("fall_text", "text_loss")):
+                samples = [list(cell.gaps(alias, "common", key).values()) for cell in (short, long)]
+                record[name] = 100 * (fmean(samples[0]) - fmean(samples[1]))
+                record[f"{name}_interval"] = [100 * limit for limit in bootstrap(samples, [1, -1])]
+            records.append(record)
     return records
 
 
@@ -598,14 +590,16 @@ def as_markdown(reports):
 
 def as_csv(reports):
     """The gaps, unrounded; `study` says which data they are from."""
-    return sheet([{"study": report["title"]} | record for report in reports for record in report["gaps"]])
+    rows = []
+    for report in reports:
+        rows += [{"study": report["title"]} | record for record in report["gaps"]]
+    return profiler.sheet(rows)
 
 
 def as_json(reports):
     """Everything, unrounded."""
-    return dumped(
-        [{key: part for key, part in report.items() if key not in ("cells", "main")} for report in reports]
-    )
+    hidden = ("cells", "main")  # runs, which the records summarise
+    return profiler.as_json([{key: report[key] for key in report if key not in hidden} for report in reports])
 
 
 FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_json}
@@ -639,14 +633,15 @@ def gap_line(ax, points, look, label):
 
 
 def finish(ax, ticks, xlabel, ylabel):
-    """A logarithmic x axis with its ticks, and a legend."""
+    """A logarithmic x axis with its ticks, and a legend where there is a line."""
     ticks = sorted(set(ticks))
     ax.set_xscale("log")
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
-    ax.legend(frameon=False)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False)
 
 
 def gap_figure(path, report):
@@ -753,13 +748,10 @@ def length_figure(path, report):
 
 def write_all(folder, reports):
     write_texts(folder, "scaling_table", reports, FORMATS)
-    for name, draw in (
-        ("gap", gap_figure),
-        ("losses", loss_figure),
-        ("rates", rate_figure),
-        ("lengths", length_figure),
-    ):
-        draw(folder / f"{name}.png", reports[0])
+    gap_figure(folder / "gap.png", reports[0])
+    loss_figure(folder / "losses.png", reports[0])
+    rate_figure(folder / "rates.png", reports[0])
+    length_figure(folder / "lengths.png", reports[0])
 
 
 def main(arguments=None):

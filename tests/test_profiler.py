@@ -579,6 +579,7 @@ def test_figures_name_every_variant_and_cut_no_label(tmp_path, monkeypatch):
         (["--variants", "foo"], "invalid choice: 'foo'"),
         (["--variants", "qk", "--sizes", "1.2B"], "Q=K–V (qk) has no 1.2B model, only 300M"),
         (["--memory", "40XB"], "expected an amount such as 40GB or 24GiB, got '40XB'"),
+        (["--memory", "40"], "expected an amount such as 40GB or 24GiB, got '40'"),
         (["--memory", "0GB"], "expected an amount such as 40GB or 24GiB, got '0GB'"),
         (["--contexts", "0"], "expected a whole number above 0, got '0'"),
         (["--output_dir", "FILE"], "FILE: cannot write there"),
@@ -589,6 +590,7 @@ def test_figures_name_every_variant_and_cut_no_label(tmp_path, monkeypatch):
         (["--measure", "speed"], "invalid choice: 'speed'"),
         (["--measure", "--set", "n_layr=2"], "n_layr=2: expected KEY=VALUE"),
         (["--measure", "--set", "seed=7"], "--set seed=7: expected KEY=VALUE with a KEY out of vocab_size"),
+        (["--measure", "--set", "n_embd=["], "--set n_embd=[: not a value as in a YAML file"),
         (["--measure", "--set", "n_head=7"], "n_embd: expected a multiple of n_head (7), got 1024"),
         pytest.param(
             ["--measure", "--device", "cuda"], "PyTorch finds no CUDA device",

@@ -809,11 +809,11 @@ def test_scores_outlive_a_full_disk_and_the_report_a_pipe(tasks, checkpoints, tm
     given = ["--model", "kv", "--checkpoint", checkpoints["kv"], "--include_path", tasks, "--limit", 3]
     given += ["--tasks", "piqa", "--output_path", tmp_path / "a.json"]
 
-    def full(path, write):
+    def full(path, text):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(run_eval, "write_atomically", full)
+        patch.setattr(run_eval, "write_text", full)
         command(*given)
     out, err = capsys.readouterr()
     assert "piqa" in out and "No space left on device" in err and not list(tmp_path.iterdir())
