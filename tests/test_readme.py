@@ -1,4 +1,4 @@
-"""Every command and every piece of code in README.md and docs/operations.md: run in a copy of the repository.
+"""Every command and every piece of code in README.md and the docs: run in a copy of the repository.
 
 What makes a command small is added at its end, where the last of two values counts; SMALL says what.
 """
@@ -25,9 +25,10 @@ from test_run_eval import FORMATS, build, save, write_task
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-BOTH = f"{README}\n{OPERATIONS}"
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", BOTH, re.MULTILINE | re.DOTALL)
-PROSE = re.sub(r"^```.*?^```", "", BOTH, flags=re.MULTILINE | re.DOTALL)
+DESIGN = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+PAGES = f"{README}\n{OPERATIONS}\n{DESIGN}"
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", PAGES, re.MULTILINE | re.DOTALL)
+PROSE = re.sub(r"^```.*?^```", "", PAGES, flags=re.MULTILINE | re.DOTALL)
 PROGRAMS = ("diff", "make", "pip", "pytest", "python", "sed", "torchrun")
 
 
@@ -174,7 +175,7 @@ def test_the_readme_is_short():
 
 def test_the_files_that_are_named_exist():
     """In code, in links and in the commands of tables."""
-    names = re.findall(r"(?:[\w.]+/)*[\w.]+\.(?:py|yaml|json|txt|png|md)\b", BOTH)
+    names = re.findall(r"(?:[\w.]+/)*[\w.]+\.(?:py|yaml|json|txt|png|md)\b", PAGES)
     ours = [name for name in names if name.startswith(("transformer_", "configs/", "tests/", "results"))]
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert ours and links
