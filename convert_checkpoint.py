@@ -167,7 +167,7 @@ def absorb(attention, heads, down, up, mean, key_name):
 def even_rows(attention, down, up):
     """The same numbers, scaled: the rows of the new projection have the size of those whose place they take.
 
-    This changes nothing but how training goes on: AdamW takes steps of one size everywhere, and in the same
+    This changes nothing but how training continues: AdamW takes steps of one size everywhere, and in the same
     time it got further with even rows than with numbers of one variance, or turned to be like the old keys.
     """
     old, new = attention.kv_weight, down @ attention.kv_weight

@@ -497,7 +497,7 @@ def open_hub_dataset(name: str, revision: str | None, train_split: str, column: 
 
 
 class HubRows:
-    """The texts of a hub split; None for a row without. After a lost connection it goes on where it was."""
+    """The texts of a hub split; None for a row without. After a lost connection it continues where it was."""
 
     def __init__(self, name: str, stream, column: str, start: dict):
         self.name = name

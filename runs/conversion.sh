@@ -7,7 +7,7 @@
 #
 # A run whose metrics in results/conversion hold its final evaluation is not repeated, nor is a conversion that
 # stands in one_shot.jsonl. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under way, and
-# the same command goes on from there.
+# the same command continues from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -6,7 +6,7 @@
 #   JOBS=8 bash runs/replicate.sh
 #
 # Ctrl-C (or SIGTERM to the training scripts) saves a checkpoint of each run under way and ends; the same command
-# goes on from there. Runs that are complete in outputs_replicate are not repeated.
+# continues from there. Runs that are complete in outputs_replicate are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

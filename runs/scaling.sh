@@ -4,9 +4,9 @@
 #   bash runs/scaling.sh               # two runs at a time, a thread each
 #   JOBS=8 bash runs/scaling.sh
 #
-# A run whose metrics in results/scaling hold its final evaluation is not repeated, so a fresh clone goes on
+# A run whose metrics in results/scaling hold its final evaluation is not repeated, so a fresh clone continues
 # where the committed results end. Ctrl-C (or SIGTERM to the training scripts) saves a checkpoint of each run
-# under way and ends; the same command goes on from there.
+# under way and ends; the same command continues from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
