@@ -707,7 +707,7 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
     changes = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in sorted(changed))
     more = "or there start from its weights with --init_from"
     if not changed & NEVER_CHANGES:
-        more += ", or go on all the same with --accept_changes"
+        more += ", or resume despite them with --accept_changes"
     accepted = not changed or (accept_changes and not changed & NEVER_CHANGES)
     require(accepted, f"{place}: a run with other settings, {changes}; {WAYS_ON}, {more}")
     earlier = recorded.get("changes", [])
