@@ -153,6 +153,18 @@ class KVCache:
 # -----------------------------------------------------------------------------
 # Model
 
+LOSS_CHUNK = 2048  # positions whose logits exist at the same time
+
+@contextmanager
+def eval_mode(model):
+    """Dropout off; afterwards the model is in the mode it was in, whatever happened."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -274,18 +286,6 @@ class GPT_QKV_KEqualsV(nn.Module):
                 tokens[:, end] = torch.multinomial((logits / temperature).softmax(dim=-1), 1)[:, 0]
         return tokens
 
-@contextmanager
-def eval_mode(model):
-    """Dropout off; afterwards the model is in the mode it was in, whatever happened."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-LOSS_CHUNK = 2048  # positions whose logits exist at the same time
-
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropies of x [N, C] @ weight.T [C, V] against targets [N], where those are not -100.
 
@@ -332,7 +332,7 @@ class TokenDataset(Dataset):
             raise ValueError(f"sequence: expected padded or packed, got {sequence!r}")
         self.path, self.seq_length, self.packed = Path(data_path), seq_length, sequence == "packed"
         self.tokens, self.offsets, sizes = [], [], []  # of each chunk; its size in rows
-        name = "metadata.json"
+        name = "metadata.json"  # the file being read, for the message
         try:
             metadata = json.loads((self.path / name).read_text(encoding="utf-8"))
             done = metadata["finished"] and metadata["documents"] > 0 and metadata["chunks"]
@@ -366,7 +366,7 @@ class TokenDataset(Dataset):
         self.first_rows = np.cumsum([0, *sizes])
 
     def verify(self):
-        """Compare all chunks with their SHA-256: 20 GB at 10B tokens, half a minute from a local disk."""
+        """Check the SHA-256 of every chunk: 20 GB at 10B tokens, half a minute from a local disk."""
         for chunk in self.chunks:
             for kind in ("tokens", "offsets"):
                 path = self.path / f"{chunk['name']}.{kind}.npy"
@@ -383,15 +383,15 @@ class TokenDataset(Dataset):
         chunk = bisect_right(self.first_rows, i) - 1
         row, tokens, offsets = i - self.first_rows[chunk], self.tokens[chunk], self.offsets[chunk]
         if self.packed:
-            text = tokens[row * self.seq_length : (row + 1) * self.seq_length]
+            ids = tokens[row * self.seq_length : (row + 1) * self.seq_length]
         else:  # without its end-of-text token
-            text = tokens[offsets[row] : offsets[row + 1] - 1][: self.seq_length]
-        if len(text) and text.max() >= self.vocab_size:
+            ids = tokens[offsets[row] : offsets[row + 1] - 1][: self.seq_length]
+        if len(ids) and ids.max() >= self.vocab_size:
             name = f"{self.path}/{self.chunks[chunk]['name']}.tokens.npy"
             raise OneRankError(f"{name}: a token beyond the vocabulary")
         input_ids = np.full(self.seq_length, self.eos_id, dtype=np.int64)
-        input_ids[: len(text)] = text
-        return torch.from_numpy(input_ids), torch.arange(self.seq_length) < len(text)
+        input_ids[: len(ids)] = ids
+        return torch.from_numpy(input_ids), torch.arange(self.seq_length) < len(ids)
 
     def decode(self, token_ids) -> str:
         """The text of token ids, by the tokenizer that dataset_download.py keeps beside the data."""
@@ -515,6 +515,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
 
         # begin at a checkpoint of this run, or at step 0 with the weights of another, or with random weights
         step, evaluated_at = 0, None
+        here = not path or path.resolve().parent == output_dir.resolve()  # not a checkpoint of another folder
         if path:
             train_set.verify()
             val_loader.dataset.verify()
@@ -522,14 +523,13 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             load_weights(model, checkpoint, path)
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
             step = checkpoint["step"]
-            here = path.resolve().parent == output_dir.resolve()
             evaluated_at = checkpoint["evaluated_at"] if here else None
             del checkpoint
             print0(f"resuming from {path} at step {step} of {config.total_steps}")
         elif init_from:
             load_weights(model, read_checkpoint(init_from), init_from)
             print0(f"starting at step 0 with the weights of {init_from}")
-        saved_at = step if not path or here else None
+        saved_at = step if here else None
         if step == config.total_steps and not finished:  # the last evaluation or save is still to be done
             evaluated_at = saved_at = None
         rows_seen = step * config.rows_per_step
@@ -562,8 +562,9 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             complete = last_step and not stopping
             if (complete or stopping or step % config.save_interval == 0) and step != saved_at:
                 if RANK == 0:
-                    place = {"step": step, "epoch": rows_seen // len(train_set), "evaluated_at": evaluated_at}
-                    save_checkpoint(output_dir, run | place, model, optimizer, config, complete)
+                    progress = {"step": step, "evaluated_at": evaluated_at}
+                    progress["epoch"] = rows_seen // len(train_set)
+                    save_checkpoint(output_dir, run | progress, model, optimizer, config, complete)
                     if config.sample_tokens and not stopping:
                         write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
                 saved_at = step
@@ -628,7 +629,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 log("train", step, results | mfu(model, config, device, speed))
                 seconds, timed_steps = 0.0, 0
     log.close(model, step, device, complete)
-    return 0 if complete else (received or [signal.SIGTERM])[0]  # empty if another rank received it
+    return 0 if complete else (received or [signal.SIGTERM])[0]  # empty if only another rank received it
 
 def accumulation_for(config, world_size) -> int:
     """Gradient accumulation steps of each process; every world size shares the same global batch."""
@@ -639,9 +640,10 @@ def accumulation_for(config, world_size) -> int:
 
 def mfu(model, config, device, tokens_per_second) -> dict:
     """Model FLOPs utilisation: the share of the dense bf16 peak of all GPUs, if it is known."""
+    # dense bf16 TFLOP/s; the first name that fits counts
     peaks = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((1e12 * peak for name, peak in peaks.items() if name in gpu), None)  # the first that fits
+    peak = next((1e12 * peak for name, peak in peaks.items() if name in gpu), None)
     n_parameters = sum(p.numel() for p in model.parameters())
     flops = 6 * n_parameters + 12 * model.config.n_layer * model.config.n_embd * config.seq_length
     return {"mfu": flops * tokens_per_second / (peak * WORLD_SIZE)} if peak else {}
@@ -767,9 +769,9 @@ def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
     weights = contents | {"model_state_dict": model.state_dict(), "tokens_seen": tokens_seen}
     if complete:
         write_atomically(output_dir / "final_model.pt", lambda file: torch.save(weights, file))
-    whole = weights | {"rows_seen": rows_seen, "optimizer_state_dict": optimizer.state_dict()}
-    write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(whole, file))
-    saved = [path for at, path in checkpoints(output_dir) if at <= step]  # a later one was damaged
+    resumable = weights | {"rows_seen": rows_seen, "optimizer_state_dict": optimizer.state_dict()}
+    write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(resumable, file))
+    saved = [path for at, path in checkpoints(output_dir) if at <= step]  # later ones were damaged
     for path in saved[config.keep_checkpoints or len(saved) :]:
         path.unlink()
 
@@ -956,7 +958,7 @@ def init_distributed() -> torch.device:
 
 @contextmanager
 def errors_on_all_ranks():
-    """An error of one rank is raised on all of them, so that none waits for it and one line tells of it."""
+    """An error of one rank is raised on all of them, so that none hangs and it is printed once."""
     own = None
     try:
         yield
@@ -994,7 +996,7 @@ class OtherVariant(RunError):
     """A checkpoint of another training script."""
 
 class OneRankError(RunError):
-    """Raised on one rank, which therefore has to tell of it itself."""
+    """Raised on one rank alone, which must print it itself."""
 
 def require(condition, message):
     if not condition:
@@ -1034,7 +1036,7 @@ class TrainingConfig:
     score_padding: bool = Field(description="the padding counts in the training loss, as published")
     seq_length: PositiveInt = Field(ge=2, description="tokens in a row")
     micro_batch_size: PositiveInt = Field(description="rows in one forward and backward pass")
-    gradient_accumulation: PositiveInt = Field(description="such passes of each GPU in a step")
+    gradient_accumulation: PositiveInt = Field(description="passes of each GPU in a step")
     num_gpus: PositiveInt = Field(description="GPUs of the published run; any world size shares its batch")
     target_tokens: PositiveInt = Field(description="tokens to train on, padding included")
     learning_rate: PositiveFloat = Field(description="at the end of the warm-up")
@@ -1053,7 +1055,7 @@ class TrainingConfig:
     eval_interval: PositiveInt = Field(description="steps between evaluations")
     eval_batches: PositiveInt | None = Field(description="batches of an evaluation; null: all")
     save_interval: PositiveInt = Field(description="steps between checkpoints")
-    keep_checkpoints: PositiveInt | None = Field(description="the newest so many stay; null: all")
+    keep_checkpoints: PositiveInt | None = Field(description="how many of the newest to keep; null: all")
     sample_tokens: NonNegativeInt = Field(description="length of the samples beside each checkpoint; 0: none")
     wandb: Literal["disabled", "offline", "online"] = Field(description="log to Weights & Biases too")
 
@@ -1105,7 +1107,7 @@ def load_config(cls, path, overrides):
 def main(arguments=None):
     """Exit status 0: complete; 2: ended by what the last line says; 128 + n: saved, stopped by signal n."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError):  # of a stream that is no text file
+        with suppress(AttributeError):  # not a text stream
             stream.reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
     configs, layout = Path(__file__).resolve().parent / "configs", argparse.RawDescriptionHelpFormatter
     known, lines = [*ModelConfig.__annotations__, *TrainingConfig.__annotations__], []
@@ -1122,7 +1124,7 @@ def main(arguments=None):
     parser.add_argument("--resume", default="auto", help="auto (the newest checkpoint), never, or a path")
     parser.add_argument("--init_from", help="begin at step 0 with the weights of another run")
     parser.add_argument("--accept_changes", action="store_true", help="resume although settings have changed")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="in place of what the configs say")
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="overrides the configs")
     options = parser.parse_intermixed_args(arguments)
     try:
         init_distributed()
@@ -1144,7 +1146,7 @@ def main(arguments=None):
 
 def explain(error, output_dir) -> int:
     """Print one line about what ended the run, return the exit status; raise errors of the program again."""
-    on_all_ranks = isinstance(error, RunError) and not isinstance(error, OneRankError)  # rank 0 tells of it
+    on_all_ranks = isinstance(error, RunError) and not isinstance(error, OneRankError)  # rank 0 prints it
     if isinstance(error, OSError) and not error.filename:
         error = f"{output_dir}: {error}"
     elif isinstance(error, torch.OutOfMemoryError):
