@@ -106,6 +106,9 @@ grid() {
     cells 64 20 "4 8 2 16 32" "42 43 44" 256 packed kqv kv
     cells 64 5 "4 8 2 16" "42 43 44" 256 packed kqv kv
     cells 64 80 "8 16 4" "42 43 44" 256 packed kqv kv
+    cells 64 80 "2" "42 43 44" 256 packed kv  # where the best rate was at the edge of the range
+    cells 64 5 "1" "42 43 44" 256 packed kqv kv
+    cells 64 80 "32" "42 43 44" 256 packed kqv
 
     # Part 3: the rate of other variants
     cells 64 20 "8 16 4 32" "42 43" 256 packed qk k

@@ -309,7 +309,8 @@ def test_the_card_of_a_converted_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_that_convert_checkpoint_made(data_dir, tmp_path):
-    save("kqv", tmp_path / "kqv.pt", tokenizer="bytes", train_config={"train_data": str(data_dir / "train")})
+    tokenizer = script_of("kqv").TokenDataset(data_dir / "train", 32).tokenizer
+    save("kqv", tmp_path / "kqv.pt", tokenizer=tokenizer, train_config={"train_data": str(data_dir / "train")})
     convert_checkpoint.main([
         "--checkpoint", str(tmp_path / "kqv.pt"), "--to", "kv", "--data", str(data_dir / "train"),
         "--output", str(tmp_path / "kv.pt"), "--tokens", "2000",
