@@ -358,6 +358,9 @@ def draw(started, trained_on):
             add_curves(ax, curves, colour, f"converted at {at} %")
         ax.set_xscale("log")
         ax.set_yscale("log")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
         ax.set_title(f"d{shape}, {n} tokens for each parameter", fontsize="medium")
         ax.set_xlabel("training tokens, millions")
         ax.set_ylabel("text perplexity")
