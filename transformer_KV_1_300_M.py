@@ -535,6 +535,8 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         rows_seen = step * config.rows_per_step
         batches = iter(get_dataloader(config.train_data, *loader_args, config.seed, rows_seen))
         log = Logger(output_dir, run, config, step, finished)
+
+    # compile on CUDA, let DDP sum gradients over the ranks, and print the settings once
     if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
         model.compile()
     if WORLD_SIZE > 1:

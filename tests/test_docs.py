@@ -1,4 +1,4 @@
-"""The pages behind the README: what they name exists, and CITATION.cff cites what the README cites."""
+"""README and the pages behind it: what they name exists, and CITATION.cff cites what the README cites."""
 
 import re
 import shlex
@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = (".ci", "configs", "dev", "docs", "results", "runs", "tests")
 SUFFIXES = ("cff", "json", "md", "py", "sh", "txt", "yaml", "yml")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -44,9 +44,9 @@ def test_links_lead_somewhere(page):
         assert not section or section in anchors(target), link
 
 
-@each_page
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_files_of_the_repository_that_a_page_names_exist(page):
-    """A name is ours if it begins with one of our folders, or is that of a Python file."""
+    """A name is ours if it begins with one of our folders, or is that of a Python file. README: test_readme.py."""
     text = page.read_text(encoding="utf-8")
     code = "\n".join([*in_code(text), *blocks(text, "bash")])
     names = re.findall(rf"(?<![\w./*-])[\w./-]+\.(?:{'|'.join(SUFFIXES)})\b", code)
