@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The grid of results/conversion/README.md. Parts 1, 2, 3 and 5 start from what runs/scaling.sh leaves in
+# The grid of results/conversion/README.md. Parts 1, 2, 3, 5 and 8 start from what runs/scaling.sh leaves in
 # outputs_scaling and results/scaling, so run that first.
 #
 #   bash runs/conversion.sh                       # all parts, two runs at a time, a thread each
-#   PARTS="1 2" JOBS=8 bash runs/conversion.sh
+#   PARTS="1 2 3" JOBS=8 bash runs/conversion.sh
 #
 # A run whose metrics in results/conversion hold its final evaluation is not repeated, nor is a conversion that
 # stands in one_shot.jsonl. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under way, and
@@ -282,10 +282,6 @@ part_1() {
         done
         on_all_seeds kqv 64 5 10 default
         on_all_seeds kqv 64 20 10 default
-        on_all_seeds kqv 96 5 10 default
-        on_all_seeds kqv 128 5 10 default
-        on_all_seeds kqv 128 20 10 default
-        on_all_seeds kqv 96 20 10 all
         on_all_seeds kqv 64 80 10 all
     } | do_jobs
 }
@@ -353,7 +349,16 @@ part_7() {
     before_the_end kqv 96 60 "5 1" | do_jobs
 }
 
-for part in ${PARTS:-1 2 3 4 5 6 7}; do
+part_8() {
+    {
+        on_all_seeds kqv 96 20 10 all
+        on_all_seeds kqv 96 5 10 default
+        on_all_seeds kqv 128 5 10 default
+        on_all_seeds kqv 128 20 10 default
+    } | do_jobs
+}
+
+for part in ${PARTS:-1 2 3 4 5 6 7 8}; do
     echo "part $part"
     part_$part
     "$PYTHON" $STUDY tables

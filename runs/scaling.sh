@@ -11,8 +11,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export PYTHON=${PYTHON:-.venv/bin/python}
+export RESULTS=${RESULTS:-results/scaling}
 export OMP_NUM_THREADS=1
-mkdir -p outputs_scaling results/scaling
+mkdir -p outputs_scaling $RESULTS
 
 
 # -----------------------------------------------------------------------------
@@ -20,6 +21,16 @@ mkdir -p outputs_scaling results/scaling
 
 "$PYTHON" dataset_download.py --source site-packages --split_paragraphs --tokenizer bytes \
     --target_tokens 50_000_000 --validation_tokens 250_000 --output_dir scaling_data
+
+# Packages of other versions are another text, and its runs would not belong to the same grid.
+corpus=$(grep -som1 'sha256:[0-9a-f]*' scaling_data/train/metadata.json || true)
+recorded=$(cat $RESULTS/corpus.txt 2> /dev/null || echo $corpus)
+if [ "$corpus" != "$recorded" ]; then
+    echo "scaling.sh: scaling_data is $corpus, and the runs in $RESULTS are of $recorded. Install the packages of" \
+        "$RESULTS/environment.txt, or begin a grid of your own with RESULTS=results/scaling_own." >&2
+    exit 2
+fi
+echo $corpus > $RESULTS/corpus.txt
 
 
 # -----------------------------------------------------------------------------
@@ -30,7 +41,7 @@ train() {
     local alias=$1 width=$2 per_parameter=$3 rate=$4 seed=$5 row=$6 protocol=$7
     local name=${alias}_d${width}_n${per_parameter}_lr${rate}e-3_T${row}_${protocol}_seed${seed}
     local to=outputs_scaling/$name
-    grep -qs '"kind": "final"' results/scaling/$name/metrics.jsonl && return
+    grep -qs '"kind": "final"' $RESULTS/$name/metrics.jsonl && return
 
     # N tokens for each of the matrices' 12 x layers x width^2 parameters, in steps of 1,024
     local tokens=$((12 * width / 32 * width * width * per_parameter))
@@ -77,9 +88,9 @@ train() {
     fi
 
     # The metrics come last: with them the run counts as finished.
-    mkdir -p results/scaling/$name
-    cp $to/*.yaml results/scaling/$name/
-    cp $to/metrics.jsonl results/scaling/$name/
+    mkdir -p $RESULTS/$name
+    cp $to/*.yaml $RESULTS/$name/
+    cp $to/metrics.jsonl $RESULTS/$name/
 }
 export -f train
 
@@ -102,21 +113,14 @@ cells() {
 }
 
 grid() {
-    # Parts 1 and 2: the rate at 20 tokens for each parameter, then both ends of the slope
-    cells 64 20 "4 8 2 16 32" "42 43 44" 256 packed kqv kv
-    cells 64 5 "4 8 2 16" "42 43 44" 256 packed kqv kv
-    cells 64 80 "8 16 4" "42 43 44" 256 packed kqv kv
-    cells 64 80 "2" "42 43 44" 256 packed kv  # where the best rate was at the edge of the range
-    cells 64 5 "1" "42 43 44" 256 packed kqv kv
-    cells 64 80 "32" "42 43 44" 256 packed kqv
+    # Parts 1 and 2: the ends of the slope, at the rates that were best on the first corpus
+    cells 64 80 "16 32" "42 43 44" 256 packed kqv
+    cells 64 80 "4 16" "42 43 44" 256 packed kv
+    cells 64 20 "8" "42 43 44" 256 packed kqv kv
+    cells 64 5 "2" "42 43 44" 256 packed kqv kv
 
-    # Part 3: the rate of other variants
-    cells 64 20 "8 16 4 32" "42 43" 256 packed qk k
-    cells 64 20 "8 16 4 32" "42" 256 packed gqa qmqa
-
-    # Part 4: the rate at other sizes
+    # Part 4: the rate at another size
     cells 96 5 "8 4 16" "42 43" 256 packed kqv kv
-    cells 128 5 "4 2 8" "42 43" 256 packed kqv kv
 
     # Part 5: rows of 64 and of 256, and what is in them
     for protocol in packed scored masked; do
@@ -124,6 +128,13 @@ grid() {
             cells 64 20 "8 16" "42 43" $row $protocol kqv kv
         done
     done
+
+    # Part 3: the rate of other variants
+    cells 64 20 "8 16 4 32" "42 43" 256 packed qk k
+    cells 64 20 "8 16 4 32" "42" 256 packed gqa qmqa
+
+    # Part 4, the largest size
+    cells 128 5 "4 2 8" "42 43" 256 packed kqv kv
 
     # Parts 6 and 7 take their rates from the parts before them, see the README.
 }
@@ -137,7 +148,7 @@ grid | xargs -P "${JOBS:-2}" -L 1 bash -euc 'train "$@"' train
 for model in outputs_scaling/kqv_*_T256_packed_seed*/final_model.pt; do
     [ -e $model ] || continue
     folder=$(dirname $model)
-    to=results/scaling/$(basename $folder)/conversion.txt
+    to=$RESULTS/$(basename $folder)/conversion.txt
     if [ ! -e $to ]; then
         "$PYTHON" convert_checkpoint.py --checkpoint $model --to kv --data scaling_data/train \
             --val_data scaling_data/validation --output $folder/converted.pt > $folder/conversion.txt
@@ -145,4 +156,4 @@ for model in outputs_scaling/kqv_*_T256_packed_seed*/final_model.pt; do
     fi
 done
 
-"$PYTHON" scaling_table.py results/scaling --output_dir results/scaling
+"$PYTHON" scaling_table.py $RESULTS --output_dir $RESULTS

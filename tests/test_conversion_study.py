@@ -194,7 +194,7 @@ def house(tmp_path):
     return tmp_path
 
 
-def run(house, fail="^$", status=0, parts="1 2 3 4 5 6 7"):
+def run(house, fail="^$", status=0, parts="1 2 3 4 5 6 7 8"):
     """The ended process, and the commands that it gave since the last time."""
     (house / "calls.txt").write_text("", encoding="utf-8")
     settings = {"PYTHON": str(house / "python"), "JOBS": "2", "PARTS": parts}
