@@ -113,12 +113,11 @@ def causal_attention(q, k, v, config):
     if T == 1:
         # decode: one query sees every position. The query heads that share a KV head become several queries
         # of that head, so that each cached number is read once for all of them.
-        q = q.reshape(B, n_kv_head, n_head // n_kv_head, head_dim)
-        if q.is_cuda or q.dtype != torch.bfloat16 or n_kv_head < n_head:
-            y = F.scaled_dot_product_attention(q, k, v)
-        else:  # on a CPU, two products in this layout take half the time of SDPA for a single row in bf16
-            scores = (k @ q.mT) / math.sqrt(head_dim)  # [B, n_head, S, 1]
-            y = (v.mT @ scores.softmax(dim=-2)).mT
+        n_rep = n_head // n_kv_head
+        q = q.reshape(B, n_kv_head, n_rep, head_dim)
+        if n_rep == 1 and q.dtype == torch.bfloat16 and not q.is_cuda:
+            q = q.repeat(1, 1, 2, 1)  # on a CPU in bf16, two rows take SDPA half the time of one
+        y = F.scaled_dot_product_attention(q, k, v)[:, :, :n_rep]
         return y.reshape(B, n_head, 1, head_dim)
     # is_causal aligns the first query with the first key; after a past (S > T) the last ones must align
     mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)

@@ -120,13 +120,17 @@ grid() {
     cells 64 5 "2" "42 43 44" 256 packed kqv kv
 
     # Part 4: the rate at another size
-    cells 96 5 "8 4 16" "42 43" 256 packed kqv kv
+    cells 96 5 "8 4 16 2" "42 43" 256 packed kqv kv
 
     # Part 5: rows of 64 and of 256, and what is in them
-    for protocol in packed scored masked; do
-        for row in 64 256; do
-            cells 64 20 "8 16" "42 43" $row $protocol kqv kv
+    for rate in 8 16; do
+        for protocol in packed scored masked; do
+            for row in 64 256; do
+                cells 64 20 $rate "42 43" $row $protocol kqv kv
+            done
         done
+        # Part 6, of which d96 at 20 tokens for each parameter comes before the second rate of part 5
+        cells 96 20 "4" "42 43 44" 256 packed kqv kv
     done
 
     # Part 3: the rate of other variants

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,9 @@ def test_the_workflow_runs_what_has_to_pass():
     assert runs[-1] == ".ci/run" and (ROOT / ".ci/run").stat().st_mode & 0o111
     assert any("/whl/cpu" in command and "requirements.txt" in command for command in runs[:-1])
     assert Path(ROOT / "requirements.txt").read_text().count("\ntorch==") == 1
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("tests/benchmarks/*.py")), ids=lambda path: path.name)
+def test_a_benchmark_finds_all_that_it_imports(script):
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

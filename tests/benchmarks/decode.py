@@ -42,7 +42,7 @@ import transformers  # noqa: E402
 import yaml  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
-from analysis_computation_profiler import DTYPES, bf16_is_native, processor, read_bandwidth  # noqa: E402
+from analysis_computation_profiler import DTYPES, bf16_is_native, device_name, read_bandwidth  # noqa: E402
 
 VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
 SCENES = {  # shape, tokens of the prompt, new tokens
@@ -248,7 +248,7 @@ def main(arguments=None):
         time.perf_counter = time.process_time
 
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}")
+    print(f"{device_name(CPU)} of {os.cpu_count()} cores, {versions}")
     print(f"{'CPU time' if options.cpu_time else 'wall-clock time'}, load {os.getloadavg()[0]:.1f}")
     for scene in options.scenes:
         shape, prompt_length, new = SCENES[scene]

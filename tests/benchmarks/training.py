@@ -36,7 +36,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from decode import build_gpt2, processor  # noqa: E402
+from decode import CPU, build_gpt2, device_name  # noqa: E402
 
 from analysis_computation_profiler import bf16_is_native  # noqa: E402
 
@@ -219,7 +219,7 @@ def main(arguments=None):
     with tempfile.TemporaryDirectory() as folder:
         write_tokens(Path(folder) / "data")
         steps = measure(options, folder)
-    print(f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{device_name(CPU)} of {os.cpu_count()} cores, torch {torch.__version__}")
     print(f"{options.precision}{'' if native else ' (this processor has no bf16)'}, {options.layers} layers\n")
     head = f"{'':14}{'best, s':>9}{'median, s':>11}{'tokens/s':>10}{'times released':>23}{'times transformers':>23}"
     print(f"{head}{'GB':>7}{'of released':>13}")

@@ -1,0 +1,127 @@
+"""Ways to let one new token attend to a KV cache on a CPU: layouts, SDPA and matrix products.
+
+    python tests/benchmarks/attention.py
+    python tests/benchmarks/attention.py --context 8192 --batch_size 8 --dtypes bf16
+
+`causal_attention` takes the way marked with a star. Milliseconds of one decode step's attention in all layers,
+medians of interleaved rounds. Every layer has its own cache, a part of a longer one as in `KVCache`, and
+together they are beyond the processor's caches.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tabulate import tabulate  # noqa: E402
+
+from analysis_computation_profiler import DTYPES, device_name  # noqa: E402
+
+N_HEAD, HEAD_DIM = 16, 64
+
+
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def sdpa_grouped(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def sdpa_projected(q, k, v):
+    return F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))
+
+
+def sdpa_folded(q, k, v):
+    return F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, HEAD_DIM), k, v)
+
+
+def sdpa_two_rows(q, k, v):
+    return F.scaled_dot_product_attention(q.repeat(1, 1, 2, 1), k, v)[:, :, :1]
+
+
+def products(q, k, v):
+    q = q.view(len(q), k.shape[1], -1, HEAD_DIM)
+    return (q @ k.mT / HEAD_DIM**0.5).softmax(dim=-1) @ v
+
+
+def products_by_column(q, k, v):
+    q = q.view(len(q), k.shape[1], -1, HEAD_DIM)
+    scores = k @ q.mT / HEAD_DIM**0.5
+    return (v.mT @ scores.softmax(dim=-2)).mT
+
+
+CASES = [  # KV heads, tensors a layer, a way, and in which dtypes the scripts take it
+    (16, 2, "SDPA on [B, S, n_head, head_dim]", sdpa_projected, ()),
+    (16, 2, "SDPA", sdpa, ("fp32",)),
+    (16, 2, "SDPA, the query twice", sdpa_two_rows, ("bf16",)),
+    (16, 2, "q @ k.mT, softmax, @ v", products, ()),
+    (16, 2, "k @ q.mT, softmax, v.mT @", products_by_column, ()),
+    (16, 1, "SDPA", sdpa, ("fp32",)),
+    (16, 1, "SDPA, the query twice", sdpa_two_rows, ("bf16",)),
+    (16, 1, "q @ k.mT, softmax, @ v", products, ()),
+    (16, 1, "k @ q.mT, softmax, v.mT @", products_by_column, ()),
+    (4, 2, "SDPA, enable_gqa", sdpa_grouped, ()),
+    (4, 2, "SDPA, query heads folded", sdpa_folded, ("fp32", "bf16")),
+    (4, 2, "q @ k.mT, softmax, @ v, folded", products, ()),
+    (1, 1, "SDPA, enable_gqa", sdpa_grouped, ()),
+    (1, 1, "SDPA, query heads folded", sdpa_folded, ("fp32", "bf16")),
+    (1, 1, "q @ k.mT, softmax, @ v, folded", products, ()),
+]
+
+
+@torch.no_grad()
+def measure(options, dtype):
+    """Milliseconds by case and round."""
+    q = torch.randn(options.batch_size, N_HEAD, 1, HEAD_DIM, dtype=DTYPES[dtype])
+    times = {case: [] for case in CASES}
+    for number in range(options.rounds + 1):  # the first is the warm-up
+        for case in CASES:
+            n_kv_head, n_tensors, _, attend, _ = case
+            shape = (options.batch_size, n_kv_head, options.context + 32, HEAD_DIM)
+            if attend is sdpa_projected:
+                shape = (options.batch_size, options.context, n_kv_head, HEAD_DIM)
+            caches = []
+            for _ in range(options.layers):
+                layer = [torch.randn(shape, dtype=q.dtype) for _ in range(n_tensors)]
+                if attend is not sdpa_projected:
+                    layer = [tensor[:, :, : options.context] for tensor in layer]
+                caches.append(layer)
+            started = time.perf_counter()
+            for layer in caches:
+                attend(q, layer[0], layer[-1])
+            if number:
+                times[case].append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+def main(arguments=None):
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--batch_size", type=int, default=1)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    options = parser.parse_args(arguments)
+    print(f"{device_name(torch.device('cpu'))} of {os.cpu_count()} cores, torch {torch.__version__}")
+    print(f"{options.layers} layers, {options.context} tokens, batch {options.batch_size}\n")
+    times = {dtype: measure(options, dtype) for dtype in options.dtypes}
+    rows = []
+    for case in CASES:
+        n_kv_head, n_tensors, name, _, taken = case
+        cells = [f"{median(times[dtype][case]):.1f}{' *' if dtype in taken else ''}" for dtype in options.dtypes]
+        rows.append([n_kv_head, ("K = V", "K and V")[n_tensors - 1], name, *cells])
+    print(tabulate(rows, ["KV heads", "cached", "way", *options.dtypes], tablefmt="pipe", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
