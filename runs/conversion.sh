@@ -289,7 +289,8 @@ part_1() {
 part_2() {
     {
         after_the_end kqv 64 80 "1 5 10" "none joint_svd"
-        before_the_end kqv 64 80 "5 1"
+        before_the_end kqv 64 80 5
+        before_the_end kqv 64 80 1
         after_the_end kqv 64 80 10 "mean drop_v unweighted"
     } | do_jobs
 }
