@@ -120,8 +120,8 @@ def causal_attention(q, k, v, config):
         # of that head, so that each cached number is read once for all of them.
         n_rep = n_head // n_kv_head
         q = q.reshape(B, n_kv_head, n_rep, head_dim)
-        if n_rep == 1 and q.dtype == torch.bfloat16 and not q.is_cuda:
-            q = q.repeat(1, 1, 2, 1)  # on a CPU in bf16, two rows take SDPA half the time of one
+        if n_rep == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
+            q = q.repeat(1, 1, 2, 1)  # in bf16 on a CPU, two rows take SDPA half the time of one
         y = F.scaled_dot_product_attention(q, k, v)[:, :, :n_rep]
         return y.reshape(B, n_head, 1, head_dim)
     # is_causal aligns the first query with the first key; after a past (S > T) the last ones must align

@@ -157,3 +157,16 @@ def test_a_run_that_is_stopped_stops_all(small_house):
     done, calls = run(small_house, "scaling", fail="kv_d64_n20_lr4e-3_T256_packed_seed42", status=143)
     assert done.returncode != 0
     assert len([call for call in calls if call[0].startswith("transformer_")]) == 2
+
+
+def test_the_grid_refuses_to_go_on_with_another_text(small_house):
+    (small_house / "scaling_data/train").mkdir(parents=True)
+    (small_house / "scaling_data/train/metadata.json").write_text('{"revision": "sha256:1a2b"}')
+    (small_house / "results/scaling").mkdir(parents=True)
+    (small_house / "results/scaling/corpus.txt").write_text("sha256:3c4d\n")
+    done, calls = run(small_house, "scaling")
+    assert done.returncode == 2 and "sha256:1a2b" in done.stderr and "sha256:3c4d" in done.stderr
+    assert [call[0] for call in calls] == ["dataset_download.py"]
+    (small_house / "results/scaling/corpus.txt").write_text("sha256:1a2b\n")
+    done, calls = run(small_house, "scaling")
+    assert done.returncode == 0, done.stderr
