@@ -1,20 +1,22 @@
 #!/usr/bin/env bash
-# The grid of results/conversion/README.md. Parts 1, 2, 3, 5 and 8 start from what runs/scaling.sh leaves in
-# outputs_scaling and results/scaling, so run that first.
+# The grid of results/conversion/README.md. It starts from the runs of runs/scaling.sh, so run that first.
 #
 #   bash runs/conversion.sh                       # all parts, two runs at a time, a thread each
 #   PARTS="1 2 3" JOBS=8 bash runs/conversion.sh
 #
 # A run whose metrics in results/conversion hold its final evaluation is not repeated, nor is a conversion that
-# stands in one_shot.jsonl. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under way, and
+# stands in one_shot.jsonl. A source whose checkpoints are gone (git has only its metrics) is trained again when a
+# conversion needs them. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under way, and
 # the same command continues from there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export PYTHON=${PYTHON:-.venv/bin/python}
-export STUDY=results/conversion/study.py
+export SCALING=${SCALING:-results/scaling}
+export RESULTS=${RESULTS:-results/conversion}
+export STUDY="results/conversion/study.py --scaling $SCALING --results $RESULTS"
 export OMP_NUM_THREADS=1
-mkdir -p outputs_conversion
+mkdir -p outputs_conversion $RESULTS
 
 
 # -----------------------------------------------------------------------------
@@ -24,6 +26,16 @@ mkdir -p outputs_conversion
     --target_tokens 50_000_000 --validation_tokens 250_000 --output_dir scaling_data
 "$PYTHON" dataset_download.py --source stdlib --split_paragraphs --tokenizer bytes \
     --target_tokens 20_000_000 --validation_tokens 100_000 --output_dir replicate_data
+
+# The text of the runs it starts from
+corpus=$(grep -som1 'sha256:[0-9a-f]*' scaling_data/train/metadata.json || true)
+recorded=$(cat $SCALING/corpus.txt 2> /dev/null || echo $corpus)
+if [ "$corpus" != "$recorded" ]; then
+    echo "conversion.sh: scaling_data is $corpus, and the runs in $SCALING are of $recorded. Install the packages of" \
+        "$SCALING/environment.txt, or study the conversion of a grid of your own with" \
+        "SCALING=results/scaling_own RESULTS=results/conversion_own." >&2
+    exit 2
+fi
 
 
 # -----------------------------------------------------------------------------
@@ -64,7 +76,7 @@ source_of() {
     local rate name
     rate=$("$PYTHON" $STUDY best_rate $1 $2 $3)
     name=$(name_of $1 $2 $3 $rate $4)
-    if [ -e outputs_scaling/$name ]; then
+    if [ -e "$(checkpoint_of outputs_scaling/$name $2 $3 10)" ]; then
         echo outputs_scaling/$name
     else
         echo outputs_conversion/$name
@@ -111,14 +123,15 @@ run() {
     fi
 
     # The metrics come last: with them the run counts as finished.
-    mkdir -p results/conversion/$name
-    cp $to/*.yaml results/conversion/$name/
-    cp $to/metrics.jsonl results/conversion/$name/
+    finished $name && return
+    mkdir -p $RESULTS/$name
+    cp $to/*.yaml $RESULTS/$name/
+    cp $to/metrics.jsonl $RESULTS/$name/
 }
 
 # finished NAME, by this grid or by that of runs/scaling.sh; begun NAME: there is something to resume
 finished() {
-    grep -qs '"kind": "final"' results/conversion/$1/metrics.jsonl results/scaling/$1/metrics.jsonl
+    grep -qs '"kind": "final"' $RESULTS/$1/metrics.jsonl $SCALING/$1/metrics.jsonl
 }
 
 begun() {
@@ -131,10 +144,27 @@ begun() {
 
 # train ALIAS SHAPE TOKENS_PER_PARAMETER RATE SEED: from the start, the rate in thousandths
 train() {
+    finished $(name_of "$@") || from_the_first_step "$@"
+}
+
+# restore ALIAS SHAPE TOKENS_PER_PARAMETER SEED: train the run at the best rate again if its checkpoints are gone.
+# Several jobs may need it, so the first of them does it while the others wait.
+restore() {
+    local rate name
+    rate=$("$PYTHON" $STUDY best_rate $1 $2 $3)
+    name=$(name_of $1 $2 $3 $rate $4)
+    (
+        flock 9
+        local source
+        source=$(source_of $1 $2 $3 $4)
+        [ -e "$(checkpoint_of $source $2 $3 10)" ] || from_the_first_step $1 $2 $3 $rate $4
+    ) 9> outputs_conversion/$name.lock
+}
+
+from_the_first_step() {
     local alias=$1 shape=$2 per_parameter=$3 rate=$4 seed=$5
     local name steps lowest
     name=$(name_of $1 $2 $3 $4 $5)
-    finished $name && return
     steps=$(steps_of $shape $per_parameter)
     lowest=$(awk "BEGIN { print $rate / 10 }")
 
@@ -158,6 +188,7 @@ train_on() {
     local alias=$1 shape=$2 per_parameter=$3 seed=$4 tenths=$5 method=$6 percent=$7
     local name=${alias}_d${shape}_n${per_parameter}_at$((10 * tenths))_${method}_${percent}_seed$seed
     finished $name && return
+    begun $name || restore $alias $shape $per_parameter $seed
     local rate source from
     rate=$("$PYTHON" $STUDY best_rate $alias $shape $per_parameter)
     source=$(source_of $alias $shape $per_parameter $seed)
@@ -203,12 +234,18 @@ train_on() {
 
 # one_shot ALIAS SHAPE TOKENS_PER_PARAMETER SEED TENTHS KIND: conversion alone, of the run at the best rate
 one_shot() {
-    local source
+    local source checkpoint
     source=$(source_of $1 $2 $3 $4)
-    "$PYTHON" $STUDY one_shot $(checkpoint_of $source $2 $3 $5) --data $(data_of $2) --kind $6
+    checkpoint=$(checkpoint_of $source $2 $3 $5)
+    if [ ! -e $checkpoint ]; then
+        [ -n "$("$PYTHON" $STUDY one_shot $checkpoint --data $(data_of $2) --kind $6 --dry_run)" ] || return 0
+        restore $1 $2 $3 $4
+    fi
+    "$PYTHON" $STUDY one_shot $checkpoint --data $(data_of $2) --kind $6
 }
 
-export -f settings steps_of name_of source_of checkpoint_of data_of run finished begun train train_on one_shot
+export -f settings steps_of name_of source_of checkpoint_of data_of run finished begun train restore \
+    from_the_first_step train_on one_shot
 
 # Takes a job a line, and does JOBS at a time.
 do_jobs() {

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from importlib import import_module
 
@@ -38,16 +39,17 @@ def write_run(folder, name, losses, finished=True):
 
 
 @pytest.fixture
-def results(tmp_path, monkeypatch):
+def results(tmp_path):
     """results/scaling and results/conversion, empty."""
     scaling, conversion = tmp_path / "results/scaling", tmp_path / "results/conversion"
     scaling.mkdir(parents=True)
     conversion.mkdir()
-    monkeypatch.setattr(study, "ROOT", tmp_path)
-    monkeypatch.setattr(study, "HERE", conversion)
-    monkeypatch.setattr(study, "ONE_SHOT", conversion / "one_shot.jsonl")
-    monkeypatch.setattr(study.read_runs, "__defaults__", ((scaling, conversion),))
     return scaling, conversion
+
+
+def run_study(results, *arguments):
+    scaling, conversion = results
+    study.main(["--scaling", str(scaling), "--results", str(conversion), *arguments])
 
 
 def test_the_best_rate_is_that_of_the_seeds_which_all_rates_have(results, capsys):
@@ -57,10 +59,10 @@ def test_the_best_rate_is_that_of_the_seeds_which_all_rates_have(results, capsys
         write_run(scaling, f"kqv_d64_n80_lr{rate}e-3_T256_packed_seed{seed}", [5.0, loss])
     write_run(scaling, "kqv_d64_n80_lr0.5e-3_T256_packed_seed42", [5.0, 0.1], finished=False)
     write_run(scaling, "kqv_d64_n80_lr2e-3_T256_scored_seed42", [5.0, 0.1])  # another protocol
-    study.main(["best_rate", "kqv", "64", "80"])
+    run_study(results, "best_rate", "kqv", "64", "80")
     assert capsys.readouterr().out == "8\n"
     with pytest.raises(SystemExit) as ended:
-        study.main(["best_rate", "kv", "64", "80"])
+        run_study(results, "best_rate", "kv", "64", "80")
     assert ended.value.code == 2
     assert "no finished runs" in capsys.readouterr().err
 
@@ -80,7 +82,7 @@ def test_tables_hold_prices_gaps_and_intervals(results):
             line = place | {"way": study.DEFAULT, "before": 2.0, "after": 2.0 + price * step / 7680}
             with open(conversion / "one_shot.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
-    study.main(["tables"])
+    run_study(results, "tables")
     text = (conversion / "results.md").read_text()
     sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     mean = "+0.0200 ± 0.0248"
@@ -137,7 +139,7 @@ def test_one_shot_goes_on_where_it_stopped(results, data_dir, tmp_path, monkeypa
     ways = [study.DEFAULT | {"method": "mean"}, study.DEFAULT | {"weighting": "none"}]
     for so_far in (0, 1, 2, 2):
         monkeypatch.setattr(study, "WAYS", ways[:so_far])
-        study.main(["one_shot", str(path), "--data", str(data_dir), "--kind", "all"])
+        run_study(results, "one_shot", str(path), "--data", str(data_dir), "--kind", "all")
         lines = [json.loads(line) for line in (conversion / "one_shot.jsonl").read_text().splitlines()]
         assert [line["way"] for line in lines] == [study.DEFAULT, *ways[:so_far]]
     script = script_of("kqv")
@@ -170,17 +172,23 @@ def test_slim_attention_is_exact_with_keys_alone_in_the_cache(T):
 
 # ---- runs/conversion.sh
 
-# Stands in for the interpreter: notes its arguments, knows the best rate, and leaves a finished run where a
-# training script would.
+# Stands in for the interpreter: notes its arguments, knows the best rate, has a conversion left to do, and leaves
+# a finished run where a training script would.
 STUB = r"""#!/bin/bash
 echo "$@" >> calls.txt
-[[ $2 == best_rate ]] && echo 8
+case " $* " in
+    *" best_rate "*" replica "*) echo 1 ;;
+    *" best_rate "*) echo 8 ;;
+    *" --dry_run "*) echo "a way" ;;
+esac
 [[ $1 == transformer_* ]] || exit 0
 to=$(grep -oP -- '--output_dir \K\S+' <<< "$@")
 [[ "$@" =~ $FAIL ]] && { mkdir -p $to; touch $to/checkpoint_step_1.pt; echo "it failed"; exit $STATUS; }
 mkdir -p $to
 echo "seed: 1" > $to/train_config.yaml
 echo '{"kind": "final", "step": 1}' > $to/metrics.jsonl
+tokens=$(grep -oP 'target_tokens=\K\d+' <<< "$@")
+touch $to/checkpoint_step_$((tokens / 1024)).pt
 """
 
 
@@ -192,7 +200,18 @@ def house(tmp_path):
     (tmp_path / "runs/conversion.sh").write_text(script, encoding="utf-8")
     (tmp_path / "python").write_text(STUB, encoding="utf-8")
     (tmp_path / "python").chmod(0o755)
+    steps = {"d64_n5": 480, "d64_n20": 1920, "d64_n80": 7680, "d96_n5": 1620, "d96_n20": 6480}
+    for shape, last_step in (steps | {"d128_n5": 3840, "d128_n20": 15360}).items():
+        leave_source(tmp_path, shape, last_step)
     return tmp_path
+
+
+def leave_source(house, shape, last_step):
+    """What runs/scaling.sh leaves of QKV at the best rate."""
+    for seed in (42, 43, 44):
+        folder = house / f"outputs_scaling/kqv_{shape}_lr8e-3_T256_packed_seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / f"checkpoint_step_{last_step}.pt").touch()
 
 
 def run(house, fail="^$", status=0, parts="1 2 3 4 5 6 7 8"):
@@ -278,3 +297,28 @@ def test_a_stop_stops_all(house):
     ended, calls = run(house, parts="2", fail="at100", status=143)
     assert ended.returncode != 0
     assert len(trained(calls)) <= 4
+
+
+def test_a_source_whose_checkpoints_are_gone_is_trained_again_once(house):
+    names = [f"kqv_d64_n80_lr8e-3_T256_packed_seed{seed}" for seed in (42, 43, 44)]
+    for name in names:
+        shutil.rmtree(house / f"outputs_scaling/{name}")
+        write_run(house / "results/scaling", name, [5.0, 2.0])
+    ended, calls = run(house, parts="1 2")
+    assert ended.returncode == 0, ended.stderr
+    runs = trained(calls)
+    assert len(runs) == 39 + 3 and runs.keys() > {*names}
+    assert not [name for name in names if (house / f"results/conversion/{name}").exists()]
+    sources = [call[call.index("--checkpoint") + 1] for call in calls if call[0] == "convert_checkpoint.py"]
+    assert {source.rpartition("/")[0].removeprefix("outputs_conversion/") for source in sources} == {*names}
+
+
+def test_another_text_is_refused(house):
+    (house / "scaling_data/train").mkdir(parents=True)
+    (house / "scaling_data/train/metadata.json").write_text('{"revision": "sha256:aa"}', encoding="utf-8")
+    (house / "results/scaling").mkdir(parents=True)
+    (house / "results/scaling/corpus.txt").write_text("sha256:bb\n", encoding="utf-8")
+    ended, calls = run(house)
+    assert ended.returncode == 2
+    assert "sha256:aa" in ended.stderr and "sha256:bb" in ended.stderr
+    assert not trained(calls)

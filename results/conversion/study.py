@@ -4,7 +4,8 @@
     python results/conversion/study.py one_shot PATH.pt --data scaling_data --kind all
     python results/conversion/study.py tables                  # results.md, conversion.png
 
-one_shot.jsonl has a line for each conversion that one_shot made; what stands there is not computed again.
+one_shot.jsonl has a line for each conversion that one_shot made; what stands there is not computed again. A grid
+of one's own text has folders of its own: --scaling results/scaling_own --results results/conversion_own.
 """
 
 import argparse
@@ -50,9 +51,9 @@ def evaluations(folder):
     return [(record["tokens"], record["text_loss"]) for record in records if record["kind"] != "train"]
 
 
-def read_runs(folders=(ROOT / "results/scaling", HERE)):
+def read_runs(folders):
     """Evaluations of runs from the start, [alias, shape, n][rate][seed], and of those trained on,
-    [alias, shape, n, at, how, percent][seed].
+    [alias, shape, n, at, how, percent][seed], in the folders.
     """
     started, trained_on = defaultdict(lambda: defaultdict(dict)), defaultdict(dict)
     for path in sorted(path for folder in folders for path in folder.glob("*/")):
@@ -79,7 +80,6 @@ def best_rate(by_rate):
 # -----------------------------------------------------------------------------
 # Conversion alone
 
-ONE_SHOT = HERE / "one_shot.jsonl"
 DEFAULT = {"method": "joint_svd", "weighting": "gradient", "tokens": 32768}
 WAYS = [
     DEFAULT | {"weighting": "activation"},
@@ -189,12 +189,17 @@ def keep_what_is_kept(attn, heads, attention, projector, mean):
     projection.bias[rows] = (bias[..., 0] + mean).flatten().float()
 
 
-def one_shot(path, data, kind):
-    """Convert a checkpoint by default or in all ways, and add a line for each to one_shot.jsonl."""
+def one_shot(path, data, kind, record_path, dry_run=False):
+    """Convert a checkpoint by default or in all ways, and add a line for each to one_shot.jsonl.
+
+    A dry run only prints the ways that are not there yet.
+    """
     place = {"source": path.parent.name, "checkpoint": path.name}
-    done = [record["way"] for record in read_one_shots() if {key: record[key] for key in place} == place]
+    done = [record["way"] for record in read_one_shots(record_path) if {key: record[key] for key in place} == place]
     ways = [way for way in [DEFAULT, *(WAYS if kind == "all" else [])] if way not in done]
-    if not ways:
+    if dry_run:
+        print("\n".join(json.dumps(way) for way in ways))
+    if dry_run or not ways:
         return
     alias, model, contents = cc.read_source(path, "cpu")
     to = SHARED[alias]
@@ -210,15 +215,15 @@ def one_shot(path, data, kind):
         target = getattr(cc.SCRIPTS[to], cc.VARIANTS[to]["class"])(config)
         target.load_state_dict(convert_by(way, source, to, config, loader_of))
         after = cc.SCRIPTS[to].evaluate(target.eval(), val_loader)["text_loss"]
-        with open(ONE_SHOT, "a", encoding="utf-8") as file:
+        with open(record_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(place | {"way": way, "before": before, "after": after}) + "\n")
         print(f"{path}: {way}: {after - before:+.5f} nats")
 
 
-def read_one_shots():
-    if not ONE_SHOT.exists():
+def read_one_shots(path):
+    if not path.exists():
         return []
-    return [json.loads(line) for line in ONE_SHOT.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 # -----------------------------------------------------------------------------
@@ -250,10 +255,10 @@ def gap_of(started, alias, shape, n):
     return paired(shared[best_rate(shared)], source[best_rate(source)])
 
 
-def read_prices():
+def read_prices(path):
     """Of the conversions alone: {(alias, shape, n): {step: {way as JSON: {seed: price}}}}."""
     prices = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for record in read_one_shots():
+    for record in read_one_shots(path):
         alias, shape, n, _, seed = FROM_THE_START.fullmatch(record["source"]).groups()
         step = int(re.search(r"\d+", record["checkpoint"])[0])
         by_seed = prices[alias, shape, int(n)][step][json.dumps(record["way"])]
@@ -317,10 +322,10 @@ def rates_table(started):
     return ["variant", "shape", "D/N", "peak rate", "text loss of the seeds", ""], rows
 
 
-def tables():
+def tables(scaling, results):
     """Write results.md and conversion.png from the metrics and one_shot.jsonl, as far as they are there."""
-    started, trained_on = read_runs()
-    prices = read_prices()
+    started, trained_on = read_runs([scaling, results])
+    prices = read_prices(results / "one_shot.jsonl")
     parts = {
         "Conversion alone": alone_table(started, prices),
         "Conversion alone, along the training": along_table(prices),
@@ -332,12 +337,12 @@ def tables():
     for title, (headers, rows) in parts.items():
         if rows:
             text += f"\n## {title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n"
-    (HERE / "results.md").write_text(text, encoding="utf-8")
-    draw(started, trained_on)
+    (results / "results.md").write_text(text, encoding="utf-8")
+    draw(started, trained_on, results / "conversion.png")
 
 
-def draw(started, trained_on):
-    """conversion.png: text perplexity against training tokens, from the start and converted."""
+def draw(started, trained_on, path):
+    """A figure: text perplexity against training tokens, from the start and converted."""
     places = [place for place in [("kqv", "64", 80), ("kqv", "96", 60)] if place in started]
     if not places:
         return
@@ -365,7 +370,7 @@ def draw(started, trained_on):
         ax.set_xlabel("training tokens, millions")
         ax.set_ylabel("text perplexity")
         ax.legend(frameon=False)
-    figure.savefig(HERE / "conversion.png", dpi=120)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
@@ -385,6 +390,9 @@ def add_curves(ax, curves, colour, label):
 def main(arguments=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=Path(__file__).name, description=__doc__, formatter_class=layout)
+    where = {"type": Path, "metavar": "DIR"}
+    parser.add_argument("--scaling", default=ROOT / "results/scaling", help="runs of runs/scaling.sh", **where)
+    parser.add_argument("--results", default=HERE, help="of this study", **where)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("best_rate", help="print a peak rate, in thousandths")
     command.add_argument("alias", choices=cc.SCRIPTS)
@@ -394,14 +402,16 @@ def main(arguments=None):
     command.add_argument("checkpoint", type=Path)
     command.add_argument("--data", type=Path, required=True)
     command.add_argument("--kind", choices=("default", "all"), default="default")
+    command.add_argument("--dry_run", action="store_true", help="print the ways that are not there yet")
     commands.add_parser("tables", help="write results.md and conversion.png")
     options = parser.parse_args(arguments)
     if options.command == "one_shot":
-        one_shot(options.checkpoint, options.data, options.kind)
+        record_path = options.results / "one_shot.jsonl"
+        one_shot(options.checkpoint, options.data, options.kind, record_path, options.dry_run)
     elif options.command == "tables":
-        tables()
+        tables(options.scaling, options.results)
     else:
-        started, _ = read_runs()
+        started, _ = read_runs([options.scaling, options.results])
         by_rate = started.get((options.alias, options.shape, options.n))
         if not by_rate:
             what = f"{options.alias} of d{options.shape} at D/N {options.n}"
