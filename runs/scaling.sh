@@ -113,7 +113,7 @@ cells() {
 }
 
 grid() {
-    # Parts 1 and 2: the ends of the slope, at the rates that were best on the first corpus
+    # Parts 1 and 2: at the rates that were best on the first corpus, and then those on either side
     cells 64 80 "16 32" "42 43 44" 256 packed kqv
     cells 64 80 "4 16" "42 43 44" 256 packed kv
     cells 64 20 "8" "42 43 44" 256 packed kqv kv
@@ -122,6 +122,15 @@ grid() {
     # Part 4: the rate at another size
     cells 96 5 "8 4 16 2" "42 43" 256 packed kqv kv
 
+    # Part 6: that size at 20
+    cells 96 20 "4" "42 43 44" 256 packed kqv kv
+
+    # Parts 1 and 2, the rates on either side
+    cells 64 20 "4 16" "42 43 44" 256 packed kqv kv
+    cells 64 5 "1 4" "42 43 44" 256 packed kqv kv
+    cells 64 80 "8" "42 43 44" 256 packed kqv kv
+    cells 64 80 "2" "42 43 44" 256 packed kv
+
     # Part 5: rows of 64 and of 256, and what is in them
     for rate in 8 16; do
         for protocol in packed scored masked; do
@@ -129,8 +138,6 @@ grid() {
                 cells 64 20 $rate "42 43" $row $protocol kqv kv
             done
         done
-        # Part 6, of which d96 at 20 tokens for each parameter comes before the second rate of part 5
-        cells 96 20 "4" "42 43 44" 256 packed kqv kv
     done
 
     # Part 3: the rate of other variants
@@ -143,7 +150,10 @@ grid() {
     # Parts 6 and 7 take their rates from the parts before them, see the README.
 }
 
-grid | xargs -P "${JOBS:-2}" -L 1 bash -euc 'train "$@"' train
+# A run that fails is named, and the others go on; the exit status says so at the end.
+failed=0
+grid | xargs -P "${JOBS:-2}" -L 1 bash -euc 'train "$@"' train || failed=$?
+[ $failed -le 123 ] || exit $failed  # stopped by a signal
 
 
 # -----------------------------------------------------------------------------
@@ -161,3 +171,4 @@ for model in outputs_scaling/kqv_*_T256_packed_seed*/final_model.pt; do
 done
 
 "$PYTHON" scaling_table.py $RESULTS --output_dir $RESULTS
+exit $failed
