@@ -147,7 +147,7 @@ class Run:
         are known; in place of its three factors, the global batch.
         """
         c = self.config
-        left_out = GROUPED_BY | set(script.CANNOT_CHANGE_THE_RESULT) | {"seed"}
+        left_out = GROUPED_BY | set(script.MAY_CHANGE) | {"seed"}
         settings = asdict(self.variant.config) | asdict(c)
         settings = {key: value for key, value in settings.items() if key not in left_out}
         for split in ("train_data", "val_data"):

@@ -23,6 +23,7 @@ if __name__ == "__main__":  # Ctrl-C while the libraries load ends the run witho
 
 import argparse
 import base64
+import fcntl
 import hashlib
 import json
 import math
@@ -45,12 +46,10 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
-from filelock import FileLock, Timeout
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -155,11 +154,11 @@ class KVCache:
 # -----------------------------------------------------------------------------
 # Model
 
-LOSS_CHUNK = 2048  # positions whose logits exist at the same time
+LOSS_CHUNK = 2048  # positions in each chunk of logits
 
 @contextmanager
 def eval_mode(model):
-    """Dropout off; afterwards the model is in the mode it was in, whatever happened."""
+    """Switch dropout off, and restore the previous mode even after an error."""
     was_training = model.training
     model.eval()
     try:
@@ -260,7 +259,7 @@ class GPT_MQA(nn.Module):
         """Continue the prompts, int64 [B, T], to [B, T + max_new_tokens]; temperature 0 is greedy.
 
         Beyond n_positions the model sees the last n_positions tokens. There each step moves every token to
-        another learned position, which no cached key survives, so the window is recomputed.
+        another learned position, which invalidates the cache, so the window is recomputed.
         """
         (B, T), window = idx.shape, self.config.n_positions
         if T == 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
@@ -339,12 +338,12 @@ class TokenDataset(Dataset):
             metadata = json.loads((self.path / name).read_text(encoding="utf-8"))
             done = metadata["finished"] and metadata["documents"] > 0 and metadata["chunks"]
             require(done, "the preparation is not finished")
-            self.chunks, digests = metadata["chunks"], metadata.get("tokenizer_sha256", {})
-            self.vocab_size, self.eos_id = metadata["vocab_size"], metadata["eos_id"]
-            self.tokenizer = {"name": metadata["tokenizer"], "vocab_size": self.vocab_size}
-            self.tokenizer["sha256"] = digests.get("tokenizer.tiktoken")
+            self.chunks, self.eos_id = metadata["chunks"], metadata["eos_id"]
+            self.vocab_size = metadata["vocab_size"]
+            digest = metadata.get("tokenizer_sha256", {}).get("tokenizer.tiktoken")
+            self.tokenizer = {"name": metadata["tokenizer"], "vocab_size": self.vocab_size, "sha256": digest}
             name = "token_bytes.npy"
-            self.token_bytes = np.load(self.path / name).astype(np.int64)  # the length of each token's text
+            self.token_bytes = np.load(self.path / name).astype(np.int64)  # UTF-8 bytes of each token
             require(self.token_bytes.shape == (self.vocab_size,), f"expected {self.vocab_size} numbers")
             for chunk in self.chunks:
                 n_documents, n_tokens = chunk["documents"], chunk["documents"] + chunk["tokens"]
@@ -439,10 +438,10 @@ def get_dataloader(data_path, batch_size, seq_length, sequence="padded", seed=No
 
 @torch.no_grad()
 def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> dict | None:
-    """Score the rows of a get_dataloader loader, or its first max_batches batches, in the caller's precision.
+    """Evaluate on val_loader, or on its first max_batches batches. Autocast is up to the caller.
 
     Each rank scores its share and the sums are added, so the world size does not change the result. Returns
-    loss, perplexity: nats a token over all positions, padding included (the paper's protocol), and its exp;
+    loss, perplexity: nats per token over all positions, padding included (the paper's protocol), and its exp;
     text_loss, text_perplexity: over text only; bits_per_byte: of its UTF-8; padding_fraction: of positions.
     None if a signal arrives meanwhile; RunError if there is nothing to score.
     """
@@ -498,51 +497,48 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         train_set = TokenDataset(config.train_data, config.seq_length, config.sequence)
         val_loader = get_dataloader(config.val_data, *loader_args)
         run = describe_run(model_config, config, train_set, val_loader.dataset, init_from)
-        start, lock = [None], nullcontext()  # rank 0 decides, all follow
         if init_from:
             read_checkpoint(init_from)
+        start, lock = [None], nullcontext()  # rank 0 decides, and fills the list of the others
         if RANK == 0:
             start = [find_start(output_dir, resume, run, config.total_steps, accept_changes)]
             lock = lock_output_dir(output_dir, move_aside=resume == "never")
     if dist.is_initialized():
         dist.broadcast_object_list(start)
-    path, finished, run = start[0]
+    path, evaluated, saved, run = start[0]
 
     # model and optimizer; one parameter group, since the published recipe decays biases and LayerNorms too
     with errors_on_all_ranks():
         torch.manual_seed(config.seed)
-        model = ddp_model = GPT_MQA(model_config).to(device)
+        model = GPT_MQA(model_config).to(device)
         recipe = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **recipe)
 
         # begin at a checkpoint of this run, or at step 0 with the weights of another, or with random weights
-        step, evaluated_at = 0, None
-        here = not path or path.resolve().parent == output_dir.resolve()  # not a checkpoint of another folder
+        step = 0
         if path:
             train_set.verify()
             val_loader.dataset.verify()
             checkpoint = read_checkpoint(path)
             load_weights(model, checkpoint, path)
             optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+            optimizer.param_groups[0].update(recipe)  # the checkpoint holds the old one; changes are accepted
             step = checkpoint["step"]
-            evaluated_at = checkpoint["evaluated_at"] if here else None
             del checkpoint
             print0(f"resuming from {path} at step {step} of {config.total_steps}")
         elif init_from:
             load_weights(model, read_checkpoint(init_from), init_from)
             print0(f"starting at step 0 with the weights of {init_from}")
-        saved_at = step if here else None
-        if step == config.total_steps and not finished:  # the last evaluation or save is still to be done
-            evaluated_at = saved_at = None
+        evaluated_at = step if evaluated else None
+        saved_at = step if saved else None
         rows_seen = step * config.rows_per_step
         batches = iter(get_dataloader(config.train_data, *loader_args, config.seed, rows_seen))
+        finished = step == config.total_steps and evaluated and saved
         log = Logger(output_dir, run, config, step, finished)
 
-    # compile on CUDA, let DDP sum gradients over the ranks, and print the settings once
+    # compile on CUDA, and print the settings once
     if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
         model.compile()
-    if WORLD_SIZE > 1:
-        ddp_model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     n_parameters = sum(p.numel() for p in model.parameters())
     print0(f"{PAPER_NAME}: {n_parameters:,} parameters, {config.precision} on {device}")
     batch = f"{config.micro_batch_size} rows x {accumulation_steps} accumulation steps x {WORLD_SIZE} ranks"
@@ -550,7 +546,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
 
     skipped, seconds, timed_steps, stopping = 0, 0.0, 0, False
     with lock, stop_signals() as received:
-        while True:  # total_steps + 1 turns: the last one only evaluates and saves
+        while True:  # the last iteration only evaluates and saves
             last_step = step == config.total_steps
 
             # once in a while, and at the end: evaluate
@@ -566,14 +562,13 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             complete = last_step and not stopping
             if (complete or stopping or step % config.save_interval == 0) and step != saved_at:
                 if RANK == 0:
-                    progress = {"step": step, "evaluated_at": evaluated_at}
-                    progress["epoch"] = rows_seen // len(train_set)
+                    progress = {"step": step, "epoch": rows_seen // len(train_set)}
                     save_checkpoint(output_dir, run | progress, model, optimizer, config, complete)
                     if config.sample_tokens and not stopping:
                         write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
                 saved_at = step
             if complete or stopping:
-                if WORLD_SIZE > 1:  # torchrun ends rank 0 soon after any other: all wait for it to have saved
+                if dist.is_initialized():  # torchrun ends all soon after the first: wait for rank 0 to save
                     dist.barrier()
                 break
 
@@ -584,24 +579,23 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 input_ids, is_text = (tensor.to(device, non_blocking=True) for tensor in next(batches))
                 score_all = config.sequence == "padded" and config.score_padding
                 labels = input_ids if score_all else input_ids.masked_fill(~is_text, -100)
-                # dropout is a function of the seed and the place in the data, whatever the world size
+                # dropout is seeded by the micro batch's first row, and so does not depend on the world size
                 row = rows_seen + (micro_step * WORLD_SIZE + RANK) * config.micro_batch_size
                 torch.manual_seed(int(np.random.SeedSequence((config.seed, row)).generate_state(1)[0]))
-                if WORLD_SIZE > 1:  # all-reduce the gradients once, in the last backward pass
-                    ddp_model.require_backward_grad_sync = micro_step == accumulation_steps - 1
                 with autocast:
-                    _, loss = ddp_model(input_ids, labels)
+                    _, loss = model(input_ids, labels)
                 n = (labels[:, 1:] != -100).sum()
                 (loss * n).backward()
                 loss_sum += loss.detach() * n
                 n_scored += n
 
-            # DDP has averaged over the ranks: undo it, and divide by the scored tokens of the global batch
+            # sum over the ranks, once a step, and divide by the scored tokens of the global batch
             totals = torch.stack([loss_sum, n_scored, loss_sum.new_tensor(len(received))])
-            if WORLD_SIZE > 1:
-                dist.all_reduce(totals)
+            if dist.is_initialized():
+                for tensor in [totals, *(p.grad for p in model.parameters())]:
+                    dist.all_reduce(tensor)
             for p in model.parameters():
-                p.grad.mul_(WORLD_SIZE / totals[1])
+                p.grad.mul_(1 / totals[1])
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             loss_sum, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # host sync
             require(n_scored, f"step {step + 1}: nothing to score in a global batch of {config.train_data}")
@@ -633,7 +627,9 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 log("train", step, results | mfu(model, config, device, speed))
                 seconds, timed_steps = 0.0, 0
     log.close(model, step, device, complete)
-    return 0 if complete else (received or [signal.SIGTERM])[0]  # empty if only another rank received it
+    if complete:
+        return 0
+    return received[0] if received else signal.SIGTERM  # another rank received it
 
 def accumulation_for(config, world_size) -> int:
     """Gradient accumulation steps of each process; every world size shares the same global batch."""
@@ -644,7 +640,7 @@ def accumulation_for(config, world_size) -> int:
 
 def mfu(model, config, device, tokens_per_second) -> dict:
     """Model FLOPs utilisation: the share of the dense bf16 peak of all GPUs, if it is known."""
-    # dense bf16 TFLOP/s; the first name that fits counts
+    # dense bf16 TFLOP/s; the first match wins, so the longer names come first
     peaks = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((1e12 * peak for name, peak in peaks.items() if name in gpu), None)
@@ -655,12 +651,16 @@ def mfu(model, config, device, tokens_per_second) -> dict:
 # -----------------------------------------------------------------------------
 # Output folder: what it holds decides whether a run may start there; checkpoints
 
-CANNOT_CHANGE_THE_RESULT = (  # may differ when a run resumes, if the rows in a global batch stay the same
+MAY_CHANGE = (  # when a run resumes: it has the same rows in a global batch, the same text and recipe
     "micro_batch_size", "gradient_accumulation", "num_gpus", "train_data", "val_data", "use_flash_attention",
     "compile", "log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints",
     "sample_tokens", "wandb",
 )  # fmt: skip
-NEVER_CHANGES = {"variant", "init_from", "training text", "validation text", "seq_length", "global batch"}
+ARCHITECTURE = {  # weights fit no other
+    "variant", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "n_kv_groups",
+    "layer_norm_epsilon",
+}  # fmt: skip
+NEVER_CHANGES = ARCHITECTURE | {"init_from", "training text", "validation text", "seq_length", "global batch"}
 WAYS_ON = "use another --output_dir, or --resume never to move the old run aside"
 
 def describe_run(model_config, config, train_set, val_set, init_from) -> dict:
@@ -682,42 +682,56 @@ def describe_run(model_config, config, train_set, val_set, init_from) -> dict:
 def facts_of(run) -> dict:
     """All that can change the result of a run."""
     config = run["model_config"] | run["train_config"]
-    facts = {key: value for key, value in config.items() if key not in CANNOT_CHANGE_THE_RESULT}
+    facts = {key: value for key, value in config.items() if key not in MAY_CHANGE}
     for name, split in {"training text": "train_data", "validation text": "val_data"}.items():
         facts[name] = "sha256 " + hashlib.sha256(json.dumps(run[split]).encode()).hexdigest()[:8]
     rows = config["micro_batch_size"] * config["gradient_accumulation"] * config["num_gpus"]
     return facts | {"variant": run["variant"], "init_from": run["init_from"], "global batch": rows}
 
 def find_start(output_dir, resume, run, total_steps, accept_changes):
-    """(checkpoint or None to start at step 0, whether all is done, what to record). Writes nothing.
+    """(checkpoint's path or None for step 0, is that step evaluated, is it saved, the run to record).
 
-    RunError if output_dir holds a run that these settings would not continue as it began.
+    RunError if output_dir holds a run that these settings would not continue as it began. Writes nothing.
     """
     path, recorded = find_checkpoint(output_dir, resume)
     if recorded is None:
-        return None, False, run
-    place = path or output_dir
+        return None, False, True, run
+    step = recorded.get("step", 0) if path else 0
+    require(step <= total_steps, f"{path}: at step {step}, these settings end at {total_steps}; {WAYS_ON}")
+    if path and not run["init_from"]:
+        run = run | {"init_from": recorded.get("init_from")}
+    changes = changes_since(recorded, run, path or output_dir, accept_changes)
+    here = path is None or path.resolve().parent == output_dir.resolve()
+    held = read_run(output_dir)
+    if not here and held is not None:  # the checkpoint is of another folder, and this one has a run too
+        changes_since(held, run, output_dir, accept_changes=False)
+    earlier = recorded.get("changes", [])
+    run = run | {"changes": earlier + [f"step {step}: {changes}"] if changes else earlier}
+
+    last_step = step == total_steps
+    records = read_metrics(output_dir / "metrics.jsonl")
+    kinds = [record["kind"] for record in records if record["step"] == step > 0]
+    evaluated = ("final" if last_step else "val") in kinds
+    saved = here and (not last_step or (output_dir / "final_model.pt").exists())
+    return path, evaluated, saved, run
+
+def changes_since(recorded, run, place, accept_changes) -> str:
+    """What a run changes in the settings that were recorded; RunError if that is not accepted."""
     try:
-        before, step = facts_of(recorded), recorded.get("step", 0)
+        before = facts_of(recorded)
     except (LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{place}: does not record its settings ({error}); {WAYS_ON}") from error
-    require(step <= total_steps, f"{place}: at step {step}, these settings end at {total_steps}; {WAYS_ON}")
-    if path and not run["init_from"]:
-        run = run | {"init_from": recorded["init_from"]}
     now = facts_of(run)
     changed = {key for key in now if key in before and before[key] != now[key]}
     changes = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in sorted(changed))
-    more = "or there start from its weights with --init_from"
+    ways_on = WAYS_ON
+    if not changed & ARCHITECTURE:
+        ways_on += ", or there start from its weights with --init_from"
     if not changed & NEVER_CHANGES:
-        more += ", or resume despite them with --accept_changes"
+        ways_on += ", or resume despite them with --accept_changes"
     accepted = not changed or (accept_changes and not changed & NEVER_CHANGES)
-    require(accepted, f"{place}: a run with other settings, {changes}; {WAYS_ON}, {more}")
-    earlier = recorded.get("changes", [])
-    run = run | {"changes": earlier + [f"step {step}: {changes}"] if changed else earlier}
-    records = read_metrics(output_dir / "metrics.jsonl")
-    kinds = [record["kind"] for record in records if record["step"] == step]
-    finished = step == total_steps and "final" in kinds and (output_dir / "final_model.pt").exists()
-    return path, finished, run
+    require(accepted, f"{place}: a run with other settings, {changes}; {ways_on}")
+    return changes
 
 def find_checkpoint(output_dir, resume):
     """(path, contents) of what `resume` says: never, the path of a checkpoint, or auto, the newest whole one.
@@ -734,25 +748,28 @@ def find_checkpoint(output_dir, resume):
     for _, path in checkpoints(output_dir):
         try:
             return path, read_checkpoint(path, to_resume=True)
-        except OtherVariant as error:
-            raise RunError(f"{error}; {WAYS_ON}") from error
         except RunError as error:
-            print0(f"warning: passed over {error}")
+            print0(f"warning: skipping {error}")
     unusable = checkpoints(output_dir) or (output_dir / "final_model.pt").exists()
     require(not unusable, f"{output_dir}: holds a run and no checkpoint to resume it from; {WAYS_ON}")
+    return None, read_run(output_dir)
+
+def read_run(output_dir):
+    """The run.yaml of a folder; None if it has none."""
     try:
-        return None, yaml.safe_load((output_dir / "run.yaml").read_text(encoding="utf-8")) or {}
+        return yaml.safe_load((output_dir / "run.yaml").read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
-        return None, None
+        return None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunError(f"{output_dir}/run.yaml: cannot be read ({error}); {WAYS_ON}") from error
 
 def lock_output_dir(output_dir, move_aside):
     """Keep other runs out of the folder; the kernel releases the lock when this process ends."""
     output_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(output_dir / "run.lock", "w")  # noqa: SIM115
     try:
-        lock = FileLock(output_dir / "run.lock").acquire(timeout=0)
-    except Timeout as error:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         raise RunError(f"{output_dir}: another run is writing to it; use another --output_dir") from error
     if not move_aside or os.listdir(output_dir) == ["run.lock"]:
         return lock
@@ -789,7 +806,7 @@ def write_samples(output_dir, step, model, val_set, config, autocast):
         texts = [f"{val_set.decode(row[:32])} [...] {val_set.decode(row[32:])}\n" for row in idx.tolist()]
         path = output_dir / f"samples_step_{step}.txt"
         write_atomically(path, lambda file: file.write("\n".join(texts).encode()))
-    except Exception as error:  # the checkpoint is saved, and no sample is worth the run
+    except Exception as error:  # the checkpoint is saved: a failed sample must not end the run
         print0(f"warning: no samples at step {step}: {error}")
 
 def write_atomically(path, write):
@@ -820,8 +837,8 @@ def read_checkpoint(path, to_resume=False) -> dict:
     except Exception as error:  # a file of another kind can fail in any way
         raise RunError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
     variant = contents.get("variant", VARIANT)  # released checkpoints do not say
-    if variant != VARIANT:
-        raise OtherVariant(f"{path}: not a checkpoint of {PAPER_NAME}, but of transformer_{variant}_300_M.py")
+    script = f"transformer_{variant}_300_M.py"
+    require(variant == VARIANT or to_resume, f"{path}: not a checkpoint of {PAPER_NAME}, but of {script}")
     whole = not to_resume or {"rows_seen", "optimizer_state_dict"} <= contents.keys()
     require(whole, f"{path}: holds weights and no place in the data; start from them with --init_from")
     return contents
@@ -830,8 +847,8 @@ def load_weights(model, contents, path):
     """Copy the weights of a checkpoint into the model; RunError if its configuration is another."""
     for key, value in asdict(model.config).items():
         saved = contents["model_config"].get(key, value)
-        same = saved == value or key in ("dropout", "initializer_range", "use_flash_attention")
-        require(same, f"{path}: made with {key} {saved}, and the configuration asks for {value}")
+        fits = saved == value or key not in ARCHITECTURE
+        require(fits, f"{path}: made with {key} {saved}, and the configuration asks for {value}")
     try:
         model.load_state_dict(contents["model_state_dict"])
     except RuntimeError as error:
@@ -856,7 +873,7 @@ def load_model(path, device="cpu") -> GPT_MQA:
 # Logging and processes
 
 class Logger:
-    """Rank 0's account of a run: its settings as YAML, metrics.jsonl, the progress bar, wandb if asked."""
+    """Rank 0's logging: settings as YAML, metrics.jsonl, the progress bar, and wandb if asked."""
 
     def __init__(self, output_dir, run, config, step, finished):
         self.config, self.path, self.wandb = config, output_dir / "metrics.jsonl", None
@@ -867,21 +884,21 @@ class Logger:
         for leftover in output_dir.glob("*.tmp"):  # of a killed run
             leftover.unlink()
         # a killed run has logged steps beyond its last checkpoint; they are taken, and logged, again
-        kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if 0 < step >= record["step"]]
+        kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= step > 0]
         texts = {"metrics.jsonl": "".join(kept), "run.yaml": yaml.safe_dump(run, sort_keys=False)}
         for name in ("model_config", "train_config"):
             texts[f"{name}.yaml"] = yaml.safe_dump(run[name], sort_keys=False)
         for name, text in texts.items():
             write_atomically(output_dir / name, lambda file, text=text: file.write(text.encode()))
         if config.wandb != "disabled":
-            try:  # no failure of wandb is worth the run
+            try:  # a failure of wandb must not end the run
                 import wandb
 
                 options = {"dir": output_dir, "mode": config.wandb, "config": run}
                 options["settings"] = wandb.Settings(init_timeout=30)
                 self.wandb = wandb.init(project="qkv-variants", name=output_dir.name, **options)
             except Exception as error:
-                print0(f"warning: wandb is not used: {error}")
+                print0(f"warning: wandb disabled: {error}")
 
     def __call__(self, kind, step, results):
         """Add a train, val or final record."""
@@ -894,7 +911,7 @@ class Logger:
             if self.wandb:
                 self.wandb.log({f"{kind}/{key}": value for key, value in results.items()}, step=step)
         except Exception as error:
-            print0(f"warning: wandb is not used any more: {error}")
+            print0(f"warning: wandb disabled: {error}")
             self.wandb = None
         self.bar.update(step - self.bar.n)
         if kind == "train":
@@ -909,10 +926,10 @@ class Logger:
             print0(f"step {step} of {self.config.total_steps}, {kind}: {text}")
 
     def close(self, model, step, device, complete):
-        """Say what the run came to."""
+        """Print the final summary."""
         self.bar.close()
         if not complete:
-            return print0(f"stopped and saved at step {step}; start again to resume")
+            return print0(f"stopped at step {step}; start again to resume")
         evaluations = [record for record in read_metrics(self.path) if record["kind"] != "train"]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
         if device.type == "cuda":
@@ -940,8 +957,8 @@ def read_metrics(path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
             records.append(json.loads(line))
-    records = [record for record in records if isinstance(record, dict) and "kind" in record]
-    return [record for record in records if isinstance(record.get("step"), int)]
+    records = [record for record in records if isinstance(record, dict)]
+    return [record for record in records if "kind" in record and isinstance(record.get("step"), int)]
 
 def init_distributed() -> torch.device:
     """Join the other processes of torchrun, if there are any; returns the device of this one."""
@@ -996,9 +1013,6 @@ class RunError(ValueError):
     def __init__(self, message):
         super().__init__(" ".join(message.split()))  # libraries explain themselves in paragraphs
 
-class OtherVariant(RunError):
-    """A checkpoint of another training script."""
-
 class OneRankError(RunError):
     """Raised on one rank alone, which must print it itself."""
 
@@ -1014,12 +1028,12 @@ class ModelConfig:
     n_positions: PositiveInt = Field(2048, description="context length; positions are learned")
     n_embd: PositiveInt = Field(description="width, C")
     n_layer: PositiveInt = Field(description="layers")
-    n_head: PositiveInt = Field(description="query heads, of n_embd / n_head numbers each")
+    n_head: PositiveInt = Field(description="query heads; head_dim is n_embd / n_head")
     n_inner: PositiveInt | None = Field(None, description="width of the MLP; null: 4 n_embd")
     n_kv_groups: PositiveInt | None = Field(N_KV_GROUPS, description="KV heads of the grouped variants")
     dropout: NonNegativeFloat = Field(0.1, lt=1, description="on the outputs of attention and MLP")
     layer_norm_epsilon: PositiveFloat = Field(1e-5, description="of every LayerNorm")
-    initializer_range: PositiveFloat = Field(0.02, description="standard deviation of every initial matrix")
+    initializer_range: PositiveFloat = Field(0.02, description="standard deviation of the initial weights")
     use_flash_attention: bool = Field(True, description="flash-attn, if it is installed and fits: CUDA, bf16")
 
     def __post_init__(self):
@@ -1079,7 +1093,7 @@ def load_config(cls, path, overrides):
 
     RunError names the file or the command line, the key, what was expected and what was found.
     """
-    load = YAML(typ="safe", pure=True).load  # YAML 1.2: a key stands once, 2e-4 is a number, 010 is ten
+    load = YAML(typ="safe", pure=True).load  # YAML 1.2: 2e-4 is a number, 010 is ten, a key twice an error
     place, typed = path, {}
     try:
         values = dict(load(Path(path).read_text(encoding="utf-8")))
@@ -1109,7 +1123,7 @@ def load_config(cls, path, overrides):
 # Command line
 
 def main(arguments=None):
-    """Exit status 0: complete; 2: ended by what the last line says; 128 + n: saved, stopped by signal n."""
+    """Exit status 0: complete; 2: failed, the last line says why; 128 + n: saved, stopped by signal n."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # not a text stream
             stream.reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
@@ -1139,8 +1153,8 @@ def main(arguments=None):
                 require(known_key, f"command line: {setting}: expected {expected}")
             model_config = load_config(ModelConfig, options.model_config, options.settings)
             config = load_config(TrainingConfig, options.train_config, options.settings)
-        how = (options.output_dir, options.resume, options.init_from, options.accept_changes)
-        number = train(model_config, config, *how)
+        paths = (options.output_dir, options.resume, options.init_from)
+        number = train(model_config, config, *paths, options.accept_changes)
     except (RunError, OSError, RuntimeError) as error:
         sys.exit(explain(error, options.output_dir))
     if dist.is_initialized():
