@@ -5,13 +5,13 @@
     python convert_checkpoint.py --from_gpt2 FOLDER --to kv --output gpt2_kv.pt --data DIR --val_data DIR
     python transformer_KV_1_300_M.py --init_from as_kv.pt --output_dir trained_on learning_rate=4e-5
 
-The scores see a key only through the query, and the output sees a value only through c_proj. So in the place
-of both a head may keep any numbers s = D x of the layer's input x, as long as k is about A s and v is about
-B s: A goes into the query projection (A^T q in the place of q), B into the output projection (W_O B in the
-place of W_O). The mean costs nothing: a constant in every key drops out of the softmax, and the attention
-weights of a row sum to one, so a constant in every value moves into the bias of c_proj. What is left to
-choose is which head_dim of the 2 head_dim numbers of [k; v] to keep: by a singular value decomposition of
-both together, in the metric of what an error costs.
+The scores see a key only through the query, and the output sees a value only through c_proj. So in place of
+both, a head may keep s = D (u - mean) of u = [k; v], as long as u is about U s + mean. With A and B the rows
+of U for key and value, A goes into the query projection (A^T q in place of q), B into the output projection
+(W_O B in place of W_O). The mean costs nothing: a constant in every key drops out of the softmax, and the
+attention weights of a row sum to one, so a constant in every value moves into the bias of c_proj. What is
+left to choose is which head_dim of the 2 head_dim dimensions of [k; v] to keep: by a singular value
+decomposition of both together, in the metric of what an error costs.
 
 Where a KV head of the target takes the place of several (kqv to gqa, mqa, qgqa, qmqa; gqa to mqa, qmqa), the
 same algebra goes over the keys and values of all of them. That leaves out far more, so train on afterwards.

@@ -420,7 +420,7 @@ def cell(record, key, pattern, unit):
     if value is None:
         return ""
     if isinstance(value, list):
-        return listed(value)
+        return listed(f"{part:{pattern}}" for part in value)
     if isinstance(value, dict):
         return listed(f"{part:{pattern}}" for part in value.values())
     text = f"{value:{pattern}}"

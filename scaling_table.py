@@ -9,7 +9,8 @@ The complete runs of the folders are read as one grid, which results/scaling/REA
     converted      QKV made Q–K=V by convert_checkpoint.py, without training (conversion.txt beside a run)
     common rate    both at the peak learning rate at which QKV is best
     own rate       each at the rate at which it is best
-    intervals      95 %, by a bootstrap over the seeds
+    intervals      in brackets, 95 % by a bootstrap over the seeds; of one cell with three, that is their range.
+                   "t" is that of Student's t over the seeds, far wider; ± is half the range
     compute lost   the share of the variant's training compute that QKV does not need for the same loss
 
 Runs on other data, or with another recipe, are reported apart. --output_dir writes scaling_table.md,
@@ -22,7 +23,7 @@ import math
 import re
 from dataclasses import dataclass
 from itertools import product
-from statistics import fmean
+from statistics import fmean, stdev
 
 import numpy as np
 
@@ -49,6 +50,7 @@ RESAMPLES = 10_000
 ENDS = (5, 80)
 SEEDS_TO_DECIDE = 3
 MATTERS = 0.005  # nats, half a percent of perplexity
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5th percentile of t, by the number of seeds
 CONVERTED = "converted"  # stands among the aliases of the variants
 CONVERSION = re.compile(r"^text perplexity: ([\d.]+) before, ([\d.]+) after", re.MULTILINE)
 
@@ -183,6 +185,14 @@ def bootstrap(samples, coefficients):
     return np.percentile(total, [2.5, 97.5]).tolist()
 
 
+def t_interval(values):
+    """95 % interval of the mean over seeds by Student's t; None for one seed, or more than the table has."""
+    if len(values) not in STUDENT:
+        return None
+    half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values))
+    return [fmean(values) - half, fmean(values) + half]
+
+
 def slope_coefficients(groups, x, counts):
     """The weights of cells' means whose weighted sum is the slope of a least-squares fit.
 
@@ -233,6 +243,7 @@ def slope(cells, alias, at, over):
         "slope": float(coefficients @ [fmean(values) for values in samples]),
         "slope_interval": bootstrap(samples, coefficients),
         "slope_by_seed": by_seed,
+        "slope_t": t_interval(list(by_seed.values())),
         "cells": len(gaps),
         "seeds_at_the_ends": min(seeds_at.values()),
     }
@@ -330,12 +341,17 @@ def percent(nats):
 
 
 def gap_fields(gaps, name):
-    """Fields for the mean of gaps, as a change of perplexity in percent, and for its interval."""
+    """Fields for the mean of gaps, as a change of perplexity in percent, and for its two intervals."""
     if not gaps:
-        return {name: None, f"{name}_interval": None}
+        return {name: None, f"{name}_interval": None, f"{name}_t": None}
     values = list(gaps.values())
-    interval = [percent(limit) for limit in bootstrap([values], [1])] if len(values) > 1 else None
-    return {name: percent(fmean(values)), f"{name}_interval": interval}
+    by_bootstrap = bootstrap([values], [1]) if len(values) > 1 else ()
+    by_t = t_interval(values) or ()
+    return {
+        name: percent(fmean(values)),
+        f"{name}_interval": [percent(limit) for limit in by_bootstrap] or None,
+        f"{name}_t": [percent(limit) for limit in by_t] or None,
+    }
 
 
 def gap_records(cells):
@@ -448,7 +464,10 @@ def length_records(cells):
 
 
 def fall_records(cells):
-    """How far the gap falls from the shortest rows to the longest, over all positions and over text only."""
+    """How far the gap falls from the shortest rows to the longest, over all positions and over text only.
+
+    In 1/100 nat, in the mean over the seeds that both lengths have.
+    """
     records = []
     for group in length_groups(cells):
         for alias, protocol in product(compared(group), dict.fromkeys(cell.protocol for cell in group)):
@@ -459,9 +478,13 @@ def fall_records(cells):
             record = {"variant": paper_name(group, alias), "alias": alias, "protocol": protocol}
             record |= {"from": short.row, "to": long.row}
             for name, key in (("fall_all_positions", "loss"), ("fall_text", "text_loss")):
-                samples = [list(cell.gaps(alias, "common", key).values()) for cell in (short, long)]
-                record[name] = 100 * (fmean(samples[0]) - fmean(samples[1]))
-                record[f"{name}_interval"] = [100 * limit for limit in bootstrap(samples, [1, -1])]
+                before, after = (cell.gaps(alias, "common", key) for cell in (short, long))
+                falls = [100 * (before[seed] - after[seed]) for seed in before if seed in after]
+                if falls:
+                    record["seeds"] = len(falls)
+                    record[name] = fmean(falls)
+                    record[f"{name}_interval"] = bootstrap([falls], [1])
+                    record[f"{name}_t"] = t_interval(falls)
             records.append(record)
     return records
 
@@ -487,17 +510,22 @@ def rate_records(cells):
 
 
 def study_notes(settings, of_first, cells):
-    """Lines about what sets a study apart from the first, and about best rates at the edge of those tried."""
+    """Lines about what sets a study apart from the first, and about rates that were hardly searched."""
     lines = []
     for key, value in settings.items():
         if value != of_first[key]:
             lines.append(f"Not to be compared with the first: {key}: {of_first[key]} there, {value} here.")
     for cell in cells:
         for alias in VARIANTS:
-            if len(cell.runs.get(alias, ())) > 2 and cell.at_edge(alias):
-                tried = listed(f"{rate:g}" for rate in sorted(cell.runs[alias]))
-                where = f"{cell.size}, {cell.tokens_per_parameter:g} tokens / parameter, rows of {cell.row}"
-                who = f"{paper_name(cells, alias)}, {where}, {cell.protocol}"
+            rates = sorted(cell.runs.get(alias, ()))
+            if not rates:
+                continue
+            where = f"{cell.size}, {cell.tokens_per_parameter:g} tokens / parameter, rows of {cell.row}"
+            who = f"{paper_name(cells, alias)}, {where}, {cell.protocol}"
+            if len(rates) == 1:
+                lines.append(f"{who}: at one rate alone, {rates[0]:g}.")
+            elif cell.at_edge(alias):
+                tried = listed(f"{rate:g}" for rate in rates)
                 best = f"the best rate, {cell.best_rate(alias):g}, is at the edge of those tried"
                 lines.append(f"{who}: {best}: {tried}.")
     return lines
@@ -515,6 +543,7 @@ GAPS = [  # header, key, and how a number is written: its pattern and its unit
     ("gap", "gap_common", "+.2f", " %"),
     ("own rate", "own_rate", "g", ""),
     ("gap", "gap_own", "+.2f", " %"),
+    ("t", "gap_own_t", "+.2f", " %"),
     ("compute lost", "compute_lost_percent", ".1f", " %"),
 ]
 SLOPES = [
@@ -524,6 +553,7 @@ SLOPES = [
     ("of", "of", "", ""),
     ("slope", "slope", "+.4f", ""),
     ("of each seed", "slope_by_seed", "+.4f", ""),
+    ("t", "slope_t", "+.4f", ""),
     ("cells", "cells", "", ""),
     ("the gap", "verdict", "", ""),
 ]
@@ -544,8 +574,11 @@ FALLS = [
     ("rows", "protocol", "", ""),
     ("from", "from", "", ""),
     ("to", "to", "", ""),
+    ("seeds", "seeds", "", ""),
     ("over all positions", "fall_all_positions", "+.2f", ""),
+    ("t", "fall_all_positions_t", "+.2f", ""),
     ("over text only", "fall_text", "+.2f", ""),
+    ("t", "fall_text_t", "+.2f", ""),
 ]
 RATES = [
     ("", "variant", "", ""),
@@ -561,7 +594,7 @@ PARTS = [  # of a report: its key, a title, the columns
     ("slopes", "Slope of the gap, in nats for a factor of e", SLOPES),
     ("lengths", "Gap to QKV at QKV's best rate, by length and content of the rows", LENGTHS),
     ("falls", "Fall of that gap from the shortest rows to the longest, in 1/100 nat", FALLS),
-    ("rates", "Text loss by peak learning rate, nats a token", RATES),
+    ("rates", "Text loss by peak learning rate, nats per token (± half the range)", RATES),
 ]
 
 

@@ -6,9 +6,11 @@
 #
 # A run whose metrics in results/conversion hold its final evaluation is not repeated, nor is a conversion that
 # stands in one_shot.jsonl. A source whose checkpoints are gone (git has only its metrics) is trained again when a
-# conversion needs them. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under way, and
-# the same command continues from there.
+# conversion needs them. A run that fails is named, and the others go on; the exit status says so at the end. Ctrl-C
+# (or SIGTERM to the process group) saves a checkpoint of the runs under way, and the same command continues from
+# there.
 set -euo pipefail
+shopt -s inherit_errexit lastpipe
 cd "$(dirname "$0")/.."
 
 export PYTHON=${PYTHON:-.venv/bin/python}
@@ -148,16 +150,22 @@ train() {
 }
 
 # restore ALIAS SHAPE TOKENS_PER_PARAMETER SEED: train the run at the best rate again if its checkpoints are gone.
-# Several jobs may need it, so the first of them does it while the others wait.
+# Several jobs may need it, so the first of them does it while the others wait. It is compared with runs on record, so
+# all stops if it ends elsewhere than its own record, as on a processor that rounds in another way.
 restore() {
     local rate name
     rate=$("$PYTHON" $STUDY best_rate $1 $2 $3)
     name=$(name_of $1 $2 $3 $rate $4)
     (
         flock 9
-        local source
         source=$(source_of $1 $2 $3 $4)
-        [ -e "$(checkpoint_of $source $2 $3 10)" ] || from_the_first_step $1 $2 $3 $rate $4
+        if [ ! -e "$(checkpoint_of $source $2 $3 10)" ]; then
+            from_the_first_step $1 $2 $3 $rate $4
+            if ! "$PYTHON" $STUDY same_end outputs_conversion/$name; then
+                mv outputs_conversion/$name outputs_conversion/$name.differs
+                exit 255  # xargs starts no other job
+            fi
+        fi
     ) 9> outputs_conversion/$name.lock
 }
 
@@ -183,7 +191,8 @@ from_the_first_step() {
 }
 
 # train_on ALIAS SHAPE TOKENS_PER_PARAMETER SEED TENTHS METHOD PERCENT: the run at the best rate, converted by METHOD
-# (none: not at all) after TENTHS of its steps, and trained on: to the same total, or after the end for PERCENT more
+# (none: not at all) after TENTHS of its steps, and trained on: to the same total, or after the end for PERCENT more.
+# own_rate is joint_svd, trained on at the best rate of Q–K=V's schedule in the place of the source's.
 train_on() {
     local alias=$1 shape=$2 per_parameter=$3 seed=$4 tenths=$5 method=$6 percent=$7
     local name=${alias}_d${shape}_n${per_parameter}_at$((10 * tenths))_${method}_${percent}_seed$seed
@@ -199,6 +208,7 @@ train_on() {
     if [ $method != none ]; then
         local how="--method $method"
         [ $method != unweighted ] || how="--method joint_svd --weighting none"
+        [ $method != own_rate ] || how="--method joint_svd"
         case $alias in kqv) target=kv ;; gqa) target=qgqa ;; mqa) target=qmqa ;; esac
         if ! begun $name; then
             "$PYTHON" convert_checkpoint.py --checkpoint $from --to $target $how --data $(data_of $shape)/train \
@@ -209,6 +219,7 @@ train_on() {
 
     # After the end a fifth of the peak rate; before it, the rate that the schedule has there.
     local steps step more peak lowest
+    [ $method != own_rate ] || rate=$("$PYTHON" $STUDY best_rate $target $shape $per_parameter)
     steps=$(steps_of $shape $per_parameter)
     step=$((steps / 10 * tenths))
     if [ $tenths = 10 ]; then
@@ -238,7 +249,9 @@ one_shot() {
     source=$(source_of $1 $2 $3 $4)
     checkpoint=$(checkpoint_of $source $2 $3 $5)
     if [ ! -e $checkpoint ]; then
-        [ -n "$("$PYTHON" $STUDY one_shot $checkpoint --data $(data_of $2) --kind $6 --dry_run)" ] || return 0
+        local ways
+        ways=$("$PYTHON" $STUDY one_shot $checkpoint --data $(data_of $2) --kind $6 --dry_run)
+        [ -n "$ways" ] || return 0
         restore $1 $2 $3 $4
     fi
     "$PYTHON" $STUDY one_shot $checkpoint --data $(data_of $2) --kind $6
@@ -248,8 +261,12 @@ export -f settings steps_of name_of source_of checkpoint_of data_of run finished
     from_the_first_step train_on one_shot
 
 # Takes a job a line, and does JOBS at a time.
+failed=0
 do_jobs() {
-    xargs -P "${JOBS:-2}" -L 1 bash -euo pipefail -c '"$@"' job
+    local status=0
+    xargs -P "${JOBS:-2}" -L 1 bash -euo pipefail -O inherit_errexit -c '"$@"' job || status=$?
+    [ $status -le 123 ] || exit $status  # stopped by a signal
+    [ $status -eq 0 ] || failed=1
 }
 
 
@@ -324,11 +341,15 @@ part_1() {
 }
 
 part_2() {
+    local seed
     {
         after_the_end kqv 64 80 "1 5 10" "none joint_svd"
         before_the_end kqv 64 80 5
         before_the_end kqv 64 80 1
         after_the_end kqv 64 80 10 "mean drop_v unweighted"
+        for seed in 42 43 44; do
+            echo train_on kqv 64 80 $seed 1 own_rate 0
+        done
     } | do_jobs
 }
 
@@ -392,7 +413,6 @@ part_8() {
         on_all_seeds kqv 96 20 10 all
         on_all_seeds kqv 96 5 10 default
         on_all_seeds kqv 128 5 10 default
-        on_all_seeds kqv 128 20 10 default
     } | do_jobs
 }
 
@@ -401,3 +421,4 @@ for part in ${PARTS:-1 2 3 4 5 6 7 8}; do
     part_$part
     "$PYTHON" $STUDY tables
 done
+exit $failed

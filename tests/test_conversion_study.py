@@ -76,10 +76,13 @@ def test_tables_hold_prices_gaps_and_intervals(results):
         write_run(scaling, f"kv_d64_n80_lr8e-3_T256_packed_seed{seed}", [5.0, 2.2])
         write_run(conversion, f"kqv_d64_n80_at100_none_10_seed{seed}", [2.0, 1.9])
         write_run(conversion, f"kqv_d64_n80_at100_joint_svd_10_seed{seed}", [2.05, 1.9 + price])
-        source = f"kqv_d64_n80_lr8e-3_T256_packed_seed{seed}"
-        for step in (700, 7680):
+        write_run(conversion, f"kqv_d64_n80_at50_none_0_seed{seed}", [2.5, 2.05])
+        write_run(conversion, f"kqv_d64_n80_at50_joint_svd_0_seed{seed}", [2.5, 2.09 - price])
+        write_run(scaling, f"kqv_d64_n80_lr16e-3_T256_packed_seed{seed}", [5.0, 2.5])
+        for rate, step in ((8, 70), (8, 100), (16, 100)):
+            source = f"kqv_d64_n80_lr{rate}e-3_T256_packed_seed{seed}"
             place = {"source": source, "checkpoint": f"checkpoint_step_{step}.pt"}
-            line = place | {"way": study.DEFAULT, "before": 2.0, "after": 2.0 + price * step / 7680}
+            line = place | {"way": study.DEFAULT, "before": 2.0, "after": 2.0 + price * step / 100 * rate / 8}
             with open(conversion / "one_shot.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
     run_study(results, "tables")
@@ -87,11 +90,13 @@ def test_tables_hold_prices_gaps_and_intervals(results):
     sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     mean = "+0.0200 ± 0.0248"
     assert mean in sections["Conversion alone"] and "+0.1000 ± 0.0000" in sections["Conversion alone"]
-    assert "7,680" in sections["Conversion alone, along the training"]
-    row = sections["Converted and trained on"].splitlines()[-1]
+    assert "| 70 " in sections["Conversion alone, along the training"]
+    half, row = sections["Converted and trained on"].splitlines()[-2:]
+    ahead = [cell.strip() for cell in half.strip("|").split("|")][-2:]
+    assert ahead == ["+0.0300 ± 0.0248", "+0.0200, +0.0300, +0.0400"]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         "QKV", "d64", "80", "at the end", "10 %", "joint_svd", "+0.0500 ± 0.0000", mean,
-        "+0.0100, +0.0200, +0.0300", "+0.1000 ± 0.0000",
+        "+0.0100, +0.0200, +0.0300", "+0.1000 ± 0.0000", "", "",
     ]  # fmt: skip
     best = [line for line in sections["From the start"].splitlines() if "best" in line]
     assert len(best) == 2 and "4e-3" in best[1]
@@ -240,7 +245,7 @@ def test_every_run_is_one_that_its_training_script_takes_and_the_tables_know(hou
     ended, calls = run(house)
     assert ended.returncode == 0, ended.stderr
     runs = trained(calls)
-    assert len(runs) == 39 + 44 + 28 + 19 + 22 + 12  # as in results/conversion/README.md
+    assert len(runs) == 42 + 44 + 28 + 19 + 22 + 12  # as in results/conversion/README.md
     for name, call in runs.items():
         script = import_module(call[0].removesuffix(".py"))
         settings = [word for word in call if "=" in word]
@@ -285,7 +290,7 @@ def test_what_is_done_is_not_repeated_and_what_stopped_is_resumed(house):
     ended, calls = run(house, parts="2", fail=stopped, status=1)
     assert ended.returncode != 0
     assert f"{stopped}: it failed" in ended.stderr
-    assert len(trained(calls)) == 39
+    assert len(trained(calls)) == 42
     ended, calls = run(house, parts="2")
     assert ended.returncode == 0
     (call,) = trained(calls).values()
@@ -307,10 +312,30 @@ def test_a_source_whose_checkpoints_are_gone_is_trained_again_once(house):
     ended, calls = run(house, parts="1 2")
     assert ended.returncode == 0, ended.stderr
     runs = trained(calls)
-    assert len(runs) == 39 + 3 and runs.keys() > {*names}
+    assert len(runs) == 42 + 3 and runs.keys() > {*names}
     assert not [name for name in names if (house / f"results/conversion/{name}").exists()]
     sources = [call[call.index("--checkpoint") + 1] for call in calls if call[0] == "convert_checkpoint.py"]
     assert {source.rpartition("/")[0].removeprefix("outputs_conversion/") for source in sources} == {*names}
+
+
+def test_a_source_that_ends_elsewhere_stops_all(house):
+    shutil.rmtree(house / "outputs_scaling/kqv_d64_n80_lr8e-3_T256_packed_seed42")
+    stub = STUB.replace('case " $* " in', 'case " $* " in\n    *" same_end "*) exit 1 ;;')
+    (house / "python").write_text(stub, encoding="utf-8")
+    ended, calls = run(house, parts="1 2")
+    assert ended.returncode != 0 and len(trained(calls)) <= 2
+    assert (house / "outputs_conversion/kqv_d64_n80_lr8e-3_T256_packed_seed42.differs").exists()
+
+
+def test_a_run_that_ends_elsewhere_than_its_record_is_named(results, tmp_path, capsys):
+    name = "kqv_d64_n80_lr8e-3_T256_packed_seed42"
+    write_run(results[0], name, [5.0, 2.0])
+    for folder, loss, status in (("same", 2.00001, 0), ("other", 2.01, 1)):
+        write_run(tmp_path / folder, name, [5.0, loss])
+        with pytest.raises(SystemExit) as ended:
+            run_study(results, "same_end", str(tmp_path / folder / name))
+        assert ended.value.code == status
+    assert "2.01000, its record at 2.00000" in capsys.readouterr().err
 
 
 def test_another_text_is_refused(house):

@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import scipy.stats
 import yaml
 from conftest import ROOT, VARIANTS, script_of
 from hypothesis import given
@@ -261,6 +262,31 @@ def test_the_length_of_rows_by_protocol(tmp_path, capsys):
     assert scored["gap_common"] == packed["gap_common"] == packed["gap_all_positions"]
     assert scored["gap_all_positions"] == pytest.approx(100 * (math.exp(0.75 * 0.0405) - 1))
     assert [f["fall_text"] for f in report["falls"]] == pytest.approx([0, 0, 0], abs=1e-9)
+
+
+def test_a_fall_is_paired_over_the_seeds_that_both_lengths_have(tmp_path, capsys):
+    """Seed 44 has long rows alone; the gaps of the others spread far more than their falls."""
+    gaps = {(64, 42): 0.10, (64, 43): 0.30, (256, 42): 0.08, (256, 43): 0.27, (256, 44): 0.90}
+    for (row, seed), gap in gaps.items():
+        for alias, loss in (("kqv", 2.0), ("kv", 2.0 + gap)):
+            write_run(tmp_path / f"{alias}_{row}_{seed}", alias, loss, seed=seed, seq_length=row)
+            padded = {"sequence": "padded", "score_padding": True}
+            write_run(tmp_path / f"{alias}_p_{row}_{seed}", alias, loss, seed=seed, seq_length=row, **padded)
+    (report,) = reports(tmp_path, capsys=capsys)
+    fall = next(f for f in report["falls"] if f["protocol"] == "packed")
+    assert fall["seeds"] == 2 and fall["fall_text"] == pytest.approx(2.5)
+    assert fall["fall_text_interval"] == pytest.approx([2, 3])
+    assert fall["fall_text_t"] == pytest.approx(scipy.stats.t.interval(0.95, 1, 2.5, 0.5), abs=0.01)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=5))
+def test_the_interval_by_student_is_that_of_scipy(values):
+    low, high = scaling_table.t_interval(values)
+    error = np.std(values, ddof=1) / math.sqrt(len(values))
+    half = scipy.stats.t.ppf(0.975, len(values) - 1) * error
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-3, abs=1e-12)
+    assert (high + low) / 2 == pytest.approx(np.mean(values), abs=1e-9)
+    assert scaling_table.t_interval(values[:1]) is None
 
 
 def test_a_converted_qkv_stands_beside_the_variants(tmp_path, capsys):

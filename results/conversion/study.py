@@ -77,6 +77,17 @@ def best_rate(by_rate):
     return min(by_rate, key=lambda rate: statistics.fmean(by_rate[rate][seed][-1][1] for seed in seeds))
 
 
+def same_end(folder, folders):
+    """Whether a run that was trained again ends at the text loss that its record in the folders has."""
+    ends = [evaluations(parent / folder.name) for parent in folders if (parent / folder.name).exists()]
+    again, recorded = evaluations(folder)[-1][1], ends[0][-1][1]
+    if abs(again - recorded) < 1e-4:
+        return True
+    print(f"study.py: {folder} ends at {again:.5f}, its record at {recorded:.5f}: another processor?", file=sys.stderr)
+    print("Study a grid of your own: SCALING=results/scaling_own RESULTS=results/conversion_own", file=sys.stderr)
+    return False
+
+
 # -----------------------------------------------------------------------------
 # Conversion alone
 
@@ -255,21 +266,31 @@ def gap_of(started, alias, shape, n):
     return paired(shared[best_rate(shared)], source[best_rate(source)])
 
 
-def read_prices(path):
-    """Of the conversions alone: {(alias, shape, n): {step: {way as JSON: {seed: price}}}}."""
+def read_prices(path, started):
+    """Of the conversions alone, of sources at their best rate:
+    {(alias, shape, n): {step: {way as JSON: {seed: price}}}}.
+    """
     prices = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for record in read_one_shots(path):
-        alias, shape, n, _, seed = FROM_THE_START.fullmatch(record["source"]).groups()
+        alias, shape, n, rate, seed = FROM_THE_START.fullmatch(record["source"]).groups()
+        if float(rate) != best_rate(started[alias, shape, int(n)]):
+            continue
         step = int(re.search(r"\d+", record["checkpoint"])[0])
         by_seed = prices[alias, shape, int(n)][step][json.dumps(record["way"])]
         by_seed[int(seed)] = record["after"] - record["before"]
     return prices
 
 
+def last_step(started, alias, shape, n):
+    """Of the sources: the end of their training, 1,024 tokens a step."""
+    source = started[alias, shape, n]
+    return max(curve[-1][0] for curve in source[best_rate(source)].values()) // 1024
+
+
 def alone_table(started, prices):
     rows = []
     for (alias, shape, n), by_step in prices.items():
-        price = by_step[max(by_step)][json.dumps(DEFAULT)]
+        price = by_step[last_step(started, alias, shape, n)][json.dumps(DEFAULT)]
         gap = gap_of(started, alias, shape, n)
         rows.append([PAPER[alias], f"d{shape}", n, *of_seeds(price), *of_seeds(gap)])
     return ["source", "shape", "D/N", "price", "of the seeds", "gap from the start", "of the seeds"], rows
@@ -285,10 +306,10 @@ def along_table(prices):
     return ["source", "shape", "D/N", "step", "price", "of the seeds"], rows
 
 
-def ways_table(prices):
+def ways_table(started, prices):
     rows = []
     for (alias, shape, n), by_step in prices.items():
-        by_way = by_step[max(by_step)]
+        by_way = by_step[last_step(started, alias, shape, n)]
         for way in (DEFAULT, *WAYS):
             if len(by_way) > 1 and json.dumps(way) in by_way:
                 how = [way["method"], way["weighting"], f"{way['tokens']:,}"]
@@ -299,16 +320,20 @@ def ways_table(prices):
 def trained_on_table(started, trained_on):
     rows = []
     for (alias, shape, n, at, how, percent), curves in sorted(trained_on.items()):
-        source = trained_on.get((alias, shape, n, at, "none", percent), {})
+        source = trained_on.get((alias, shape, n, at, "none", percent), {})  # it went on in the same way
         if how != "none":
             when = "at the end" if at == 100 else f"at {at} %"
             more = f"{percent} %" if at == 100 else f"{100 - at} %"
             alone, price = paired(curves, source, 0), paired(curves, source)
-            gap = gap_of(started, alias, shape, n)
+            gap, ahead = gap_of(started, alias, shape, n), {}
+            shared = started.get((SHARED[alias], shape, n))
+            if shared and at < 100:  # at the same total of tokens
+                ahead = paired(shared[best_rate(shared)], curves)
             place = [PAPER[alias], f"d{shape}", n, when, more, how]
-            rows.append([*place, of_seeds(alone)[0], *of_seeds(price), of_seeds(gap)[0]])
+            rows.append([*place, of_seeds(alone)[0], *of_seeds(price), of_seeds(gap)[0], *of_seeds(ahead)])
     headers = ["source", "shape", "D/N", "converted", "trained on for", "by", "price before", "price after"]
-    return [*headers, "of the seeds", "gap from the start"], rows
+    headers += ["of the seeds", "gap from the start"]
+    return [*headers, "sharing from the start is behind it by", "of the seeds"], rows
 
 
 def rates_table(started):
@@ -325,15 +350,15 @@ def rates_table(started):
 def tables(scaling, results):
     """Write results.md and conversion.png from the metrics and one_shot.jsonl, as far as they are there."""
     started, trained_on = read_runs([scaling, results])
-    prices = read_prices(results / "one_shot.jsonl")
+    prices = read_prices(results / "one_shot.jsonl", started)
     parts = {
         "Conversion alone": alone_table(started, prices),
         "Conversion alone, along the training": along_table(prices),
-        "Ways of conversion alone": ways_table(prices),
+        "Ways of conversion alone": ways_table(started, prices),
         "Converted and trained on": trained_on_table(started, trained_on),
         "From the start": rates_table(started),
     }
-    text = "# Tables of conversion\n\nLosses, prices and gaps in nats a token of text.\n"
+    text = "# Tables of conversion\n\nLosses, prices and gaps in nats per token of text; ± is a 95 % t interval.\n"
     for title, (headers, rows) in parts.items():
         if rows:
             text += f"\n## {title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n"
@@ -403,6 +428,8 @@ def main(arguments=None):
     command.add_argument("--data", type=Path, required=True)
     command.add_argument("--kind", choices=("default", "all"), default="default")
     command.add_argument("--dry_run", action="store_true", help="print the ways that are not there yet")
+    command = commands.add_parser("same_end", help="compare a run that was trained again with its record")
+    command.add_argument("folder", type=Path)
     commands.add_parser("tables", help="write results.md and conversion.png")
     options = parser.parse_args(arguments)
     if options.command == "one_shot":
@@ -410,6 +437,8 @@ def main(arguments=None):
         one_shot(options.checkpoint, options.data, options.kind, record_path, options.dry_run)
     elif options.command == "tables":
         tables(options.scaling, options.results)
+    elif options.command == "same_end":
+        sys.exit(0 if same_end(options.folder, [options.scaling, options.results]) else 1)
     else:
         started, _ = read_runs([options.scaling, options.results])
         by_rate = started.get((options.alias, options.shape, options.n))
