@@ -316,7 +316,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x * grad_output, grad_weight * grad_output, None
 
 # -----------------------------------------------------------------------------
-# Data
+# Data, and the errors that end a run
+
+class RunError(ValueError):
+    """Ends a run with one line instead of a traceback: what is wrong, where, and what to do about it."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))  # libraries explain themselves in paragraphs
+
+class OneRankError(RunError):
+    """Raised on one rank alone, which must print it itself."""
+
+def require(condition, message):
+    if not condition:
+        raise RunError(message)
 
 class TokenDataset(Dataset):
     """Rows (input_ids int64 [T], is_text bool [T]) of one split of dataset_download.py, memory-mapped.
@@ -1004,19 +1017,6 @@ def stop_signals():
 
 # -----------------------------------------------------------------------------
 # Configuration
-
-class RunError(ValueError):
-    """Ends a run with one line instead of a traceback: what is wrong, where, and what to do about it."""
-
-    def __init__(self, message):
-        super().__init__(" ".join(message.split()))  # libraries explain themselves in paragraphs
-
-class OneRankError(RunError):
-    """Raised on one rank alone, which must print it itself."""
-
-def require(condition, message):
-    if not condition:
-        raise RunError(message)
 
 CHECKS = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 
