@@ -131,6 +131,9 @@ grid() {
     cells 64 80 "8" "42 43 44" 256 packed kqv kv
     cells 64 80 "2" "42 43 44" 256 packed kv
 
+    # Part 6, the rates on either side
+    cells 96 20 "8 2" "42" 256 packed kqv kv
+
     # Part 5: rows of 64 and of 256, and what is in them
     for rate in 8 16; do
         for protocol in packed scored masked; do
