@@ -158,12 +158,16 @@ restore() {
     name=$(name_of $1 $2 $3 $rate $4)
     (
         flock 9
+        if [ -e outputs_conversion/$name.differs ]; then
+            echo "$name: trained again, it did not end where its record does: see outputs_conversion/$name.differs" >&2
+            exit 255  # xargs starts no other job
+        fi
         source=$(source_of $1 $2 $3 $4)
         if [ ! -e "$(checkpoint_of $source $2 $3 10)" ]; then
             from_the_first_step $1 $2 $3 $rate $4
             if ! "$PYTHON" $STUDY same_end outputs_conversion/$name; then
                 mv outputs_conversion/$name outputs_conversion/$name.differs
-                exit 255  # xargs starts no other job
+                exit 255
             fi
         fi
     ) 9> outputs_conversion/$name.lock
