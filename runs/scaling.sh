@@ -127,6 +127,7 @@ grid() {
 
     # Parts 1 and 2, the rates on either side
     cells 64 20 "4 16" "42 43 44" 256 packed kqv kv
+    cells 64 20 "2" "42 43 44" 256 packed kqv
     cells 64 5 "1 4" "42 43 44" 256 packed kqv kv
     cells 64 80 "8" "42 43 44" 256 packed kqv kv
     cells 64 80 "2" "42 43 44" 256 packed kv
