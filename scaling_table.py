@@ -512,6 +512,7 @@ def rate_records(cells):
 def study_notes(settings, of_first, cells):
     """Lines about what sets a study apart from the first, and about rates that were hardly searched."""
     lines = []
+    alone = []
     for key, value in settings.items():
         if value != of_first[key]:
             lines.append(f"Not to be compared with the first: {key}: {of_first[key]} there, {value} here.")
@@ -523,11 +524,13 @@ def study_notes(settings, of_first, cells):
             where = f"{cell.size}, {cell.tokens_per_parameter:g} tokens / parameter, rows of {cell.row}"
             who = f"{paper_name(cells, alias)}, {where}, {cell.protocol}"
             if len(rates) == 1:
-                lines.append(f"{who}: at one rate alone, {rates[0]:g}.")
+                alone.append(who)
             elif cell.at_edge(alias):
                 tried = listed(f"{rate:g}" for rate in rates)
                 best = f"the best rate, {cell.best_rate(alias):g}, is at the edge of those tried"
                 lines.append(f"{who}: {best}: {tried}.")
+    if alone:
+        lines.append(f"At one rate alone: {'; '.join(alone)}.")
     return lines
 
 
