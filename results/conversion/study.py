@@ -381,16 +381,21 @@ def draw(started, trained_on, path):
                 add_curves(ax, trained, colour, f"{PAPER[variant]} from the start")
         source = started[alias, shape, n]
         total = max(curve[-1][0] for curve in source[best_rate(source)].values())
-        for at, percent, colour in ((10, 0, "tab:green"), (50, 0, "tab:olive"), (100, 10, "tab:purple")):
+        for at, how, percent, colour, label in (
+            (10, "joint_svd", 0, "tab:green", "converted at 10 %"),
+            (10, "own_rate", 0, "tab:cyan", "the same, on at Q–K=V's rate"),
+            (50, "joint_svd", 0, "tab:olive", "converted at 50 %"),
+            (100, "joint_svd", 10, "tab:purple", "converted at 100 %, and 10 % more"),
+        ):
             curves = []
-            for curve in trained_on.get((alias, shape, n, at, "joint_svd", percent), {}).values():
+            for curve in trained_on.get((alias, shape, n, at, how, percent), {}).values():
                 curves.append([(total * at / 100 + tokens, loss) for tokens, loss in curve])
-            add_curves(ax, curves, colour, f"converted at {at} %")
-        ax.set_xscale("log")
+            add_curves(ax, curves, colour, label)
+        ax.set_xscale("log", base=2)
         ax.set_yscale("log")
-        for axis in (ax.xaxis, ax.yaxis):
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("{x:g}")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
         ax.set_title(f"d{shape}, {n} tokens for each parameter", fontsize="medium")
         ax.set_xlabel("training tokens, millions")
         ax.set_ylabel("text perplexity")
