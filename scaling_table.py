@@ -681,10 +681,15 @@ def finish(ax, ticks, xlabel, ylabel):
 
 
 def gap_figure(path, report):
-    """Q–K=V's gap against tokens for each parameter, a line a size; other variants at the smallest size."""
+    """Q–K=V's gap against tokens for each parameter, a line a size; other variants at the smallest size.
+
+    Others where they make a line, of two numbers of tokens or more.
+    """
     cells = report["main"]
     sizes = list(dict.fromkeys(cell.size for cell in cells))
-    others = [alias for alias in compared(cells) if alias not in ("kv", CONVERTED)]
+    smallest = [cell for cell in cells if cell.size == sizes[0]]
+    lines = [alias for alias in compared(cells) if sum(alias in cell.runs for cell in smallest) > 1]
+    others = [alias for alias in lines if alias not in ("kv", CONVERTED)]
 
     def draw(axes):
         for ax, at in zip(axes, ("own", "common"), strict=False):
@@ -695,8 +700,7 @@ def gap_figure(path, report):
                 points = [(cell.tokens_per_parameter, cell.gaps(CONVERTED, "common")) for cell in here]
                 gap_line(ax, points, (look[0], "x", "-."), f"{size}, QKV converted")
         for alias in others:
-            here = [cell for cell in cells if cell.size == sizes[0]]
-            points = [(cell.tokens_per_parameter, cell.gaps(alias, "own")) for cell in here]
+            points = [(cell.tokens_per_parameter, cell.gaps(alias, "own")) for cell in smallest]
             gap_line(axes[2], points, (*profiler.LOOKS[alias], "-"), paper_name(cells, alias))
         for ax in axes:
             ax.axhline(0, color="0.6", linewidth=0.8)
