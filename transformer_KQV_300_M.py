@@ -5,7 +5,7 @@ One file is one experiment: any two training scripts differ only in this text, t
 class and the name of the model class. `make sync` keeps the rest identical.
 
 Projections  one fused c_attn, C -> 3C, in the order q, k, v
-KV cache     K and V of every head: 2 x 20 layers x 1,024 values per token, 81,920 bytes in bf16
+KV cache     K and V of every head: 2 x 20 layers x 1,024 numbers a token, 81,920 bytes in bf16
 
     torchrun --nproc_per_node=8 transformer_KQV_300_M.py     # the paper's run; started again, it resumes
     python transformer_KQV_300_M.py                          # one process: one GPU, or the CPU
@@ -713,8 +713,8 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
         run = run | {"init_from": recorded.get("init_from")}
     changes = changes_since(recorded, run, path or output_dir, accept_changes)
     here = path is None or path.resolve().parent == output_dir.resolve()
-    held = read_run(output_dir)
-    if not here and held is not None:  # the checkpoint is of another folder, and this one has a run too
+    held = None if here else read_run(output_dir)
+    if held is not None:  # the checkpoint is of another folder, and this one has a run too
         changes_since(held, run, output_dir, accept_changes=False)
     earlier = recorded.get("changes", [])
     run = run | {"changes": earlier + [f"step {step}: {changes}"] if changes else earlier}

@@ -713,8 +713,8 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
         run = run | {"init_from": recorded.get("init_from")}
     changes = changes_since(recorded, run, path or output_dir, accept_changes)
     here = path is None or path.resolve().parent == output_dir.resolve()
-    held = read_run(output_dir)
-    if not here and held is not None:  # the checkpoint is of another folder, and this one has a run too
+    held = None if here else read_run(output_dir)
+    if held is not None:  # the checkpoint is of another folder, and this one has a run too
         changes_since(held, run, output_dir, accept_changes=False)
     earlier = recorded.get("changes", [])
     run = run | {"changes": earlier + [f"step {step}: {changes}"] if changes else earlier}

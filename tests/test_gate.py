@@ -246,6 +246,12 @@ def test_a_checkpoint_of_another_folder_does_not_take_over_a_run(data, whole_run
     assert str(other) in line and "seed 7 -> 42" in line
 
 
+def test_a_damaged_run_yaml_does_not_keep_checkpoints_from_being_resumed(data, whole_run, half):
+    (half / "run.yaml").write_text("{")
+    resumed(data, half)
+    assert_same_run(whole_run, half)
+
+
 def test_another_architecture_is_not_offered_ways_that_would_be_refused(data, half, capsys):
     line = refused(arguments(data, half, "dropout=0.1", "n_inner=72"), half, capsys)
     assert "n_inner 64 -> 72" in line and "--output_dir" in line

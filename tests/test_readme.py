@@ -78,6 +78,7 @@ SMALL = [  # how a command begins, and what is added to it; the first that fits
     ("python analysis_computation_profiler.py", COUNTED),
     ("python results_table.py results", ""),
     ("python results_table.py", "results/reduced_scale"),
+    ("python tests/benchmarks/decode.py", "--scenes short --dtypes fp32 --variants kv --rounds 1"),
     ("python tests/benchmarks/attention.py", "--layers 1 --context 64 --rounds 1"),
     ("python tests/benchmarks/evaluation.py", "--requests 8 --rounds 1"),
     ("python tests/benchmarks/training.py", "--layers 1 --rounds 1"),

@@ -29,6 +29,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 import convert_checkpoint as cc  # noqa: E402
+from scaling_table import t_interval  # noqa: E402
 
 FROM_THE_START = re.compile(r"(\w+?)_d(\w+?)_n(\d+)_lr([\d.]+)e-3_T256_(?:packed|padded)_seed(\d+)")
 TRAINED_ON = re.compile(r"(\w+?)_d(\w+?)_n(\d+)_at(\d+)_(\w+?)_(\d+)_seed(\d+)")
@@ -247,8 +248,9 @@ def of_seeds(by_seed):
     if not values:
         return ["", ""]
     mean = f"{statistics.fmean(values):+.4f}"
-    if len(values) == 3:  # t, two degrees of freedom
-        mean += f" ± {4.303 * statistics.stdev(values) / math.sqrt(3):.4f}"
+    if len(values) == 3:
+        low, high = t_interval(values)
+        mean += f" ± {(high - low) / 2:.4f}"
     return [mean, ", ".join(f"{value:+.4f}" for value in values)]
 
 
