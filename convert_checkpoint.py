@@ -15,7 +15,8 @@ decomposition of both together, in the metric of what an error costs.
 
 Where a KV head of the target takes the place of several (kqv to gqa, mqa, qgqa, qmqa; gqa to mqa, qmqa), the
 same algebra goes over the keys and values of all of them. That leaves out far more, so train on afterwards.
-Its matrices grow with the square of what is put together, to 1.3 GB for kqv to qmqa at 300M.
+The matrices of the calibration grow with the square of the width that is put together, to 1.3 GB for kqv to
+qmqa at 300M.
 
 With rotary positions A would have to commute with the rotations. These models have learned positions.
 
@@ -167,13 +168,13 @@ def absorb(attention, heads, down, up, mean, key_name):
 def even_rows(attention, down, up):
     """The same numbers, scaled: the rows of the new projection have the size of those whose place they take.
 
-    This changes nothing but how training continues: AdamW takes steps of one size everywhere, and in the same
-    time it got further with even rows than with numbers of one variance, or turned to be like the old keys.
+    This changes nothing but how training continues: AdamW takes steps of the same size everywhere, and in the
+    same time it got further with even rows than with numbers of unit variance, or rotated to resemble the old keys.
     """
     old, new = attention.kv_weight, down @ attention.kv_weight
-    size = old.square().mean(dim=(1, 2))[:, None, None] / new.square().mean(-1, keepdim=True).clamp(min=TINY)
-    size = size.sqrt().clamp(min=TINY)
-    return down * size, up / size.mT
+    old = old.square().mean(dim=(1, 2))[:, None, None]  # 0 in a head whose keys and values are constant
+    size = (old / new.square().mean(-1, keepdim=True).clamp(min=TINY)).sqrt()
+    return down * size, torch.where(old > 0, up / size.mT.clamp(min=TINY), 0.0)
 
 
 # -----------------------------------------------------------------------------
@@ -183,9 +184,9 @@ def even_rows(attention, down, up):
 class Moments:
     """Mean, covariance and metric of the keys and values of one layer, by blocks, out of sums over positions.
 
-    gradient     with g the gradient of the loss by the keys and values of a position: the metric is E[g g^T],
-                 the empirical Fisher information, and a position counts with |g|^2, since errors do no harm
-                 where nothing looks
+    gradient     with g the gradient of the loss with respect to the keys and values of a position: the metric
+                 is E[g g^T], the empirical Fisher information, and a position counts with |g|^2, since errors
+                 do no harm where nothing looks
     activation   what an error changes next: q e / sqrt(head_dim) in a score, W_O e in the output. The metric
                  is E[q q^T] / head_dim for a key and W_O^T W_O for a value; every position counts alike
     none         every number and every position counts alike
@@ -251,6 +252,8 @@ def collect_moments(model, moments, loader, n_tokens):
                 bar.update(min(input_ids.shape[1], n_tokens - bar.n))
             if n_seen >= n_tokens or number == len(loader.dataset):
                 break
+    if n_seen == 0:
+        raise ConversionError(f"{loader.dataset.path}: no text of two tokens or more to calibrate on")
     return n_seen
 
 
@@ -284,7 +287,7 @@ def add_activations(model, moments, input_ids):
 
 
 def add_gradients(model, moments, input_ids):
-    """Add a row's keys and values, and the gradients of its loss by them, to each layer's Moments.
+    """Add a row's keys and values, and the gradients of its loss with respect to them, to each layer's Moments.
 
     The backward pass computes each layer anew from its input, so that it holds the activations of one at a
     time: 2 GB beside the model are enough at 1.2B and 2,048 positions.
@@ -312,8 +315,8 @@ def keep_output(module, inputs, output):
 
 @torch.no_grad()
 def loss_gradient(hidden, embedding, input_ids):
-    """The gradient by `hidden` [1, T, C] of the summed cross-entropy of input_ids [1, T], 256 at a time."""
-    gradient = torch.zeros_like(hidden)
+    """The gradient of the summed cross-entropy of input_ids [1, T] with respect to hidden [1, T, C]."""
+    gradient = torch.zeros_like(hidden)  # in chunks of 256 positions, since their logits are large
     for start in range(0, hidden.shape[1] - 1, 256):
         targets = input_ids[0, 1:][start : start + 256]
         end = start + len(targets)
@@ -406,14 +409,20 @@ def read_gpt2(folder):
     for key, values in expected.items():
         if getattr(gpt2.config, key) not in values:
             raise ConversionError(f"{path}: {key} is {getattr(gpt2.config, key)}, expected {values[0]}")
+    for name, tensor in gpt2.named_parameters():
+        if not tensor.isfinite().all():
+            raise ConversionError(f"{folder}: {name} is not finite")
     return gpt2.eval()
 
 
-def qkv_of_gpt2(gpt2):
+def qkv_of_gpt2(gpt2, folder):
     """The same weights in our QKV, which has the exact GELU. The vocabulary is not padded."""
     script, c = SCRIPTS["kqv"], gpt2.config
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon")
-    config = script.ModelConfig(dropout=c.resid_pdrop, **{name: getattr(c, name) for name in names})
+    try:
+        config = script.ModelConfig(dropout=c.resid_pdrop, **{name: getattr(c, name) for name in names})
+    except ValueError as error:
+        raise ConversionError(f"{folder}/config.json: not a model that QKV can be: {error}") from error
     weights = {}
     for name, tensor in gpt2.transformer.named_parameters():
         is_matrix = ".c_" in name and name.endswith(".weight")  # transformers stores these [in, out]
@@ -519,27 +528,39 @@ def convert(model, to, config, method="joint_svd", weighting="gradient", loader=
 
 
 def open_data(folder, contents, config, seed=None, batch_tokens=1):
-    """A loader of rows as the model was trained on: packed, full rows where its checkpoint does not say."""
-    settings = contents.get("train_config") or {}
-    sequence, seq_length = settings.get("sequence", "packed"), settings.get("seq_length", config.n_positions)
+    """A loader of rows as the model was trained on; packed, full rows for a model that was trained elsewhere."""
+    settings = contents.get("train_config") or {"sequence": "packed"}
+    sequence = settings.get("sequence", "padded")  # a released checkpoint does not say, and had no other
+    seq_length = min(settings.get("seq_length", config.n_positions), config.n_positions)
     batch_size = max(1, batch_tokens // seq_length)
     loader = SCRIPTS["kqv"].get_dataloader(folder, batch_size, seq_length, sequence, seed)
+
     tokenizer = loader.dataset.tokenizer
-    trained_with = contents.get("tokenizer", tokenizer)
-    if tokenizer != trained_with or tokenizer["vocab_size"] > config.vocab_size:
-        theirs = f"{tokenizer['name']}, {tokenizer['vocab_size']:,} tokens"
-        ours = f"{config.vocab_size:,}"
-        if "tokenizer" in contents:
-            ours += f" and was trained with {trained_with['name']}, {trained_with['vocab_size']:,} tokens"
-        raise ConversionError(f"{folder}: data of another vocabulary: {theirs}; the model has {ours}")
+    recorded = contents.get("tokenizer", {})
+    if not (same_tokenizer(tokenizer, recorded) and tokenizer["vocab_size"] <= config.vocab_size):
+        ours = f"{config.vocab_size:,} tokens"
+        if recorded:
+            ours += f" and was trained with {described(recorded)}"
+        raise ConversionError(f"{folder}: data of another vocabulary: {described(tokenizer)}; the model has {ours}")
     return loader
+
+
+def same_tokenizer(tokenizer, recorded):
+    """Whether a split's tokenizer is the recorded one, by its content, or by its name if a content is unknown."""
+    key = "sha256" if tokenizer["sha256"] and recorded.get("sha256") else "name"
+    return not recorded or tokenizer[key] == recorded[key]
+
+
+def described(tokenizer):
+    digest = f", sha256 {tokenizer['sha256'][:8]}" if tokenizer["sha256"] else ""
+    return f"{tokenizer['name']}, {tokenizer['vocab_size']:,} tokens{digest}"
 
 
 def check_options(options):
     """ConversionError for what cannot work, before anything is read."""
     output, to = Path(options.output), options.to
     if options.checkpoint and to is None:
-        raise ConversionError(f"--to: missing, expected one of {', '.join(SCRIPTS)}")
+        raise ConversionError(f"--to: missing, expected one of {', '.join(TARGETS['kqv'])}")
     if options.checkpoint and to == "kqv":
         raise ConversionError("--to kqv: only a GPT-2 can become QKV; see --from_gpt2")
     if to not in (None, "kqv"):
@@ -547,11 +568,18 @@ def check_options(options):
             raise ConversionError("--data: missing; joint_svd takes a sample of the training data")
         if options.method == "drop_v" and "v" in VARIANTS[to]["cached"]:
             raise ConversionError(f"--method drop_v: {to} keeps its values; use joint_svd or mean")
+    elif options.n_kv_groups:
+        raise ConversionError(f"--n_kv_groups {options.n_kv_groups}: not for kqv; meant for gqa and qgqa")
     if output.is_dir():
         raise ConversionError(f"--output {output}: a folder; expected the name of a file")
     if options.checkpoint and output.exists() and output.samefile(options.checkpoint):
         raise ConversionError(f"--output {output}: would overwrite the checkpoint that it is made from")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if options.from_gpt2 and output.resolve().parent == Path(options.from_gpt2).resolve():
+        raise ConversionError(f"--output {output}: in the folder of the GPT-2; choose another place")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConversionError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
 
 
 def run(options):
@@ -559,11 +587,11 @@ def run(options):
     check_options(options)
     started = time.perf_counter()
 
-    # the source, the target's configuration and the data: what does not go together ends here
+    # the source, the target's configuration and the data: what does not go together is refused here
     gpt2, contents = None, {}
     if options.from_gpt2:
         gpt2 = read_gpt2(options.from_gpt2)
-        alias, model = "kqv", qkv_of_gpt2(gpt2)
+        alias, model = "kqv", qkv_of_gpt2(gpt2, options.from_gpt2)
     else:
         alias, model, contents = read_source(options.checkpoint, options.device)
     to = options.to or "kqv"
@@ -575,8 +603,10 @@ def run(options):
         loader = open_data(options.data, contents, config, options.seed)
     if options.val_data:
         val_loader = open_data(options.val_data, contents, config, batch_tokens=2048)
-        n_batches = math.ceil(options.val_tokens / max(2048, val_loader.dataset.seq_length))
+        seq_length = val_loader.dataset.seq_length
+        n_batches = math.ceil(options.val_tokens / (max(1, 2048 // seq_length) * seq_length))
     needed = sum(p.nbytes for p in model.parameters())
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(Path(options.output).parent).free
     if needed > free:
         sizes = f"takes up to {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
@@ -597,7 +627,7 @@ def run(options):
     del gpt2
 
     # convert and write
-    source = Path(options.checkpoint or options.from_gpt2).name
+    source = Path(options.checkpoint or options.from_gpt2).resolve().name
     about = {"source": source, "variant": SCRIPTS[alias].VARIANT, "method": "copy", "weighting": None}
     weights, left_out, n_seen = model.state_dict(), None, 0
     if to != "kqv":
@@ -630,9 +660,16 @@ def run(options):
 
 
 def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return at_least(1, int(text))
+
+
+def not_negative(text):
+    return at_least(0, int(text))
+
+
+def at_least(least, value):
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
     return value
 
 
@@ -651,8 +688,8 @@ def main(arguments=None):
     add("--method", choices=METHODS, default=METHODS[0], help="drop_v and mean are there to compare with")
     add("--weighting", choices=WEIGHTINGS, default=WEIGHTINGS[0], help="of joint_svd; see Moments")
     add("--tokens", type=positive, default=32768, help="of the calibration sample (default: %(default)s)")
-    add("--val_tokens", type=positive, default=262144, help="to evaluate, at most (default: %(default)s)")
-    add("--seed", type=int, default=42, help="of the calibration sample")
+    add("--val_tokens", type=positive, default=262144, help="to evaluate on, in whole batches (default: %(default)s)")
+    add("--seed", type=not_negative, default=42, help="of the calibration sample")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="to calibrate and evaluate on (default: %(default)s)")
     options = parser.parse_args(arguments)

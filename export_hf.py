@@ -5,16 +5,19 @@
     python export_hf.py --to_checkpoint hf_kv_finetuned --output_dir outputs_finetuned
 
 The folder holds config.json, model.safetensors, generation_config.json, modeling_qkv.py, a tokenizer and a
-model card (README.md). It gets its name once it has been loaded back, with the training script's logits.
+model card (README.md). It gets its final name only after it has been loaded back and has given the training script's
+logits.
 --to_checkpoint turns such a folder, fine-tuned elsewhere, into a final_model.pt for this repository's tools.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +30,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
 
-from dataset_download import GPT2_PATTERN, InputError, Tokenizer, load_tokenizer, read_metadata
+from dataset_download import GPT2_PATTERN, InputError, Tokenizer, load_tokenizer, rank_file, read_metadata
 from modeling_qkv import QKVConfig, QKVForCausalLM
 
 ROOT = Path(__file__).resolve().parent
@@ -107,9 +110,9 @@ def find_tokenizer(
     if argument == "none":
         return None
     train_config = dict(contents.get("train_config") or {})
-    recorded = contents.get("tokenizer")  # released checkpoints do not say
+    recorded, digest = contents.get("tokenizer"), None  # released checkpoints do not say
     if isinstance(recorded, dict):
-        recorded = recorded["name"]
+        recorded, digest = recorded["name"], recorded.get("sha256")
     if argument:
         tokenizer = load_tokenizer(argument)
     elif stored := stored_tokenizer(train_config.get("train_data"), train_config.get("val_data")):
@@ -128,6 +131,8 @@ def find_tokenizer(
     same = recorded in (None, tokenizer.name)
     if recorded in N_RANKS:  # whatever the name of the file that these ranks came out of
         same = len(tokenizer.ranks) == N_RANKS[recorded]
+    if digest:
+        same = hashlib.sha256(rank_file(tokenizer.ranks)).hexdigest() == digest
     if not same:
         raise InputError(f"--tokenizer {tokenizer.name}: {path} was trained with another, {recorded}")
     return tokenizer
@@ -184,11 +189,11 @@ def model_card(
     cached = "K alone" if VARIANTS[alias]["cached"] == ["k"] else "K and V"
     bytes_a_token, qkv_bytes = cache_bytes(model)
 
-    # The run, out of the checkpoint and what stands beside it. A checkpoint of the release, or one fine-tuned
-    # elsewhere, does not tell its licence.
+    # The run, out of the checkpoint and what stands beside it. The licence is not known of weights that began
+    # elsewhere: of a checkpoint of the release, one fine-tuned elsewhere, one begun from other weights.
     train_config = dict(contents.get("train_config") or {})
     evaluation = metrics_of(path, contents.get("step"))
-    trained_here = "variant" in contents and bool(train_config)
+    trained_here = "variant" in contents and bool(train_config) and not contents.get("init_from")
     licence = "MIT, as the code that trained it; the data have terms of their own"
     rows = {
         "variant": f"{title} (`{alias}`): {VARIANTS[alias]['name']}",
@@ -228,16 +233,25 @@ the rows have any; over text only, the figure can be compared with other models 
 With torch and transformers 5.20 or newer:
 
 ```python
-from transformers import pipeline
-
-generate = pipeline("text-generation", model=FOLDER, trust_remote_code=True)
-print(generate("The key is", max_new_tokens=50))
+{FROM_TEXT if tokenizer else FROM_TOKENS}
 ```
 
 `modeling_qkv.py` is the model's code. Positions are learned, so a text ends at {c.n_positions:,} tokens.
-`{END_OF_TEXT}` within a text is encoded as plain text, as in training; to end a text, append
-`tokenizer.eos_token_id`.
+{END_OF_A_TEXT if tokenizer else NO_TOKENIZER}
 {settings_of(train_config)}"""
+
+
+FROM_TEXT = """from transformers import pipeline
+
+generate = pipeline("text-generation", model=FOLDER, trust_remote_code=True)
+print(generate("The key is", max_new_tokens=50))"""
+FROM_TOKENS = """from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+model.generate(token_ids, max_new_tokens=50)  # int64 [B, T]"""
+END_OF_A_TEXT = f"""`{END_OF_TEXT}` within a text is encoded as plain text, as in training; to end a text, append
+`tokenizer.eos_token_id`."""
+NO_TOKENIZER = "The folder holds no tokenizer; encode texts as the training data were."
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -255,17 +269,14 @@ def metrics_of(path: Path, step: int | None) -> dict:
     """The run's last evaluation at the checkpoint's step, out of the metrics.jsonl beside it; {} for none."""
     file = path.parent / "metrics.jsonl"
     found = {}
-    if (
-        not step or not file.is_file()
-    ):  # a converted checkpoint is at step 0; what the file has there is not its
+    # A converted checkpoint is at step 0, and a record of step 0 belongs to another model.
+    if not step or not file.is_file():
         return found
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
+    for line in file.read_bytes().splitlines():
+        with suppress(ValueError, AttributeError):  # a kill cut it short
             record = json.loads(line)
-        except ValueError:
-            continue  # a kill cut it short
-        if record.get("step") == step and record.get("kind") in ("val", "final"):
-            found = record
+            if record.get("step") == step and record.get("kind") in ("val", "final"):
+                found = record
     return found
 
 
@@ -278,7 +289,7 @@ def data_of(train_config: dict) -> str:
     """The source of the training data, out of the metadata beside them."""
     try:
         metadata = read_metadata(Path(train_config.get("train_data") or "nowhere"))
-    except InputError:  # damaged since, which is no reason to keep the model back
+    except InputError:  # damaged since, which is no reason to refuse the export
         metadata = None
     if metadata is None:
         return UNKNOWN
@@ -385,7 +396,8 @@ def write_folder(
     if tokenizer:
         exported.generation_config.pad_token_id = tokenizer.eos_id
     exported.save_pretrained(folder)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # which nobody else could read
+    # safetensors makes its file readable by the owner alone
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
     shutil.copyfile(ROOT / "modeling_qkv.py", folder / "modeling_qkv.py")
     if tokenizer:
@@ -492,6 +504,8 @@ def main(arguments: list[str] | None = None) -> None:
             export(options.model, options.checkpoint, options.output_dir, options.tokenizer)
         else:
             raise InputError("expected --model, --checkpoint and --output_dir, or --to_checkpoint FOLDER")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (InputError, OSError) as error:
         print(f"export_hf.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

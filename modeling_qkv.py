@@ -274,8 +274,6 @@ class QKVModel(QKVPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
         length, n_positions = inputs_embeds.shape[1], self.config.n_positions
-        if position_ids is None and length > n_positions:  # a packed row may be longer than its texts
-            raise ValueError(f"{length} tokens do not fit the model's n_positions, {n_positions}")
 
         # The past. Gradient checkpointing runs each block twice, which must not append to a cache.
         cache = cache if cache is not None else past_key_values
@@ -283,12 +281,18 @@ class QKVModel(QKVPreTrainedModel):
             cache = None
         elif use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        past = cache.get_seq_length() if cache is not None else 0
+
+        # A packed row, which brings its own positions, may be longer than its texts. A static cache counts on
+        # the device, where a comparison would wait for it; generate() keeps within n_positions.
+        total = past + length if isinstance(past, int) else length
+        if position_ids is None and total > n_positions:
+            raise ValueError(f"{total} tokens do not fit the model's n_positions, {n_positions}")
 
         # Positions are learned, so a padded row has to start at position 0 where its text starts.
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
         elif position_ids is None:
-            past = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past)[None]
         hidden_states = inputs_embeds + self.wpe(position_ids)
 
@@ -350,9 +354,12 @@ class QKVForCausalLM(QKVPreTrainedModel, GenerationMixin):
     def _prepare_generated_length(self, generation_config, *args, **kwargs):
         """Texts end at n_positions: there is no embedding of a later position."""
         generation_config = super()._prepare_generated_length(generation_config, *args, **kwargs)
-        longest = self.config.n_positions
+        # max_length counts token ids, of which a prompt of embeddings has none
+        longest = self.config.n_positions - kwargs["inputs_tensor"].shape[1] + kwargs["input_ids_length"]
         if generation_config.max_length > longest:
-            logger.warning(f"generation ends at the model's n_positions, {longest} tokens with the prompt")
+            logger.warning(
+                f"generation ends at the model's n_positions, {self.config.n_positions} tokens with the prompt"
+            )
             generation_config.max_length = longest
         return generation_config
 

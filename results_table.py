@@ -9,7 +9,8 @@ it, those of one variant that differ in the seed alone. A row marked * was train
 QKV, which the lines below the table name.
 
     perplexity        of the final evaluation, over all positions, padding included: the paper's protocol. A
-                      model that was trained with the padding masked cannot predict it: there it says nothing
+                      model that was trained with the padding masked never learned to predict padding; for it
+                      this figure means nothing
     text perplexity   over the tokens of the documents alone
     ±                 half of the range over the seeds, beside their mean
     vs QKV            from runs of the same seed, which read the same data in the same order
@@ -152,7 +153,7 @@ class Run:
         settings = {key: value for key, value in settings.items() if key not in left_out}
         for split in ("train_data", "val_data"):
             chunks = self.about.get(split)
-            unknown = f"{getattr(c, split)}, contents not recorded,"  # a note goes on with "of QKV"
+            unknown = f"{getattr(c, split)}, contents not recorded"
             settings[split] = fingerprint(chunks) if chunks else unknown
         return settings | {
             "init_from": self.about.get("init_from"),
@@ -317,7 +318,7 @@ def row_record(row, reference, size):
         "parameters": variant.parameters["total"],
         "cache_bytes_per_token": cached["bytes_per_token"],
         "cache_reduction_percent": cached["reduction_percent"],
-        "published": published["perplexity"].get(size),
+        "published": published.get("perplexity", {}).get(size),
         "published_vs_qkv": published.get("perplexity_change", {}).get(size),
     }
 
@@ -358,13 +359,14 @@ def notes(rows, reference):
     for row in rows:
         who = f"{row[0].variant.paper} ({folders(row)})"
         for key, (theirs, ours) in differences(row, reference).items():
-            lines.append(f"* {who}: {key}: {theirs} of QKV, {ours} of the run")
+            lines.append(f"* {who}: {key} is {ours}, and {theirs} for QKV")
         if seeds and complete(row) not in ([], seeds):
-            lines.append(f"{who}: complete seeds: {listed(seeds)} of QKV, {listed(complete(row))} of the run")
+            lines.append(f"{who}: its complete seeds are {listed(complete(row))}, those of QKV {listed(seeds)}")
     runs = [run for row in rows for run in row]
     if runs[0].protocol == "padded, padding masked":
         lines.append(
-            "The padding was masked in training: a perplexity that includes it says nothing, the text's does."
+            "The padding was masked in training, so a perplexity that includes it says nothing; "
+            "the text perplexity does."
         )
     return lines + recorded_notes(runs)
 

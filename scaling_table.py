@@ -19,10 +19,11 @@ scaling_table.json, gap.png, losses.png, rates.png and lengths.png.
 Contents: the grid, slopes, reports, printing, plotting, command line.
 """
 
+import contextlib
 import math
 import re
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
 from statistics import fmean, stdev
 
 import numpy as np
@@ -77,7 +78,8 @@ class Cell:
 
     @property
     def tokens_per_parameter(self):
-        return self.tokens / self.parameters
+        """To two digits: a run has whole steps, so 5 tokens for each parameter may be 4.996."""
+        return float(f"{self.tokens / self.parameters:.2g}")
 
     def best_rate(self, alias):
         """The rate of lowest mean text loss over the seeds that all rates have; None without such seeds."""
@@ -95,7 +97,7 @@ class Cell:
     def losses(self, alias, rate, key="text_loss"):
         """{seed: final loss in nats a token}, by seed in order."""
         runs = self.runs.get(alias, {}).get(rate, {})
-        return {seed: runs[seed].final[key] for seed in sorted(runs)}
+        return {seed: runs[seed].final[key] for seed in sorted(runs) if key in runs[seed].final}
 
     def gaps(self, alias, at, key="text_loss"):
         """{seed: loss - QKV's}, in nats a token; `at` is common (QKV's best rate for both) or own."""
@@ -121,7 +123,7 @@ def converted(run):
     path = run.folder / "conversion.txt"
     if not path.exists():
         return None
-    found = CONVERSION.search(path.read_text(encoding="utf-8"))
+    found = CONVERSION.search(path.read_text(encoding="utf-8", errors="replace"))
     if not found:
         raise InputError(f"{path}: expected what convert_checkpoint.py prints, with the text perplexities")
     before, after = map(float, found.groups())
@@ -148,19 +150,20 @@ def unvaried(run):
     settings = {key: value for key, value in run.setup.items() if key not in SWEPT}
     return settings | {
         "tokens a step": c.tokens_per_step,
-        "warm-up, share of the steps": f"{c.warmup_steps / c.total_steps:.3g}",
+        "warm-up, share of the steps": f"{c.warmup_steps / c.total_steps:.2f}",
         "min_lr, share of the peak": f"{c.min_lr / c.learning_rate:.3g}",
     }
 
 
 def cells_of(runs):
     """The Cells of a study, by size, tokens, protocol and length of rows."""
+    sizes = size_names([run.variant.config for run in runs])
     cells = {}
     for run in runs:
         model = run.variant.config
         parameters = model.n_layer * model.n_embd * (4 * model.n_embd + 2 * model.n_inner)
         tokens = run.config.total_steps * run.config.tokens_per_step
-        where = (f"d{model.n_embd}", parameters, tokens, run.config.seq_length, run.protocol)
+        where = (sizes[depth_and_heads(model)], parameters, tokens, run.config.seq_length, run.protocol)
         cell = cells.setdefault((*shape(model), *where), Cell(*where, {}))
         seeds = cell.runs.setdefault(run.alias, {}).setdefault(run.config.learning_rate, {})
         refuse_twice(run, seeds.values())
@@ -169,6 +172,21 @@ def cells_of(runs):
             rates = cell.runs.setdefault(CONVERTED, {})
             rates.setdefault(run.config.learning_rate, {})[run.seed] = after
     return sorted(cells.values(), key=lambda cell: (cell.parameters, cell.tokens, cell.protocol, cell.row))
+
+
+def size_names(models):
+    """{(width, layers, heads, feed-forward): name}: d64, and all four where a width has several shapes."""
+    shapes = sorted(set(map(depth_and_heads, models)))
+    names = {}
+    for width, layers, heads, inner in shapes:
+        alone = [other[0] for other in shapes].count(width) == 1
+        details = "" if alone else f", {layers} layers, {heads} heads, feed-forward {inner}"
+        names[width, layers, heads, inner] = f"d{width}{details}"
+    return names
+
+
+def depth_and_heads(model):
+    return model.n_embd, model.n_layer, model.n_head, model.n_inner
 
 
 # -----------------------------------------------------------------------------
@@ -270,7 +288,7 @@ def tokens_for(loss, curve):
     """The tokens after which QKV reaches a loss, by a curve of (tokens, loss) points.
 
     The points are joined by straight lines in the logarithms, and the first and last line go on beyond the
-    ends. None where there is no line, or it does not fall.
+    ends. None where there is no line, or it does not fall, or hardly.
     """
     curve = sorted(curve)
     for i, ((fewer, higher), (more, lower)) in enumerate(zip(curve, curve[1:], strict=False)):
@@ -278,7 +296,8 @@ def tokens_for(loss, curve):
             if lower >= higher:
                 return None
             share = math.log(loss / higher) / math.log(lower / higher)
-            return fewer * (more / fewer) ** share
+            with contextlib.suppress(OverflowError):  # next to no slope
+                return fewer * (more / fewer) ** share
     return None
 
 
@@ -292,10 +311,10 @@ def report(runs):
     if not found:
         raise InputError("no complete runs among those named, so there is nothing to compare")
     reports = []
-    for settings, cells in found:
+    for number, (settings, cells) in enumerate(found, start=1):
         main = main_cells(cells)
         one = {
-            "title": f"Training data {settings['train_data']}",
+            "title": f"Study {number}, training data {settings['train_data']}",
             "settings": settings,
             "cells": cells,
             "main": main,
@@ -476,15 +495,14 @@ def fall_records(cells):
                 continue
             short, long = here[0], here[-1]
             record = {"variant": paper_name(group, alias), "alias": alias, "protocol": protocol}
-            record |= {"from": short.row, "to": long.row}
+            record |= {"from": short.row, "to": long.row, "seeds": None}
             for name, key in (("fall_all_positions", "loss"), ("fall_text", "text_loss")):
                 before, after = (cell.gaps(alias, "common", key) for cell in (short, long))
                 falls = [100 * (before[seed] - after[seed]) for seed in before if seed in after]
-                if falls:
-                    record["seeds"] = len(falls)
-                    record[name] = fmean(falls)
-                    record[f"{name}_interval"] = bootstrap([falls], [1])
-                    record[f"{name}_t"] = t_interval(falls)
+                record["seeds"] = len(falls) or record["seeds"]
+                record[name] = fmean(falls) if falls else None
+                record[f"{name}_interval"] = bootstrap([falls], [1]) if falls else None
+                record[f"{name}_t"] = t_interval(falls)
             records.append(record)
     return records
 
@@ -515,7 +533,7 @@ def study_notes(settings, of_first, cells):
     alone = []
     for key, value in settings.items():
         if value != of_first[key]:
-            lines.append(f"Not to be compared with the first: {key}: {of_first[key]} there, {value} here.")
+            lines.append(f"Not to be compared with study 1: {key} is {of_first[key]} there, {value} here.")
     for cell in cells:
         for alias in VARIANTS:
             rates = sorted(cell.runs.get(alias, ()))
@@ -525,6 +543,8 @@ def study_notes(settings, of_first, cells):
             who = f"{paper_name(cells, alias)}, {where}, {cell.protocol}"
             if len(rates) == 1:
                 alone.append(who)
+            elif cell.best_rate(alias) is None:
+                lines.append(f"{who}: no seed was run at all of its rates, so it has no best rate and no gap.")
             elif cell.at_edge(alias):
                 tried = listed(f"{rate:g}" for rate in rates)
                 best = f"the best rate, {cell.best_rate(alias):g}, is at the edge of those tried"
@@ -672,7 +692,7 @@ def finish(ax, ticks, xlabel, ylabel):
     """A logarithmic x axis with its ticks, and a legend where there is a line."""
     ticks = sorted(set(ticks))
     ax.set_xscale("log")
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     ax.minorticks_off()
     ax.set_xlabel(xlabel)
     ax.set_ylabel(ylabel)
@@ -693,7 +713,7 @@ def gap_figure(path, report):
 
     def draw(axes):
         for ax, at in zip(axes, ("own", "common"), strict=False):
-            for size, look in zip(sizes, SIZE_LOOKS, strict=False):
+            for size, look in zip(sizes, cycle(SIZE_LOOKS), strict=False):
                 here = [cell for cell in cells if cell.size == size]
                 points = [(cell.tokens_per_parameter, cell.gaps("kv", at)) for cell in here]
                 gap_line(ax, points, look, f"{size}, N = {here[0].parameters:,}")
@@ -721,7 +741,7 @@ def loss_figure(path, report):
     def draw(axes):
         (ax,) = axes
         for alias in ("kqv", "kv"):
-            for size, (_, marker, line) in zip(sizes, SIZE_LOOKS, strict=False):
+            for size, (_, marker, line) in zip(sizes, cycle(SIZE_LOOKS), strict=False):
                 points = []
                 for cell in cells:
                     if cell.size == size:
@@ -731,7 +751,7 @@ def loss_figure(path, report):
                 seed_line(ax, points, profiler.LOOKS[alias][0], marker, line, label)
         ax.set_yscale("log")
         tokens = [cell.tokens / 1e6 for cell in cells]
-        finish(ax, [0.5, 1, 2, 4, 8, 16, 32], "training tokens D, millions", "text loss, nats a token")
+        finish(ax, tokens, "training tokens D, millions", "text loss, nats a token")
         ax.set_xlim(min(tokens) / 1.2, max(tokens) * 1.2)
         losses = np.linspace(*ax.get_ylim(), 6)
         ax.set_yticks(losses, [f"{loss:.2f}" for loss in losses])
@@ -767,7 +787,7 @@ def length_figure(path, report):
     if not groups:
         return
     cells = groups[0]
-    looks = dict(zip(dict.fromkeys(cell.protocol for cell in cells), SIZE_LOOKS, strict=False))
+    looks = dict(zip(dict.fromkeys(cell.protocol for cell in cells), cycle(SIZE_LOOKS), strict=False))
 
     def draw(axes):
         for ax, key in zip(axes, ("loss", "text_loss"), strict=True):

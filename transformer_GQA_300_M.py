@@ -833,8 +833,9 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        partial.unlink(missing_ok=True)
         raise RunError(f"{path}: not saved; is the disk full? Older files are whole ({error})") from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 def read_checkpoint(path, to_resume=False) -> dict:
     """The contents of a checkpoint or final_model.pt, ours or a released one; RunError if it is damaged.

@@ -142,6 +142,19 @@ def test_values_that_are_functions_of_the_keys_convert_exactly(alias, to, seed, 
     assert (logits_of(target) - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
+@pytest.mark.parametrize("weighting", cc.WEIGHTINGS)
+def test_a_head_with_constant_keys_and_values_converts_exactly(weighting):
+    model = build("kqv", n_layer=1)
+    tie_values(model)
+    head = slice(8, 16)
+    with torch.no_grad():
+        for part in model.h[0].attn.c_attn.weight.chunk(3)[1:]:
+            part[head] = 0
+    before = logits_of(model)
+    result, _ = converted("kqv", model, "kv", weighting=weighting, loader=random_loader())
+    assert (logits_of(result) - before).abs().max() < 1e-3
+
+
 @pytest.mark.parametrize(("alias", "to"), PAIRS)
 def test_what_the_values_have_of_their_own_is_not_converted_exactly(alias, to):
     """The counterpart of the test above: its tolerance would find it."""
@@ -390,7 +403,9 @@ def test_a_released_checkpoint_does_not_name_its_variant(alias, source, data_dir
     path, to = tmp_path / "released.pt", dict(PAIRS)[alias]
     torch.save(released | {"train_config": {"batch_size": 6}}, path)
     outputs = []
-    for number, start in enumerate((path, source(alias))):
+    model = build(alias, initializer_range=0.1)
+    ours = save(alias, model, tmp_path / "ours.pt", train_config={"sequence": "padded"})
+    for number, start in enumerate((path, ours)):
         outputs.append(tmp_path / f"{number}.pt")
         arguments = ["--checkpoint", str(start), "--to", to, "--output", str(outputs[-1])]
         cc.main([*arguments, "--data", str(data_dir / "train"), "--tokens", "1000"])
@@ -429,6 +444,22 @@ def test_calibration_reads_the_rows_that_the_model_was_trained_on(data_dir):
     loader = cc.open_data(data_dir / "train", {}, config, batch_tokens=100)
     assert (loader.dataset.packed, loader.dataset.seq_length) == (True, 32)
     assert next(iter(loader))[0].shape == (3, 32)
+
+
+def test_rows_of_any_length_are_evaluated(source, data_dir, tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(script_of("kqv"), "evaluate", lambda *arguments: checked.append(arguments) or {})
+    for n_positions in (24, 1500, 3000):
+        checkpoint = save("kqv", build("kqv", n_positions=n_positions), tmp_path / "a.pt")
+        with pytest.raises(KeyError):  # no figures come back
+            cc.main([
+                "--checkpoint", str(checkpoint), "--to", "kv", "--method", "mean", "--val_tokens", "15000",
+                "--val_data", str(data_dir / "validation"), "--output", str(tmp_path / "o.pt"),
+            ])  # fmt: skip
+        _, loader, n_batches = checked.pop()
+        in_a_batch = max(1, 2048 // n_positions) * n_positions
+        assert len(loader.batch_sampler[0]) == min(len(loader.dataset), max(1, 2048 // n_positions))
+        assert 15000 <= n_batches * in_a_batch < 15000 + in_a_batch
 
 
 # ---- GPT-2
@@ -540,11 +571,15 @@ def test_what_does_not_go_together_is_refused(refused, source, data_dir, tmp_pat
     assert "--to: missing" in refused(to=None)
     assert "keeps its values" in refused(to="gqa", method="drop_v")
     assert "GQA can become qgqa, mqa, qmqa" in refused(checkpoint=source("gqa"))
+    assert "expected one of kv, gqa, mqa, qgqa, qmqa" in refused(to=None)
     assert "only a GPT-2 can become QKV" in refused(to="kqv")
+    assert "--device fpga: " in refused(device="fpga")
     assert "divisor of the source's 4 KV heads" in refused(to="qgqa", n_kv_groups=3)
     assert "meant for gqa and qgqa" in refused(n_kv_groups=2)
     assert "would overwrite" in refused(output=source("kqv"))
     assert "a folder" in refused(output=tmp_path)
+    assert "missing.pt" in refused(checkpoint="missing.pt", output=tmp_path / "new/o.pt")
+    assert not (tmp_path / "new").exists()
 
 
 def test_checkpoints_of_no_use_are_refused(refused, tmp_path, source, data_dir):
@@ -569,15 +604,24 @@ def test_an_overflow_on_the_data_is_found(refused, tmp_path):
     assert "overflow on the data" in refused(checkpoint=save("kqv", model, tmp_path / "large.pt"))
 
 
-def test_data_of_another_vocabulary_is_refused(refused, tmp_path, data_dir):
+def test_data_of_another_vocabulary_is_refused(refused, tmp_path, data_dir, capsys):
     small = save("kqv", build("kqv", vocab_size=100), tmp_path / "small.pt")
     line = refused(checkpoint=small)
-    assert "another vocabulary: bytes, 257 tokens; the model has 100" in line
+    assert "another vocabulary: bytes, 257 tokens, sha256" in line
     line = refused(checkpoint=small, data=None, method="mean", val_data=data_dir / "validation")
     assert "validation: data of another vocabulary" in line
     tokenizer = {"name": "gpt2", "vocab_size": 257, "sha256": None}
     other = save("kqv", build("kqv"), tmp_path / "gpt2.pt", tokenizer=tokenizer)
     assert "was trained with gpt2" in refused(checkpoint=other)
+    tokenizer = {"name": "bytes", "vocab_size": 257, "sha256": "0123456789"}
+    other = save("kqv", build("kqv"), tmp_path / "other_bytes.pt", tokenizer=tokenizer)
+    assert "trained with bytes, 257 tokens, sha256 01234567" in refused(checkpoint=other)
+    prepare(tmp_path / "short", ["a"] * 30, validation_tokens=0)
+    capsys.readouterr()  # what the preparation printed
+    assert "no text of two tokens" in refused(
+        checkpoint=save("kqv", build("kqv"), tmp_path / "padded.pt", train_config={"sequence": "padded"}),
+        data=tmp_path / "short/data/train",
+    )
     assert "no complete token files" in refused(data=tmp_path)
 
 
@@ -597,7 +641,7 @@ def test_a_sample_that_is_too_small_or_too_uniform_is_refused(refused, tmp_path,
 
 def test_folders_that_are_no_gpt2_are_refused(capsys, tmp_path, gpt2):
     folder, model = gpt2
-    output = ["--output", tmp_path / "o.pt"]
+    output = ["--output", tmp_path / "converted/o.pt"]
     assert "config.json" in fails(capsys, "--from_gpt2", tmp_path, *output)
     config = json.loads((folder / "config.json").read_text())
     for changes, said in (
@@ -610,6 +654,28 @@ def test_folders_that_are_no_gpt2_are_refused(capsys, tmp_path, gpt2):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
         assert said in fails(capsys, "--from_gpt2", tmp_path, *output)
+
+
+def test_a_gpt2_that_qkv_cannot_be_is_refused(capsys, tmp_path, gpt2):
+    folder, model = gpt2
+    output = folder / "model.safetensors"
+    before = output.read_bytes()
+    assert "in the folder of the GPT-2" in fails(capsys, "--from_gpt2", folder, "--output", output)
+    assert output.read_bytes() == before
+    output = ["--output", tmp_path / "converted/o.pt"]
+    assert "not for kqv" in fails(capsys, "--from_gpt2", folder, "--n_kv_groups", 2, *output)
+
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"resid_pdrop": 1.0}))
+    assert "not a model that QKV can be" in fails(capsys, "--from_gpt2", tmp_path, *output)
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.bias[3] = torch.nan
+    model.save_pretrained(tmp_path)
+    line = fails(capsys, "--from_gpt2", tmp_path, *output)
+    assert "transformer.h.1.mlp.c_fc.bias is not finite" in line
+    assert not (tmp_path / "converted").exists()
 
 
 def test_a_failed_write_leaves_the_old_file(refused, tmp_path, source, data_dir, capsys, monkeypatch):
@@ -639,5 +705,3 @@ def test_help_names_every_option(capsys):
     printed = capsys.readouterr().out
     for name in ("checkpoint", "from_gpt2", "to", "output", "data", "val_data", "method", "weighting"):
         assert f"--{name}" in printed
-
-

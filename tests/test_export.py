@@ -245,6 +245,16 @@ def test_a_tokenizer_other_than_the_checkpoint_s_is_refused(ranks, data_dir, tmp
     copy = str(data_dir / "train/tokenizer.tiktoken")  # the same ranks under another name
     export("kv", tmp_path / "bytes.pt", tmp_path / "hf_bytes", "--tokenizer", copy)
 
+    # A checkpoint that records the content of its tokenizer takes that content alone, under any name.
+    recorded = script_of("kv").TokenDataset(data_dir / "train", 32).tokenizer
+    save("kv", tmp_path / "a.pt", {"vocab_size": 300}, tokenizer=recorded | {"name": "mine.tiktoken"})
+    export("kv", tmp_path / "a.pt", tmp_path / "hf_a", "--tokenizer", "bytes")
+    lines = Path(copy).read_bytes().splitlines()
+    swapped = tmp_path / "swapped.tiktoken"
+    swapped.write_bytes(b"\n".join([lines[1][:-1] + b"0", lines[0][:-1] + b"1", *lines[2:]]))
+    arguments = ["--model", "kv", "--checkpoint", tmp_path / "a.pt", "--tokenizer", swapped]
+    assert "was trained with another" in refused(capsys, *arguments, "--output_dir", tmp_path / "hf")
+
 
 # -----------------------------------------------------------------------------
 # Model card
@@ -285,7 +295,15 @@ def test_the_card_says_what_is_not_known(tmp_path):
     assert unknown >= {"data", "trained", "perplexity over all positions", "bits per byte of text", "licence"}
     assert "license: unknown" in text
     assert rows["tokenizer"] == "none in this folder" and "Settings of the run" not in text
+    assert "AutoModelForCausalLM" in text and "pipeline(" not in text  # which needs a tokenizer
     assert rows["variant"].startswith("Q-GQA-2")
+
+
+def test_the_licence_of_weights_that_began_elsewhere_is_not_known(tmp_path):
+    save("kv", tmp_path / "a.pt", train_config={"seed": 42}, init_from="elsewhere.pt")
+    rows, text = card_of(export("kv", tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none"))
+    assert rows["licence"] == "not known" and "license: unknown" in text
+    assert "begun from the weights of elsewhere.pt" in rows["trained"]
 
 
 def test_the_card_of_another_step_has_no_figures(run, tmp_path):

@@ -129,6 +129,8 @@ def test_embeddings_in_place_of_tokens():
     torch.testing.assert_close(exported(inputs_embeds=embeddings).logits, exported(input_ids).logits)
     continuation = greedy(exported, None, inputs_embeds=embeddings)
     assert torch.equal(continuation, greedy(exported, input_ids)[:, 10:])
+    continuation = greedy(exported, None, inputs_embeds=embeddings, new=100)
+    assert torch.equal(continuation, greedy(exported, input_ids, new=100)[:, 10:])  # to the last position
     for both_or_none in ({}, {"input_ids": input_ids, "inputs_embeds": embeddings}):
         with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
             exported(**both_or_none)
@@ -337,6 +339,10 @@ def test_more_tokens_than_positions_are_an_error_with_both_numbers():
     _, exported = build("kv")
     with pytest.raises(ValueError, match="49 tokens do not fit the model's n_positions, 48"):
         exported(tokens(1, 49))
+    cache = exported(tokens(1, 48), use_cache=True).past_key_values
+    for mask in (None, torch.ones(1, 49)):
+        with pytest.raises(ValueError, match="49 tokens do not fit the model's n_positions, 48"):
+            exported(tokens(1, 1), attention_mask=mask, past_key_values=cache)
 
 
 def test_generation_ends_at_the_last_position(caplog):
@@ -487,9 +493,7 @@ def test_a_configuration_that_does_not_go_together_is_refused(settings, words):
         QKVConfig(**SHAPE | settings)
 
 
-@pytest.mark.parametrize(
-    ("variant", "groups"), [("kqv", None), ("kv", None), ("gqa", 2), ("mqa", None), ("qgqa", 2)]
-)
+@pytest.mark.parametrize(("variant", "groups"), [("kqv", None), ("kv", None), ("gqa", 2), ("mqa", None), ("qgqa", 2)])
 def test_the_names_that_the_library_has_for_the_shape(variant, groups):
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": groups}
     config = QKVConfig(variant=variant, vocab_size=61, max_position_embeddings=48, **shape)

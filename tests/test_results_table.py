@@ -127,8 +127,8 @@ def test_changes_pair_the_seeds_that_both_have(two_seeds, capsys):
     assert gqa["perplexity_vs_qkv"] == pytest.approx(1) and gqa["perplexity_vs_qkv_spread"] is None
     assert mqa["perplexity"] == 5.5 and mqa["perplexity_vs_qkv"] is None
     assert table["notes"] == [
-        "GQA-4 (gqa_2): complete seeds: 1, 2 of QKV, 2 of the run",
-        "MQA (mqa_3): complete seeds: 1, 2 of QKV, 3 of the run",
+        "GQA-4 (gqa_2): its complete seeds are 2, those of QKV 1, 2",
+        "MQA (mqa_3): its complete seeds are 3, those of QKV 1, 2",
     ]
 
 
@@ -190,10 +190,10 @@ def test_a_run_that_was_trained_otherwise_is_marked_and_named(two_seeds, capsys)
     assert table["rows"][-1]["perplexity_vs_qkv"] == pytest.approx(10)
     data, *others = [note for note in table["notes"] if note.startswith("*")]
     one, two = (results_table.fingerprint(about["train_data"]) for about in (DATA, other))
-    assert one != two and data == f"* Q=K=V (k_1): train_data: {one} of QKV, {two} of the run"
+    assert one != two and data == f"* Q=K=V (k_1): train_data is {two}, and {one} for QKV"
     assert others == [
-        "* MQA (mqa_1): learning_rate: 0.003 of QKV, 0.001 of the run",
-        "* MQA (mqa_1): warmup_steps: 1 of QKV, 3 of the run",
+        "* MQA (mqa_1): learning_rate is 0.001, and 0.003 for QKV",
+        "* MQA (mqa_1): warmup_steps is 3, and 1 for QKV",
     ]
     assert "| Q=K=V\\* |" in run(two_seeds, "--format", "markdown", capsys=capsys)[1]
 
@@ -235,8 +235,8 @@ def test_what_is_not_recorded_is_said(tmp_path, capsys):
     (table,) = tables(tmp_path, capsys=capsys)
     assert [row["variant"] for row in table["rows"]] == ["QKV", "Q=K–V", "Q–K=V*"]
     assert table["notes"] == [
-        "* Q–K=V (kv_text): train_data: demo_data/train, contents not recorded, of QKV, elsewhere, contents "
-        "not recorded, of the run",
+        "* Q–K=V (kv_text): train_data is elsewhere, contents not recorded, and demo_data/train, contents not "
+        "recorded for QKV",
         "Variant taken from the folder's name alone: all runs.",
         "Training data known by path alone: all runs.",
         "Validation data known by path alone: all runs.",
@@ -369,7 +369,7 @@ def test_what_a_run_began_with_and_changed_on_the_way_is_said(two_seeds, capsys)
         (two_seeds / name / "run.yaml").write_text(yaml.safe_dump(about | more), encoding="utf-8")
     (table,) = tables(two_seeds, capsys=capsys)
     assert [row["variant"] for row in table["rows"]] == ["QKV", "Q–K=V*", "Q–K=V"]
-    assert "* Q–K=V (kv_1): init_from: None of QKV, a.pt of the run" in table["notes"]
+    assert "* Q–K=V (kv_1): init_from is a.pt, and None for QKV" in table["notes"]
     assert "kv_2: settings changed on the way: step 2: dropout 0.0 -> 0.1." in table["notes"]
 
 

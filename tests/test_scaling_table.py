@@ -242,6 +242,7 @@ def test_tokens_for_a_loss_on_the_points_between_them_and_beyond(loss):
     assert scaling_table.tokens_for(loss, power) == pytest.approx(10.0 * (3.0 / loss) ** 2)
     assert scaling_table.tokens_for(loss, [(10.0, 1.0), (20.0, 1.1)]) is None
     assert scaling_table.tokens_for(loss, [(10.0, 1.0)]) is None
+    assert scaling_table.tokens_for(1.7, [(1e6, 2.0), (4e6, 1.9999)]) is None  # beyond every number
 
 
 def test_the_length_of_rows_by_protocol(tmp_path, capsys):
@@ -357,3 +358,59 @@ def test_every_format_and_every_figure(report, widening, tmp_path, capsys):
     text, sheet = (scaling_table.FORMATS[form]([report]) for form in ("table", "csv"))
     assert "widens" in text and "widens" in markdown
     assert len(sheet.splitlines()) == 7 and "gap_own" in sheet.splitlines()[0]
+
+
+def test_two_shapes_of_one_width_are_two_sizes(tmp_path, capsys):
+    """Each with its own losses, and the same gap."""
+    for layers, per_parameter in product((2, 4), (5, 20)):
+        for alias, gap in (("kqv", 0.0), ("kv", 0.05)):
+            folder = tmp_path / f"{alias}_{layers}_{per_parameter}"
+            loss = 4 / layers * (1 + 1 / per_parameter) + gap
+            write_run(folder, alias, loss, per_parameter=per_parameter * layers // 2)
+            model = yaml.safe_load((folder / "model_config.yaml").read_text()) | {"n_layer": layers}
+            (folder / "model_config.yaml").write_text(yaml.safe_dump(model))
+    (report,) = reports(tmp_path, capsys=capsys)
+    sizes = [(record["size"], record["tokens_per_parameter"]) for record in report["gaps"]]
+    shapes = [f"d64, {layers} layers, 4 heads, feed-forward 256" for layers in (2, 4)]
+    assert sizes == list(product(shapes, (5, 20)))
+    assert [record["gap_own"] for record in report["gaps"]] == pytest.approx([5.127] * 4, rel=1e-3)
+
+
+def test_runs_of_whole_steps_belong_to_one_study(tmp_path, capsys):
+    """607 steps of 1,024 tokens are 4.996 for each parameter of d72, and 60 are 0.0988 of them."""
+    shape = {"n_embd": 72, "n_layer": 2, "n_head": 4, "n_inner": 288}
+    for alias, (steps, per_parameter) in product(("kqv", "kv"), ((607, 5), (2430, 20))):
+        folder = tmp_path / f"{alias}_{per_parameter}"
+        tokens = {"target_tokens": steps * 1024, "warmup_steps": steps // 10}
+        write_run(folder, alias, 2.0, per_parameter=per_parameter, **tokens)
+        model = yaml.safe_load((folder / "model_config.yaml").read_text()) | shape
+        (folder / "model_config.yaml").write_text(yaml.safe_dump(model))
+        final = json.loads((folder / "metrics.jsonl").read_text()) | {"step": steps}
+        (folder / "metrics.jsonl").write_text(json.dumps(final) + "\n")
+    (report,) = reports(tmp_path, capsys=capsys)
+    assert [record["tokens_per_parameter"] for record in report["gaps"]] == [5, 20]
+
+
+def test_rates_without_a_common_seed_are_said(tmp_path, capsys):
+    for alias, (rate, seed) in product(("kqv", "kv"), ((0.004, 42), (0.008, 43))):
+        write_run(tmp_path / f"{alias}_{seed}", alias, 2.0, rate=rate, seed=seed)
+    (report,) = reports(tmp_path, capsys=capsys)
+    assert sum("no seed was run at all of its rates" in note for note in report["notes"]) == 2
+
+
+def test_lengths_without_a_common_seed_have_no_fall(tmp_path, capsys):
+    for alias, protocol, (row, seed) in product(("kqv", "kv"), ("packed", "padded"), ((64, 42), (256, 43))):
+        folder = tmp_path / f"{alias}_{protocol}_{row}"
+        write_run(folder, alias, 2.0, seed=seed, seq_length=row, sequence=protocol)
+    converted = f"text perplexity: {math.exp(2.0):.4f} before, 7.5 after"
+    for row in (64, 256):  # a conversion tells nothing of all positions
+        (tmp_path / f"kqv_packed_{row}/conversion.txt").write_text(converted, encoding="utf-8")
+    (report,) = reports(tmp_path, capsys=capsys)
+    assert {fall["fall_text"] for fall in report["falls"]} == {None}
+
+
+def test_recipes_have_titles_of_their_own(tmp_path, capsys):
+    for decay, alias in product((0.1, 0.2), ("kqv", "kv")):
+        write_run(tmp_path / f"{alias}_{decay}", alias, 2.0, weight_decay=decay)
+    titles = [report["title"] for report in reports(tmp_path, capsys=capsys)]
+    assert [title.partition(",")[0] for title in titles] == ["Study 1", "Study 2"]
