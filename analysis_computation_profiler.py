@@ -12,11 +12,11 @@ is 1. An analysis of all variants writes comprehensive_flop_analysis_<size>.json
 otherwise.
 
 With --measure the scripts' `generate` fills its KV cache and decodes from it, or the scripts' model trains.
-Weights are random, and there are as many positions as the longest context needs. The variants take turns,
+Weights are random, and each run has as many positions as its own context needs. The variants take turns,
 after a warm-up round that does not count. Figures are medians over the rounds (lowest to highest); "vs QKV"
 compares the turns of one round.
 
-    peak memory   of weights and run together; on a CPU resident memory, which only Linux tells
+    peak memory   of weights and run together; on a CPU, resident memory, reported on Linux only
     roofline      the decode rate if a step took no longer than reading the weights and the cache
     mfu           (6 N + 12 L d T) FLOPs a token, as a share of the GPU's dense bf16 peak
     published     Tables 14 and 15: 1.2B in bf16 on an A100
@@ -38,6 +38,7 @@ import math
 import os
 import platform
 import re
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -56,6 +57,8 @@ import psutil
 import torch
 import yaml
 from pydantic import ByteSize, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -1022,8 +1025,8 @@ def positive(text):
 def command_line():
     parser = Parser(__file__, __doc__, usage="%(prog)s [options]")
     add = parser.add_argument
-    add("--sizes", nargs="+", choices=SIZES, help="default: both; measured: 300M, 1.2B decoding on CUDA")
-    aliases = f"{', '.join(VARIANTS)} (default: all; CPU: four)"
+    add("--sizes", nargs="+", choices=SIZES, help="default: both; with --measure 300M, for decoding on CUDA 1.2B")
+    aliases = f"{', '.join(VARIANTS)} (default: all; measured on a CPU: kqv, kv, gqa, qmqa)"
     add("--variants", nargs="+", choices=VARIANTS, metavar="ALIAS", help=aliases)
     add("--contexts", nargs="+", type=positive, metavar="T", help="tokens in the KV cache")
     memory = "for weights and caches, such as 24GiB (default: 40GB); measured: what a run may take"
@@ -1038,7 +1041,7 @@ def command_line():
     add("--dtype", choices=DTYPES, help="default: bf16 where it is native; training casts to it by autocast")
     add("--rounds", type=positive, metavar="N", help="turns of each variant, besides the warm-up")
     add("--steps", type=positive, metavar="N", help="tokens decoded, or updates made, in a turn")
-    add("--set", nargs="+", metavar="KEY=VALUE", help="fields of the model's config to change")
+    add("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="fields of the model's config to change")
     add("--batches", nargs="+", type=positive, metavar="B", help="decode: sequences at the same time")
     add("--micro_batch_size", type=positive, metavar="B", help="train: rows in a forward and backward pass")
     add("--seq_length", type=positive, metavar="T", help="train: tokens in a row")
@@ -1086,8 +1089,9 @@ def parse_settings(arguments):
         if key not in known or not value:
             raise InputError(f"--set {argument}: expected KEY=VALUE with a KEY out of {', '.join(known)}")
         try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            settings[key] = YAML(typ="safe", pure=True).load(value)  # 1.2, as the training scripts read it
+            json.dumps(settings[key])
+        except (YAMLError, TypeError, ValueError) as error:
             raise InputError(f"--set {argument}: not a value as in a YAML file") from error
     return settings
 
@@ -1129,7 +1133,15 @@ def run_measurement(options):
     return records
 
 
+def show_what_the_terminal_can():
+    """Let a ? stand for what cannot be encoded, such as the dash of Q–K=V, rather than end with nothing printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main(arguments=None):
+    show_what_the_terminal_can()
     parser = command_line()
     options = parser.parse_args(arguments)
     try:

@@ -246,7 +246,12 @@ def source_names(args: argparse.Namespace) -> list[str]:
         for option in ("config", "split", "revision"):
             if value := getattr(args, option):
                 raise InputError(f"--{option} {value}: only a hub source, --source owner/name, has one")
-        return [source if source in INSTALLED else str(Path(source).resolve())]
+        name = source if source in INSTALLED else str(Path(source).resolve())
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"--source {source!r}: its path is not valid UTF-8; rename it") from error
+        return [name]
     if args.split_paragraphs:
         raise InputError(f"--split_paragraphs: {names[0]} is on the hub, and this needs a local source")
     return [f"{name}:{args.config}" if args.config else name for name in names]
@@ -460,6 +465,8 @@ def open_hub_source(names: list[str], revision: str | None, train_split: str, co
     for name in names:
         try:
             source = open_hub_dataset(name, revision, train_split, column)
+        except InputError:  # it resolves, and has no such split
+            raise
         except (*network_errors(), *data_errors()) as error:
             reasons.append(f"{name} does not resolve ({first_line(error)})")
             continue
@@ -485,7 +492,7 @@ def open_hub_dataset(name: str, revision: str | None, train_split: str, column: 
             if not try_again(name, error, waits):
                 raise
     if train_split not in streams:
-        raise InputError(f"its splits are {', '.join(streams)}, and {train_split} is not among them")
+        raise InputError(f"--split {train_split}: {name} has the splits {', '.join(streams)}")
     # Where each begins has to be asked before the first row is read.
     starts = {split: stream.state_dict() for split, stream in streams.items()}
 
@@ -651,10 +658,10 @@ def split_chunks(
             yield chunk
             chunk = Chunk()
     if total == 0:
-        raise InputError(
-            f"{metadata.source} has no text for the {metadata.split} split: {skipped:,} of {rows:,} "
-            f"rows have no string under '{metadata.text_column}'"
-        )
+        why = f"{skipped:,} of {rows:,} rows have no string under '{metadata.text_column}'"
+        if skipped == 0:
+            why = f"all of its {rows:,} documents are empty"
+        raise InputError(f"{metadata.source} has no text for the {metadata.split} split: {why}")
     if leave_some:
         refuse_greedy_validation(encoded, metadata, total)
     yield chunk
@@ -718,6 +725,7 @@ class Metadata(BaseModel):
     text_column: str
     split_paragraphs: bool = False
     validation_from_train: bool
+    requested_from_train: bool | None = None  # --validation_from_train, for a hub source
     split: str
     tokenizer: str
     tokenizer_sha256: dict[str, str]
@@ -779,8 +787,8 @@ def read_metadata(folder: Path) -> Metadata | None:
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
-    done = {"resume"} if metadata.resume is None else None
-    write_text(folder / "metadata.json", metadata.model_dump_json(indent=2, exclude=done) + "\n")
+    absent = {key for key in ("resume", "requested_from_train") if getattr(metadata, key) is None}
+    write_text(folder / "metadata.json", metadata.model_dump_json(indent=2, exclude=absent) + "\n")
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, metadata: Metadata) -> np.ndarray:
@@ -867,13 +875,16 @@ def preparing_command(output: Path) -> str:
 
 def refuse_other_arguments(output: Path, recorded: dict, asked: dict, targets: dict[str, int]) -> None:
     """InputError, with both values, where the output folder was prepared with other arguments."""
-    before = dict(recorded)
-    if recorded["train"] and not recorded["validation"]:
-        # Prepared without validation, whose documents would now be among those of train.
-        before["validation"] = recorded["train"].model_copy(update={"target_tokens": 0})
-    for split, metadata in before.items():
+    if recorded["train"] and targets["validation"] and not recorded["validation"]:
+        # Its documents may be among those of train.
+        raise InputError(
+            f"{output / 'validation'} is missing, and cannot be made beside the train that is there: choose "
+            f"another --output_dir, or delete what is prepared in {output}"
+        )
+    for split, metadata in recorded.items():
         for key, value in {**asked, "target_tokens": targets[split]}.items():
-            if metadata and getattr(metadata, key) != value:
+            unknown = key == "requested_from_train" and metadata and metadata.requested_from_train is None
+            if metadata and not unknown and getattr(metadata, key) != value:
                 raise InputError(
                     f"{output / split} was prepared with {key} {getattr(metadata, key)}, and this run asks "
                     f"for {value}: choose another --output_dir, or delete what is prepared in {output}"
@@ -1021,6 +1032,8 @@ def asked_for(args: argparse.Namespace, earlier: Metadata | None) -> tuple[list[
         asked["revision"] = platform.python_version()
     if args.validation_from_train:
         asked["validation_from_train"] = True
+    if is_hub_source(names[0]):
+        asked["requested_from_train"] = bool(args.validation_from_train)
     return names, asked
 
 
@@ -1029,8 +1042,9 @@ def new_metadata(
 ) -> Metadata:
     from_train = not source.has_validation or bool(args.validation_from_train)
     if split == "validation" and from_train and not source.files and not args.validation_from_train:
+        besides = " besides" if asked["train_split"] == "validation" else ""
         first = f"the first {target:,} tokens of {asked['train_split']}"
-        warn(f"{source.name} has no validation split: {first} become one")
+        warn(f"{source.name} has no validation split{besides}: {first} become one")
     known = {
         **asked,
         "source": source.name,
@@ -1144,6 +1158,9 @@ def verify(output: Path) -> int:
         raise InputError(f"{output}: nothing is prepared here")
     status = 0
     for split, metadata in recorded.items():
+        if metadata is None and split == "train":
+            print(f"{output / split}: not begun: run the command that began {output} again")
+            status = 1
         if metadata is None:
             continue
         folder = output / split
@@ -1183,7 +1200,7 @@ def check_hash(path: Path, digest: str) -> Iterator[str]:
         return
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-            yield f"{path} is damaged (another SHA-256 than in metadata.json): {REMEDY}"
+            yield f"{path} is damaged (its SHA-256 is not the one in metadata.json): {REMEDY}"
 
 
 def check_contents(folder: Path, entry: ChunkEntry, metadata: Metadata) -> Iterator[str]:
@@ -1268,10 +1285,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="make each paragraph of a local source a document, drop duplicates, and put them in a fixed "
         "random order; holds the corpus in memory",
     )
-    add("--tokenizer", default="gpt2", help="gpt2, bytes or PATH.tiktoken")
-    add("--target_tokens", type=positive_token_count, default=10_000_000_000, help="for training")
+    add("--tokenizer", default="gpt2", help="gpt2 (default), bytes or PATH.tiktoken")
+    add("--target_tokens", type=positive_token_count, default=10_000_000_000, help="for training (default: 1e10)")
     validation = parser.add_mutually_exclusive_group().add_argument
-    validation("--validation_tokens", type=token_count, default=10_000_000, help="0: no validation split")
+    validation("--validation_tokens", type=token_count, default=10_000_000, help="0: none (default: 1e7)")
     validation(
         "--validation_from_train",
         type=positive_token_count,
@@ -1279,8 +1296,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="take the first N tokens' documents of train for validation, even where the source has a "
         "validation split of its own",
     )
-    add("--chunk_tokens", type=positive_token_count, default=100_000_000, help="per pair of files")
-    add("--output_dir", default="slimpajama_data")
+    add("--chunk_tokens", type=positive_token_count, default=100_000_000, help="in each chunk (default: 1e8)")
+    add("--output_dir", default="slimpajama_data", help="folder of the splits (default: %(default)s)")
     add("--verify", action="store_true", help="check the files in --output_dir; exit status 1 if any is bad")
     return parser.parse_args(argv)
 

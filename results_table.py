@@ -562,6 +562,7 @@ def write_all(folder, tables):
 
 def command_line(file, description, report, forms, write, arguments):
     """The command of a script: read the runs in the folders named, report on them, write files, and print."""
+    profiler.show_what_the_terminal_can()
     parser = Parser(file, description)
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs")
     parser.add_argument("--format", choices=forms, default="table", help="of what is printed")

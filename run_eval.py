@@ -24,7 +24,7 @@ import platform
 import sys
 import tempfile
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import cache
@@ -401,7 +401,7 @@ def open_checkpoint(alias, path, tokenizer, val_data):
 
     # A vocabulary that is too large for the model is certainly another one.
     config = contents["model_config"]
-    known = f"and {path} knows {config['vocab_size']}"
+    known = f"and the model in {path} has only {config['vocab_size']}"
     if val_data:
         with script_errors():
             needed = script.get_dataloader(val_data, 1, config["n_positions"]).dataset.vocab_size
@@ -447,8 +447,8 @@ def try_loading(script, path):
     """The contents of a checkpoint that the script can load; the script's own errors where it cannot."""
     contents = script.read_checkpoint(path)
     with warnings.catch_warnings(action="ignore"):  # on the meta device, all is tried but copying the numbers
-        script.load_model(path, device="meta")
-    return contents
+        model = script.load_model(path, device="meta")
+    return contents | {"model_config": asdict(model.config)}  # with the defaults
 
 
 @contextlib.contextmanager
@@ -480,7 +480,11 @@ def find_tokenizer(argument, path, recorded, val_data, train_data):
     elif training and identity(training)[0] == identity(recorded)[0]:
         tokenizer = training
     else:
-        tokenizer = loaded_once(identity(recorded)[0] if recorded else "gpt2")
+        name = identity(recorded)[0] if recorded else "gpt2"
+        if name not in ("gpt2", "bytes"):
+            lost = f"{path} was trained with {name}, whose ranks are not beside its training data any more"
+            raise InputError(f"{lost}; pass --tokenizer PATH.tiktoken")
+        tokenizer = loaded_once(name)
 
     for place, known in {path: recorded, f"--val_data {val_data}": validation}.items():
         if known:
@@ -644,8 +648,10 @@ def check_options(options, device):
         if not options.batch_size.isdecimal() or int(options.batch_size) == 0:
             raise InputError(f"--batch_size {options.batch_size}: expected auto or a whole number above 0")
         options.batch_size = int(options.batch_size)
-    if options.output_path and RANK == 0:
-        check_writable(options.output_path)
+    if RANK == 0 and options.output_path:
+        check_writable("--output_path", options.output_path)
+    if RANK == 0 and options.use_cache:
+        check_writable("--use_cache", Path(f"{options.use_cache}_"))
 
     # Tasks are separated by spaces, or by commas as in the harness's own command.
     tasks = options.tasks or ([PERPLEXITY] if options.val_data else FIVE)
@@ -657,16 +663,16 @@ def check_options(options, device):
     options.tasks = tasks
 
 
-def check_writable(path):
-    """InputError where the report could not be written, said now and not after hours of work."""
+def check_writable(option, path):
+    """InputError where a file could not be written, said now and not after hours of work."""
     if not path.parent.is_dir():
-        raise InputError(f"--output_path {path}: there is no such folder")
+        raise InputError(f"{option} {path}: there is no such folder")
     if path.is_dir():
-        raise InputError(f"--output_path {path}: is a folder, expected a file")
+        raise InputError(f"{option} {path}: is a folder, expected a file")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise InputError(f"--output_path {path}: cannot be written ({error.strerror})") from error
+        raise InputError(f"{option} {path}: cannot be written ({error.strerror})") from error
 
 
 def find_device(name):
@@ -793,7 +799,10 @@ def verdicts(records, options):
             lines.append(compared(f"{label} minus the paper", own, {"mean": (published, 0.0)}))
         if label != first:
             lines.append(compared(f"{label} minus {first}", own, scores[first]))
-    return [line for line in lines if line]
+    lines = [line for line in lines if line]
+    if lines:
+        lines.append("(of scores that differ by chance alone, up to a third lie beyond one standard error)")
+    return lines
 
 
 def accuracies(record):
@@ -807,7 +816,8 @@ def compared(what, ours, theirs):
     """A sentence on two {task: (value, standard error)}; empty where they share no task.
 
     The two errors are taken as independent. Two checkpoints answer the same questions, so the error of their
-    difference is smaller: this may miss a difference, and makes up none.
+    difference is usually smaller. One standard error is a low bar: where there is no difference at all, up to a
+    third of the comparisons lie beyond it.
     """
     sides = {"within the standard error": [], "beyond it": []}
     for task in ours:
@@ -846,7 +856,8 @@ def parse(arguments):
     add = parser.add_argument
     add("--model", nargs="+", metavar="ALIAS", help=f"{', '.join(VARIANTS)}; one for all or one for each")
     add("--checkpoint", nargs="+", metavar="PATH", help="ours or released; several make one table")
-    add("--tasks", nargs="+", metavar="TASK", help=f"the harness's, or {PERPLEXITY} (default: the paper's)")
+    tasks = f"the harness's, or {PERPLEXITY} (default: the paper's; with --val_data, that alone)"
+    add("--tasks", nargs="+", metavar="TASK", help=tasks)
     add("--num_fewshot", type=int, default=5, help="solved examples before each question (default: 5)")
     add("--batch_size", default="auto", help="requests in a forward pass, or auto (default)")
     add("--limit", type=float, help="the first N documents of each task, or a share below 1, for a trial")

@@ -72,7 +72,7 @@ def refused(capsys, *arguments, **options):
 def read_split(folder):
     """Metadata and the documents (uint16 arrays without end-of-text tokens), with the layout checked."""
     metadata = json.loads((folder / "metadata.json").read_text())
-    assert set(metadata) == KEYS
+    assert set(metadata) - {"requested_from_train"} == KEYS  # which a hub source has beside them
     token_bytes = np.load(folder / "token_bytes.npy")
     assert token_bytes.dtype == np.uint16 and token_bytes.shape == (metadata["vocab_size"],)
     assert token_bytes[metadata["eos_id"]] == 0
@@ -579,7 +579,20 @@ def test_other_arguments_are_refused(option, before, now, corpus, tmp_path, caps
 def test_validation_cannot_be_carved_off_afterwards(corpus, tmp_path, capsys):
     run(corpus, tmp_path / "out")
     message = refused(capsys, corpus, tmp_path / "out", validation=1_000)
-    assert "target_tokens 0" in message and "1000" in message
+    assert "validation is missing, and cannot be made beside the train" in message
+
+
+def test_a_path_that_is_not_utf8_is_refused(tmp_path, capsys):
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    (folder / "a.txt").write_text("text")
+    assert "not valid UTF-8" in refused(capsys, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_documents_that_are_all_empty_are_named_so(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "empty.jsonl", ["", ""])
+    assert "all of its 2 documents are empty" in refused(capsys, source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("change", ["edited", "touched", "removed", "added"])
@@ -775,11 +788,11 @@ def test_hub_without_validation_split_and_restart(hub, tmp_path, capsys):
     assert hub.revisions == [None, "c0ffee"]
 
 
-@pytest.mark.parametrize("name", ["owner/name", "owner/other"])
-def test_hub_that_cannot_be_used_is_refused(name, hub, tmp_path, capsys):
+def test_hub_that_cannot_be_used_is_refused(hub, tmp_path, capsys):
     hub.contents["owner/name"] = {"test": ["one"]}
-    message = refused(capsys, name, tmp_path / "out")
-    assert f"{name} does not resolve" in message and "file or folder" in message
+    message = refused(capsys, "owner/other", tmp_path / "out")
+    assert "owner/other does not resolve" in message and "file or folder" in message
+    assert "--split train: owner/name has the splits test" in refused(capsys, "owner/name", tmp_path / "out")
 
 
 def test_fallback_of_the_default_source_is_said_and_kept(hub, tmp_path, capsys):
@@ -813,6 +826,9 @@ def test_validation_from_train_beside_a_validation_split(hub, tmp_path, capsys):
         main([*options, "--validation_from_train", "50", "--output_dir", str(tmp_path / "own")])
     assert "with validation_from_train False, and this run asks for True" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        main([*options, "--validation_tokens", "50"])  # would be the source's own
+    assert "with requested_from_train True, and this run asks for False" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         main([*options, "--validation_from_train", "50", "--validation_tokens", "50"])
     error = capsys.readouterr().err
     assert "not allowed with" in error and error.count("\n") == 1  # without the usage
@@ -829,7 +845,8 @@ def test_split_revision_and_text_column(hub, tmp_path, capsys):
     for other, key in (("--split german --revision v1", "english"), ("--split english --revision v2", "v1")):
         message = refused(capsys, "owner/name", tmp_path / "out", *other.split(), validation=50)
         assert key in message and ("german" in message or "v2" in message)
-    assert "train is not among them" in refused(capsys, "owner/name", tmp_path / "other")
+    message = refused(capsys, "owner/name", tmp_path / "other")
+    assert "--split train: owner/name has the splits english, validation" in message
     (tmp_path / "texts.jsonl").write_text('{"content": "a"}\n{"content": "b"}\n')
     run(tmp_path / "texts.jsonl", tmp_path / "local", "--text_column", "content")
     assert texts_of(tmp_path / "local/train") == ["a", "b"]

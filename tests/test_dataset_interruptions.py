@@ -439,6 +439,10 @@ def test_damage_is_found_and_mended(damage, split, name, tmp_path, capsys):
     run(source, output, "--chunk_tokens", 2_000, validation=10_000)
     expected, path = files_of(output), output / split / name
     assert verify(output, capsys)[0] == 0
+    (output / "train").rename(output / "moved")  # as after a kill between the two splits
+    status, lines = verify(output, capsys)
+    assert status == 1 and "train: not begun" in lines[-1]
+    (output / "moved").rename(output / "train")
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()

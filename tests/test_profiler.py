@@ -591,6 +591,8 @@ def test_figures_name_every_variant_and_cut_no_label(tmp_path, monkeypatch):
         (["--measure", "--set", "n_layr=2"], "n_layr=2: expected KEY=VALUE"),
         (["--measure", "--set", "seed=7"], "--set seed=7: expected KEY=VALUE with a KEY out of vocab_size"),
         (["--measure", "--set", "n_embd=["], "--set n_embd=[: not a value as in a YAML file"),
+        (["--measure", "--set", "n_embd=2020-01-01"], "--set n_embd=2020-01-01: not a value as in a YAML"),
+        (["--measure", "--set", "n_embd=010", "--set", "n_head=7"], "expected a multiple of n_head (7), got 10"),
         (["--measure", "--set", "n_head=7"], "n_embd: expected a multiple of n_head (7), got 1024"),
         pytest.param(
             ["--measure", "--device", "cuda"], "PyTorch finds no CUDA device",

@@ -693,13 +693,24 @@ def test_no_tokenizer(tmp_path, capsys, monkeypatch):
 @pytest.mark.skipif(not GPT2_RANKS.exists(), reason="needs the GPT-2 ranks")
 def test_a_tokenizer_of_another_vocabulary(checkpoints, capsys):
     line = failure(capsys, "--model", "kv", "--checkpoint", checkpoints["kv"], "--tokenizer", GPT2_RANKS)
-    assert f"has 50257 token ids, and {checkpoints['kv']} knows 260" in line
+    assert f"has 50257 token ids, and the model in {checkpoints['kv']} has only 260" in line
 
 
 def test_data_of_another_vocabulary(data_dir, tmp_path, capsys):
     path = save(build("kv", vocab_size=200), "kv", tmp_path / "a.pt")
     line = failure(capsys, "--model", "kv", "--checkpoint", path, "--val_data", data_dir / "validation")
-    assert f"has 257 token ids, and {path} knows 200" in line
+    assert f"has 257 token ids, and the model in {path} has only 200" in line
+
+
+def test_a_checkpoint_without_what_has_a_default_is_read(tmp_path, data_dir, capsys):
+    path = save(build("kv", vocab_size=50304, n_positions=2048), "kv", tmp_path / "a.pt")
+    contents = torch.load(path, weights_only=True)
+    shape = {key: contents["model_config"][key] for key in ("n_embd", "n_layer", "n_head", "n_inner")}
+    torch.save(contents | {"model_config": shape}, path)
+    checkpoint = run_eval.open_checkpoint("kv", path, "bytes", None)
+    assert checkpoint.model_config["vocab_size"] == 50304
+    line = failure(capsys, "--model", "kv", "--checkpoint", path, "--use_cache", tmp_path / "no/where")
+    assert "--use_cache" in line and "no such folder" in line
 
 
 @pytest.fixture(scope="session")
