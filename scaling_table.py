@@ -735,6 +735,8 @@ def gap_figure(path, report):
 
 def loss_figure(path, report):
     """Text loss against tokens, log-log: QKV and Q–K=V at own rates, a line a size, every seed a dot."""
+    from matplotlib.ticker import MaxNLocator, NullLocator  # if it is installed, as the other figures say
+
     cells = report["main"]
     sizes = list(dict.fromkeys(cell.size for cell in cells))
 
@@ -750,11 +752,14 @@ def loss_figure(path, report):
                 label = f"{VARIANTS[alias]['paper']}, {size}"
                 seed_line(ax, points, profiler.LOOKS[alias][0], marker, line, label)
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter("{x:g}")
         tokens = [cell.tokens / 1e6 for cell in cells]
-        finish(ax, tokens, "training tokens D, millions", "text loss, nats a token")
+        powers = range(math.floor(math.log2(min(tokens))), math.ceil(math.log2(max(tokens))) + 1)
+        ticks = [2.0**power for power in powers]
+        finish(ax, ticks, "training tokens D, millions (log scale)", "text loss, nats per token (log scale)")
         ax.set_xlim(min(tokens) / 1.2, max(tokens) * 1.2)
-        losses = np.linspace(*ax.get_ylim(), 6)
-        ax.set_yticks(losses, [f"{loss:.2f}" for loss in losses])
 
     figure(path, ["each at its own best rate"], draw)
 

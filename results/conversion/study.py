@@ -19,6 +19,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from matplotlib.ticker import LogLocator, NullLocator
 from tabulate import tabulate
 
 matplotlib.use("Agg")
@@ -29,6 +30,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 import convert_checkpoint as cc  # noqa: E402
+from analysis_computation_profiler import LOOKS  # noqa: E402
 from scaling_table import t_interval  # noqa: E402
 
 FROM_THE_START = re.compile(r"(\w+?)_d(\w+?)_n(\d+)_lr([\d.]+)e-3_T256_(?:packed|padded)_seed(\d+)")
@@ -370,48 +372,52 @@ def tables(scaling, results):
 
 def draw(started, trained_on, path):
     """A figure: text perplexity against training tokens, from the start and converted."""
-    places = [place for place in [("kqv", "64", 80), ("kqv", "96", 60)] if place in started]
+    places = [("kqv", "64", 80), ("gqa", "64", 80), ("mqa", "64", 80), ("kqv", "96", 60)]
+    places = [place for place in places if place in started]
     if not places:
         return
     size = (6 * len(places), 4.5)
     figure, axes = plt.subplots(1, len(places), figsize=size, squeeze=False, layout="constrained")
     for ax, (alias, shape, n) in zip(axes[0], places, strict=True):
-        for variant, colour in ((alias, "tab:blue"), (SHARED[alias], "tab:red")):
-            if by_rate := started.get((variant, shape, n)):
-                curves = by_rate[best_rate(by_rate)]
-                trained = [curve[1:] for curve in curves.values()]  # without the untrained model
-                add_curves(ax, trained, colour, f"{PAPER[variant]} from the start")
         source = started[alias, shape, n]
         total = max(curve[-1][0] for curve in source[best_rate(source)].values())
         for at, how, percent, colour, label in (
-            (10, "joint_svd", 0, "tab:green", "converted at 10 %"),
-            (10, "own_rate", 0, "tab:cyan", "the same, on at Q–K=V's rate"),
-            (50, "joint_svd", 0, "tab:olive", "converted at 50 %"),
-            (100, "joint_svd", 10, "tab:purple", "converted at 100 %, and 10 % more"),
+            (10, "joint_svd", 0, "#0072B2", "converted at 10 %"),
+            (10, "own_rate", 0, "#56B4E9", "the same, on at Q–K=V's rate"),
+            (50, "joint_svd", 0, "#009E73", "converted at 50 %"),
+            (100, "none", 10, "0.6", f"{PAPER[alias]}, 10 % more"),
+            (100, "joint_svd", 10, "#CC79A7", "converted at 100 %, 10 % more"),
         ):
             curves = []
             for curve in trained_on.get((alias, shape, n, at, how, percent), {}).values():
                 curves.append([(total * at / 100 + tokens, loss) for tokens, loss in curve])
             add_curves(ax, curves, colour, label)
+        for variant in (alias, SHARED[alias]):
+            if by_rate := started.get((variant, shape, n)):
+                curves = by_rate[best_rate(by_rate)]
+                trained = [curve[1:] for curve in curves.values()]  # without the untrained model
+                add_curves(ax, trained, LOOKS[variant][0], f"{PAPER[variant]} from the start", linestyle="--")
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
+        ax.yaxis.set_minor_locator(NullLocator())
         ax.xaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter("{x:g}")
-        ax.set_title(f"d{shape}, {n} tokens for each parameter", fontsize="medium")
-        ax.set_xlabel("training tokens, millions")
-        ax.set_ylabel("text perplexity")
+        ax.set_title(f"{PAPER[alias]}, d{shape}, {n} tokens for each parameter", fontsize="medium")
+        ax.set_xlabel("training tokens, millions (log scale)")
+        ax.set_ylabel("text perplexity (log scale)")
         ax.legend(frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def add_curves(ax, curves, colour, label):
+def add_curves(ax, curves, colour, label, linestyle="-"):
     """A line for each seed, one of them with the label."""
     for curve in curves:
         tokens, losses = zip(*curve, strict=True)
         perplexities = [math.exp(loss) for loss in losses]
-        ax.plot([n / 1e6 for n in tokens], perplexities, color=colour, linewidth=1, marker=".", label=label)
+        millions = [n / 1e6 for n in tokens]
+        ax.plot(millions, perplexities, linestyle, color=colour, linewidth=1, marker=".", label=label)
         label = None
 
 
