@@ -37,10 +37,10 @@ bench: .venv/installed  ## run the benchmarks; they print ratios and never fail 
 replicate: .venv/installed  ## train all variants at a reduced scale, two seeds each, and tabulate them (2 hours on 2 cores)
 	bash runs/replicate.sh
 
-scaling: .venv/installed  ## learning rates, tokens per parameter and row lengths at small sizes (7 hours on 2 cores)
+scaling: .venv/installed  ## learning rates, tokens per parameter and row lengths at small sizes (4 hours on 2 cores; for a grid of your own, RESULTS=DIR)
 	bash runs/scaling.sh
 
-conversion: .venv/installed  ## convert trained models to Q–K=V and train on, after `make scaling` (8 hours on 2 cores)
+conversion: .venv/installed  ## convert trained models to Q–K=V and train on, after `make scaling` (8 hours on 2 cores; of your own grid, SCALING=DIR RESULTS=DIR)
 	bash runs/conversion.sh
 
 lint: .venv/installed  ## run ruff, and check that the training scripts are in sync
