@@ -362,7 +362,7 @@ part_3() {
     rate=$("$PYTHON" $STUDY best_rate kqv 64 80)
     rate_kv=$("$PYTHON" $STUDY best_rate kv 64 80)
     from_the_start 64 80 "$(around $rate)" gqa mqa
-    from_the_start 64 80 "$(around $rate_kv) $((4 * rate_kv))" qgqa qmqa
+    from_the_start 64 80 "$(around $rate_kv) $(awk "BEGIN { print 4 * $rate_kv }")" qgqa qmqa
     {
         on_all_seeds gqa 64 80 10 default
         on_all_seeds mqa 64 80 10 default
