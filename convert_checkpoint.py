@@ -536,12 +536,16 @@ def open_data(folder, contents, config, seed=None, batch_tokens=1):
     loader = SCRIPTS["kqv"].get_dataloader(folder, batch_size, seq_length, sequence, seed)
 
     tokenizer = loader.dataset.tokenizer
-    recorded = contents.get("tokenizer", {})
+    recorded = contents.get("tokenizer") or {}
+    if isinstance(recorded, str):
+        recorded = {"name": recorded}
     if not (same_tokenizer(tokenizer, recorded) and tokenizer["vocab_size"] <= config.vocab_size):
         ours = f"{config.vocab_size:,} tokens"
         if recorded:
             ours += f" and was trained with {described(recorded)}"
         raise ConversionError(f"{folder}: data of another vocabulary: {described(tokenizer)}; the model has {ours}")
+    if not recorded and tokenizer["vocab_size"] < config.vocab_size:
+        print(f"{folder}: of {tokenizer['vocab_size']:,} tokens; the model knows {config.vocab_size:,}")
     return loader
 
 
@@ -552,8 +556,12 @@ def same_tokenizer(tokenizer, recorded):
 
 
 def described(tokenizer):
-    digest = f", sha256 {tokenizer['sha256'][:8]}" if tokenizer["sha256"] else ""
-    return f"{tokenizer['name']}, {tokenizer['vocab_size']:,} tokens{digest}"
+    known = [tokenizer["name"]]
+    if tokenizer.get("vocab_size"):
+        known.append(f"{tokenizer['vocab_size']:,} tokens")
+    if tokenizer.get("sha256"):
+        known.append(f"sha256 {tokenizer['sha256'][:8]}")
+    return ", ".join(known)
 
 
 def check_options(options):

@@ -616,6 +616,8 @@ def test_data_of_another_vocabulary_is_refused(refused, tmp_path, data_dir, caps
     tokenizer = {"name": "bytes", "vocab_size": 257, "sha256": "0123456789"}
     other = save("kqv", build("kqv"), tmp_path / "other_bytes.pt", tokenizer=tokenizer)
     assert "trained with bytes, 257 tokens, sha256 01234567" in refused(checkpoint=other)
+    other = save("kqv", build("kqv"), tmp_path / "by_name.pt", tokenizer="gpt2")
+    assert "was trained with gpt2" in refused(checkpoint=other)
     prepare(tmp_path / "short", ["a"] * 30, validation_tokens=0)
     capsys.readouterr()  # what the preparation printed
     assert "no text of two tokens" in refused(
