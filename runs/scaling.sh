@@ -149,7 +149,8 @@ grid() {
     cells 64 20 "8 16 4 32" "42" 256 packed gqa qmqa
 
     # Part 4, the largest size
-    cells 128 5 "2 1 4" "42 43" 256 packed kqv kv
+    cells 128 5 "2" "42 43 44" 256 packed kqv kv
+    cells 128 5 "1 4" "42 43" 256 packed kqv kv
 
     # Parts 6 and 7 take their rates from the parts before them, see the README.
 }
