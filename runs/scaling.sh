@@ -152,7 +152,7 @@ grid() {
     cells 128 5 "2" "42 43 44" 256 packed kqv kv
     cells 128 5 "1 4" "42 43" 256 packed kqv kv
 
-    # Parts 6 and 7 take their rates from the parts before them, see the README.
+    # Not here: part 6 for d128 at 20, parts 7 and 8, whose rates come from the parts before them; see the README.
 }
 
 # A run that fails is named, and the others go on; the exit status says so at the end.

@@ -1,8 +1,11 @@
 """Shared fixtures. The hubs are switched off before any library that would reach for them is imported."""
 
+import atexit
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -14,7 +17,11 @@ os.environ.update(
     WANDB_SILENT="true",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # threads that wait for each other make tiny models slow
+    HF_HOME=tempfile.mkdtemp(prefix="hf_home_"),  # in the place of the user's cache
+    NO_PROXY="127.0.0.1,localhost",  # where tests serve files
+    no_proxy="127.0.0.1,localhost",
 )
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 # A shell's background job ignores Ctrl-C, and nohup SIGHUP, and the processes under test would inherit that.
 # They do not inherit a handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,6 +30,7 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import yaml  # noqa: E402
 
@@ -32,7 +40,11 @@ import dataset_download  # noqa: E402
 LONGEST_FILES = (
     "test_readme.py", "test_gate.py", "test_run_eval.py", "test_dataset_interruptions.py", "test_survival.py",
 )  # fmt: skip
+GPT2_RANKS = Path(os.environ.get("GPT2_RANKS", ROOT.parent / "shared/data/gpt2.tiktoken"))  # not in the repository
 VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
+
+hypothesis.settings.register_profile("a busy machine", deadline=None)
+hypothesis.settings.load_profile("a busy machine")
 
 
 def pytest_collection_modifyitems(items):

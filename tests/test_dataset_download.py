@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiktoken
+from conftest import GPT2_RANKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +27,6 @@ import dataset_download
 from dataset_download import main
 
 SCRIPT = Path(__file__).parents[1] / "dataset_download.py"
-GPT2_RANKS = Path(__file__).parents[2] / "shared/data/gpt2.tiktoken"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 KEYS = {
     "source",

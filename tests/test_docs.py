@@ -90,8 +90,6 @@ def test_a_command_for_contributors_names_what_exists(words):
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:.*## ", MAKEFILE, re.MULTILINE)
         return
-    if words[:3] == ["python3", "-m", "venv"]:
-        return
     assert words[0] == ".venv/bin/python"
     (name,) = [word for word in words if word.endswith(".py")]
     text = (ROOT / name).read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, script_of
+from conftest import GPT2_RANKS, ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, script_of
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
@@ -34,7 +34,6 @@ import export_hf
 from dataset_download import load_tokenizer
 from modeling_qkv import QKVForCausalLM
 
-GPT2_RANKS = ROOT.parent / "shared/data/gpt2.tiktoken"
 FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_qkv.py"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 SHAPE = {"vocab_size": 260, "n_positions": 64}

@@ -28,7 +28,7 @@ KEYS = ["QKV", "KV", "Q-KV", "K", "GQA-4", "MQA", "Q-GQA-4", "Q-MQA"]  # in the 
 TINY = {"n_layer": 2, "n_embd": 64, "n_head": 8, "n_inner": 96, "vocab_size": 257, "n_positions": 32}
 SETTINGS = ["--set", *(f"{key}={value}" for key, value in TINY.items())]
 CPU = torch.device("cpu")
-# PAPER.md: parameters, of attention alone, and by T the MACs and the profiled FLOPs
+# Published: parameters, of attention alone, and by T the MACs and the profiled FLOPs
 PUBLISHED = {
     "QKV": (305_534_976, 83_968_000, {"128": (39_476_789_248, 78_964_195_328),
                                       "2048": (792_689_901_568, 1_586_807_963_648)}),

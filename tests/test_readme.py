@@ -64,7 +64,7 @@ MEASURED = (
 TEXTS = "--source texts --tokenizer bytes --target_tokens 9e3 --validation_tokens 900"
 SMALL = [  # how a command begins, and what is added to it; the first that fits
     ("make demo", f"{ENVIRONMENT} DEMO='{CONFIGS} {TINY} --output_dir outputs_tried'"),
-    ("make replicate", f"{ENVIRONMENT} PYTHON=./small_python"),
+    ("make replicate", "BIN=small_bin --assume-old=.venv/installed"),
     ("make", "--dry-run"),
     ("pip install -r requirements.txt", "--no-index --quiet"),  # all of them are installed
     ("pip install flash-attn", None),  # needs a GPU
@@ -109,8 +109,9 @@ def clone(tmp_path_factory):
     clone = tmp_path_factory.mktemp("clone") / "repository"
     left_out = shutil.ignore_patterns(".*", "__pycache__", "outputs_*", "*_data", "wandb")
     shutil.copytree(ROOT, clone, ignore=left_out)
-    (clone / "small_python").write_text(SMALL_PYTHON, encoding="utf-8")
-    (clone / "small_python").chmod(0o755)
+    (clone / "small_bin").mkdir()
+    (clone / "small_bin/python").write_text(SMALL_PYTHON, encoding="utf-8")
+    (clone / "small_bin/python").chmod(0o755)
     (clone / "texts").mkdir()
     for i, text in enumerate(SENTENCES):
         (clone / f"texts/{i:03}.txt").write_text(text, encoding="utf-8")

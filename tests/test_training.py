@@ -156,7 +156,7 @@ def test_compiled_ranks_follow_the_losses_of_eager_ones(data, tmp_path):
 
 @pytest.mark.parametrize("alias", VARIANTS)
 def test_a_tiny_run_repeats_the_recorded_losses(alias, data, tmp_path):
-    """A change that is meant to have no effect has none. To record anew: RECORD_GOLDEN=1 make test."""
+    """A change that is meant to have no effect has none. To record anew, see CONTRIBUTING.md."""
     heads = ["n_head=8"] if VARIANTS[alias]["groups"] else []  # as the most groups
     script_of(alias).main(arguments(data, tmp_path, "dropout=0.1", "target_tokens=4096", *heads))
     losses = [record["loss"] for record in metrics(tmp_path)]

@@ -22,7 +22,7 @@ SHARED = [alias for alias, row in VARIANTS.items() if row["cached"] == ["k"]]
 each_script = pytest.mark.parametrize(("alias", "size"), SCRIPTS)
 ATTENTION = re.compile(r"^# \[variant: attention\]\n(.*?)^# \[end of variant\]\n", re.DOTALL | re.MULTILINE)
 IN_FILE_NAMES = {"300M": "300_M", "1.2B": "1_2B"}
-# PAPER.md
+# The paper's notation, and the release's folders
 PAPER = {
     "kqv": "QKV", "qk": "Q=K–V", "kv": "Q–K=V", "k": "Q=K=V", "gqa": "GQA", "mqa": "MQA", "qgqa": "Q-GQA",
     "qmqa": "Q-MQA",
@@ -113,7 +113,7 @@ def test_lines_fit_the_screen_and_the_attention_is_on_the_first_ones(alias, size
     assert lines.index("class CausalSelfAttention(nn.Module):") < 100
 
 
-@pytest.mark.xfail(strict=True, reason="the aim is 900 lines; the scripts have about 1,160")
+@pytest.mark.xfail(strict=True, reason="the aim is 900 lines; the scripts have about 1,180")
 @each_script
 def test_a_script_has_at_most_900_lines(alias, size):
     assert len(text_of(alias, size).splitlines()) <= 900

@@ -7,8 +7,7 @@ Both read the same documents from memory: the help texts of Python's pydoc, cut 
 Ours are the batches of dataset_download.py, from text to uint16 arrays with their place in the stream; theirs
 is GPT2TokenizerFast.encode in a loop, with the vocabulary and merges of the same ranks. The run ends with an
 error if the ids of a document differ. A round measures one after the other, so that whatever else the machine
-does slows both; the ratio is the median of the rounds. Needs the real ranks, ../shared/data/gpt2.tiktoken or
---ranks PATH.
+does slows both; the ratio is the median of the rounds. Needs GPT-2's ranks: --ranks, or GPT2_RANKS=PATH.tiktoken.
 """
 
 import argparse
@@ -76,7 +75,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=Path, default=ROOT.parent / "shared/data/gpt2.tiktoken")
+    ranks = os.environ.get("GPT2_RANKS", ROOT.parent / "shared/data/gpt2.tiktoken")
+    parser.add_argument("--ranks", type=Path, default=ranks)
     parser.add_argument("--documents", type=int, default=2_048)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
