@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # Ctrl-C while the libraries load ends the run without a traceback
+# Ctrl-C while the libraries load ends the run without a traceback.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
@@ -68,7 +69,7 @@ OUTPUT_DIR = "outputs_qkv_k_equals_v"
 # [end of variant]
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 # -----------------------------------------------------------------------------
 # Attention
@@ -487,6 +488,8 @@ def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> 
 # -----------------------------------------------------------------------------
 # Training
 
+LOWER = "Lower learning_rate, and resume with --accept_changes?"
+
 def get_lr(step: int, config: TrainingConfig) -> float:
     """The rate of update number `step`, from 0 on: linear warm-up, then from learning_rate to min_lr."""
     if step < config.warmup_steps:
@@ -508,11 +511,15 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         val_loader = get_dataloader(config.val_data, *loader_args)
         run = describe_run(model_config, config, train_set, val_loader.dataset, init_from)
         if init_from:
-            read_checkpoint(init_from)
+            initial = read_checkpoint(init_from)  # stays open, since --resume never may move the file
+            check_architecture(model_config, initial, init_from)
         start, lock = [None], nullcontext()  # rank 0 decides, and fills the list of the others
         if RANK == 0:
+            found = checkpoints(output_dir)
             start = [find_start(output_dir, resume, run, config.total_steps, accept_changes)]
             lock = lock_output_dir(output_dir, move_aside=resume == "never")
+            same = resume == "never" or checkpoints(output_dir) == found
+            require(same, f"{output_dir}: another run has just saved there; start again")
     if dist.is_initialized():
         dist.broadcast_object_list(start)
     path, evaluated, saved, run = start[0]
@@ -537,7 +544,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             del checkpoint
             print0(f"resuming from {path} at step {step} of {config.total_steps}")
         elif init_from:
-            load_weights(model, read_checkpoint(init_from), init_from)
+            load_weights(model, initial, init_from)
             print0(f"starting at step 0 with the weights of {init_from}")
         evaluated_at = step if evaluated else None
         saved_at = step if saved else None
@@ -565,12 +572,16 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                     results = evaluate(model, val_loader, config.eval_batches, received)
                 stopping = results is None
                 if results:
+                    finite = math.isfinite(results["loss"])
+                    require(finite, f"step {step}: the validation loss is {results['loss']}. {LOWER}")
                     log("final" if last_step else "val", step, results)
                     evaluated_at = step
 
             # once in a while, at the end and when told to stop: save
             complete = last_step and not stopping
             if (complete or stopping or step % config.save_interval == 0) and step != saved_at:
+                finite = all(p.isfinite().all() for p in model.parameters())
+                require(finite, f"step {step}: weights are not finite, and not saved. {LOWER}")
                 if RANK == 0:
                     progress = {"step": step, "epoch": rows_seen // len(train_set)}
                     save_checkpoint(output_dir, run | progress, model, optimizer, config, complete)
@@ -610,7 +621,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             loss_sum, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # host sync
             require(n_scored, f"step {step + 1}: nothing to score in a global batch of {config.train_data}")
             loss, stopping = loss_sum / n_scored, stopped > 0
-            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. Lower learning_rate?")
+            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. {LOWER}")
 
             # update, unless the gradient norm is too large or not a number
             lr = get_lr(step, config)
@@ -622,7 +633,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             else:
                 print0(f"warning: step {step + 1}: update skipped, its gradient norm is {grad_norm}")
                 skipped += 1
-                require(skipped < 10, f"step {step + 1}: 10 updates skipped in a row. Lower learning_rate?")
+                require(skipped < 10, f"step {step + 1}: 10 updates skipped in a row. {LOWER}")
             optimizer.zero_grad(set_to_none=True)
             step += 1
             rows_seen += config.rows_per_step
@@ -687,7 +698,7 @@ def describe_run(model_config, config, train_set, val_set, init_from) -> dict:
     if N_KV_GROUPS is None:  # as in the release
         del run["model_config"]["n_kv_groups"]
     data = {"train_data": train_set.chunks, "val_data": val_set.chunks, "tokenizer": train_set.tokenizer}
-    return run | data | {"init_from": init_from and str(init_from), "changes": []}
+    return run | data | {"init_from": init_from and str(Path(init_from)), "changes": []}
 
 def facts_of(run) -> dict:
     """All that can change the result of a run."""
@@ -711,7 +722,7 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
     if path and not run["init_from"]:
         run = run | {"init_from": recorded.get("init_from")}
     changes = changes_since(recorded, run, path or output_dir, accept_changes)
-    here = path is None or path.resolve().parent == output_dir.resolve()
+    here = path is None or path.parent.resolve() == output_dir.resolve()
     held = None if here else read_run(output_dir)
     if held is not None:  # the checkpoint is of another folder, and this one has a run too
         changes_since(held, run, output_dir, accept_changes=False)
@@ -722,7 +733,8 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
     records = read_metrics(output_dir / "metrics.jsonl")
     kinds = [record["kind"] for record in records if record["step"] == step > 0]
     evaluated = ("final" if last_step else "val") in kinds
-    saved = here and (not last_step or (output_dir / "final_model.pt").exists())
+    final = output_dir / "final_model.pt"  # of an earlier last step, if the run was made longer
+    saved = here and (not last_step or (final.exists() and read_checkpoint(final).get("step") == step))
     return path, evaluated, saved, run
 
 def changes_since(recorded, run, place, accept_changes) -> str:
@@ -736,7 +748,7 @@ def changes_since(recorded, run, place, accept_changes) -> str:
     changes = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in sorted(changed))
     ways_on = WAYS_ON
     if not changed & ARCHITECTURE:
-        ways_on += ", or there start from its weights with --init_from"
+        ways_on += ", or start there from its weights with --init_from"
     if not changed & NEVER_CHANGES:
         ways_on += ", or resume despite them with --accept_changes"
     accepted = not changed or (accept_changes and not changed & NEVER_CHANGES)
@@ -809,11 +821,12 @@ def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
 def write_samples(output_dir, step, model, val_set, config, autocast):
     """Continue the beginnings of three rows of the validation data through the KV cache."""
     prompts = torch.stack([val_set[len(val_set) * third // 3][0][:32] for third in range(3)])
+    n = prompts.shape[1]
     torch.manual_seed(config.seed)
     try:
         with autocast:
             idx = model.generate(prompts.to(model.wte.weight.device), config.sample_tokens, 0.8, top_k=50)
-        texts = [f"{val_set.decode(row[:32])} [...] {val_set.decode(row[32:])}\n" for row in idx.tolist()]
+        texts = [f"{val_set.decode(row[:n])} [...] {val_set.decode(row[n:])}\n" for row in idx.tolist()]
         path = output_dir / f"samples_step_{step}.txt"
         write_atomically(path, lambda file: file.write("\n".join(texts).encode()))
     except Exception as error:  # the checkpoint is saved: a failed sample must not end the run
@@ -854,12 +867,18 @@ def read_checkpoint(path, to_resume=False) -> dict:
     require(whole, f"{path}: holds weights and no place in the data; start from them with --init_from")
     return contents
 
-def load_weights(model, contents, path):
-    """Copy the weights of a checkpoint into the model; RunError if its configuration is another."""
-    for key, value in asdict(model.config).items():
-        saved = contents["model_config"].get(key, value)
+def check_architecture(config, contents, path):
+    """RunError if a checkpoint was made with another configuration."""
+    recorded = contents.get("model_config")
+    require(isinstance(recorded, dict), f"{path}: records no model_config")
+    for key, value in asdict(config).items():
+        saved = recorded.get(key, value)
         fits = saved == value or key not in ARCHITECTURE
         require(fits, f"{path}: made with {key} {saved}, and the configuration asks for {value}")
+
+def load_weights(model, contents, path):
+    """Copy the weights of a checkpoint into the model; RunError if its configuration is another."""
+    check_architecture(model.config, contents, path)
     try:
         model.load_state_dict(contents["model_state_dict"])
     except RuntimeError as error:
@@ -892,8 +911,9 @@ class Logger:
         self.bar = tqdm(total=config.total_steps, initial=step, unit="step", disable=hidden)
         if RANK > 0 or finished:
             return
-        for leftover in output_dir.glob("*.tmp"):  # of a killed run
-            leftover.unlink()
+        for name in ("checkpoint_step_*.pt", "final_model.pt", "samples_step_*.txt"):
+            for leftover in output_dir.glob(f"{name}.tmp"):  # of a killed run
+                leftover.unlink()
         # a killed run has logged steps beyond its last checkpoint; they are taken, and logged, again
         kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= step > 0]
         texts = {"metrics.jsonl": "".join(kept), "run.yaml": yaml.safe_dump(run, sort_keys=False)}
@@ -946,7 +966,7 @@ class Logger:
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         print0(f"{PAPER_NAME}, complete after {step} steps, in {self.path.parent}")
-        for record in evaluations[:1] + evaluations[-1:]:
+        for record in evaluations[:1] + evaluations[1:][-1:]:
             print0(f"text perplexity  {record['text_perplexity']:.2f} at step {record['step']}")
         print0(f"peak memory      {peak / 1e9:.2f} GB of rank 0 on {device.type}")
         c, nbytes = model.config, model.make_cache(1, dtype=torch.bfloat16).nbytes
@@ -1145,6 +1165,7 @@ def main(arguments=None):
     try:
         init_distributed()
         with errors_on_all_ranks():
+            require(options.init_from != "", "--init_from: expected the path of a checkpoint, got nothing")
             for setting in options.settings:
                 known_key = "=" in setting and setting.partition("=")[0] in known
                 expected = f"KEY=VALUE with a KEY out of {', '.join(known)}"
@@ -1165,7 +1186,7 @@ def explain(error, output_dir) -> int:
     on_all_ranks = isinstance(error, RunError) and not isinstance(error, OneRankError)  # rank 0 prints it
     if isinstance(error, OSError) and not error.filename:
         error = f"{output_dir}: {error}"
-    elif isinstance(error, torch.OutOfMemoryError):
+    elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # on a CPU
         error = f"{error} Halve micro_batch_size, double gradient_accumulation: the global batch is the same."
     elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         error, on_all_ranks = f"lost another process of this run; start again to resume ({error})", True

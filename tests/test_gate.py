@@ -341,6 +341,54 @@ def test_a_checkpoint_exactly_at_a_new_total_is_evaluated_and_saved_as_final(dat
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_longer_run_that_is_stopped_at_its_end_still_writes_its_final_model(data, complete, monkeypatch):
+    """The final_model.pt of the shorter run stands there meanwhile."""
+    longer = arguments(data, complete, "dropout=0.1", "target_tokens=2560", "--accept_changes")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_in_step(2, signal.SIGTERM, patch)  # step 10
+        KV.main(longer)
+    assert (complete / "checkpoint_step_10.pt").exists()
+    KV.main(longer)
+    assert torch.load(complete / "final_model.pt", weights_only=True)["step"] == 10
+    expected, found = weights(complete / "checkpoint_step_10.pt"), weights(complete / "final_model.pt")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_checkpoint_that_is_a_link_to_other_storage_is_resumed(data, half, tmp_path):
+    stored = tmp_path / "stored.pt"
+    (half / "checkpoint_step_4.pt").rename(stored)
+    (half / "checkpoint_step_4.pt").symlink_to(stored)
+    resumed(data, half)
+    assert (half / "checkpoint_step_4.pt").is_symlink()
+
+
+def test_a_run_that_ends_while_another_starts_is_not_overwritten(data, half, capsys, monkeypatch):
+    lock = KV.lock_output_dir
+
+    def another_saves_first(folder, move_aside):
+        shutil.copy(folder / "checkpoint_step_4.pt", folder / "checkpoint_step_6.pt")
+        return lock(folder, move_aside)
+
+    monkeypatch.setattr(KV, "lock_output_dir", another_saves_first)
+    line = failing_run(arguments(data, half, "dropout=0.1"), capsys)
+    assert "another run has just saved there" in line
+
+
+def test_the_files_of_others_are_left_alone(data, half):
+    (half / "thesis.tmp").write_text("mine")
+    (half / "checkpoint_step_6.pt.tmp").write_text("of a killed run")
+    resumed(data, half)
+    assert (half / "thesis.tmp").read_text() == "mine"
+    assert not (half / "checkpoint_step_6.pt.tmp").exists()
+
+
+def test_a_world_size_without_a_rank_does_not_count(data, whole_run, tmp_path):
+    """As a stale `export WORLD_SIZE=2` leaves it."""
+    command = [sys.executable, str(SCRIPT), *arguments(data, tmp_path / "run", "dropout=0.1")]
+    subprocess.run(command, env=os.environ | {"WORLD_SIZE": "2"}, check=True, capture_output=True)
+    assert metrics(tmp_path / "run") == metrics(whole_run)
+
+
 def test_a_flipped_byte_in_the_newest_checkpoint_is_noticed_and_the_one_before_it_resumed(
     data, whole_run, half, capsys
 ):
@@ -423,17 +471,33 @@ def test_init_from_of_another_variant_or_shape_or_a_damaged_file_writes_nothing(
 ):
     source, damaged, missing = whole_run / "final_model.pt", tmp_path / "damaged.pt", tmp_path / "missing.pt"
     damaged.write_bytes(source.read_bytes()[:-1000])
+    shapeless = tmp_path / "shapeless.pt"
+    contents = torch.load(source, weights_only=True)
+    del contents["model_config"]
+    torch.save(contents, shapeless)
     for name, script, path, settings, word in (
         ("variant", KQV, source, [], "KV_1_300_M.py"),
         ("shape", KV, source, ["n_head=4"], "n_head"),
         ("damaged", KV, damaged, [], "not a whole checkpoint"),
         ("missing", KV, missing, [], "No such file"),
+        ("shape, of a run moved aside", KV, source, ["n_head=4", "--resume", "never"], "n_head"),
+        ("without its shape", KV, shapeless, [], "records no model_config"),
     ):
         line = failing_run(
             arguments(data, tmp_path / name, *settings, "--init_from", str(path)), capsys, script
         )
         assert str(path) in line and word in line
-        assert not state(tmp_path / name)
+        assert not (tmp_path / name).exists()
+    line = failing_run(arguments(data, tmp_path / "unset", "--init_from", ""), capsys)
+    assert "--init_from: expected the path of a checkpoint" in line
+
+
+def test_a_run_may_begin_with_the_weights_that_it_moves_aside(data, complete):
+    before = weights(complete / "final_model.pt")
+    KV.main(arguments(data, complete, "--resume", "never", "--init_from", str(complete / "final_model.pt")))
+    assert metrics(complete)[0]["loss"] == metrics(Path(f"{complete}.old_1"))[-1]["loss"]
+    after = weights(Path(f"{complete}.old_1") / "final_model.pt")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_weights_alone_cannot_be_resumed_and_point_to_init_from(data, whole_run, tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -340,8 +341,21 @@ def poisoned(whole_run, tmp_path, step):
 def test_a_loss_that_is_not_a_number_stops_before_a_checkpoint(data, whole_run, tmp_path, capsys):
     poisoned(whole_run, tmp_path, 4)
     error = failing_run(arguments(data, tmp_path, "dropout=0.1"), capsys)
+    assert "step 4: the validation loss is nan" in error
+    shutil.copy(whole_run / "metrics.jsonl", tmp_path)  # it is evaluated, so training goes on
+    error = failing_run(arguments(data, tmp_path, "dropout=0.1"), capsys)
     assert "step 5: the loss is nan" in error
     assert [path.name for path in tmp_path.glob("*.pt")] == ["checkpoint_step_4.pt"]
+
+
+@pytest.mark.parametrize("evaluated", [1, 8])
+def test_weights_that_are_not_numbers_are_not_saved(evaluated, data, tmp_path, capsys):
+    settings = ["learning_rate=1e30", "min_lr=0", "warmup_steps=0", "lr_scheduler=constant", "save_interval=1"]
+    error = failing_run(arguments(data, tmp_path, *settings, f"eval_interval={evaluated}"), capsys)
+    assert "step 1: " in error or "step 2: " in error
+    for path in tmp_path.glob("*.pt"):
+        assert all(tensor.isfinite().all() for tensor in weights(path).values())
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_an_update_beyond_the_norm_is_skipped_and_counted(data, tmp_path, capsys):
