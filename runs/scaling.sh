@@ -152,7 +152,12 @@ grid() {
     cells 128 5 "2" "42 43 44" 256 packed kqv kv
     cells 128 5 "1 4" "42 43" 256 packed kqv kv
 
-    # Not here: part 6 for d128 at 20, parts 7 and 8, whose rates come from the parts before them; see the README.
+    # Part 4, a third seed for its interval, and part 7
+    cells 96 5 "4" "44" 256 packed kv
+    cells 64 5 "1 2 4" "42 43" 256 packed qk k
+    cells 64 80 "4 8 16" "42" 256 packed qk k
+
+    # Not here: part 6 for d128 at 20, part 8, and two variants of part 7 that results/conversion has, whose rates come from the parts before them; see the README.
 }
 
 # A run that fails is named, and the others go on; the exit status says so at the end.
