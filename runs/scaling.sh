@@ -157,7 +157,7 @@ grid() {
     cells 64 5 "1 2 4" "42 43" 256 packed qk k
     cells 64 80 "4 8 16" "42" 256 packed qk k
 
-    # Not here: part 6 for d128 at 20, part 8, and two variants of part 7 that results/conversion has, whose rates come from the parts before them; see the README.
+    # Not here: part 6 for d128 at 20, and part 8, whose rates come from the parts before them; see the README.
 }
 
 # A run that fails is named, and the others go on; the exit status says so at the end.
