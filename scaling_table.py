@@ -14,7 +14,7 @@ The complete runs of the folders are read as one grid, which results/scaling/REA
     compute lost   the share of the variant's training compute that QKV does not need for the same loss
 
 Runs on other data, or with another recipe, are reported apart. --output_dir writes scaling_table.md,
-scaling_table.json, gap.png, losses.png, rates.png and lengths.png.
+scaling_table.json, gap.png, losses.png, gap_by_loss.png, rates.png and lengths.png.
 
 Contents: the grid, slopes, reports, printing, plotting, command line.
 """
@@ -718,12 +718,13 @@ def gap_figure(path, report):
                 points = [(cell.tokens_per_parameter, cell.gaps("kv", at)) for cell in here]
                 gap_line(ax, points, look, f"{size}, N = {here[0].parameters:,}")
                 points = [(cell.tokens_per_parameter, cell.gaps(CONVERTED, "common")) for cell in here]
-                gap_line(ax, points, (look[0], "x", "-."), f"{size}, QKV converted")
+                gap_line(ax, points, (look[0], "x", "-."), "QKV converted" if size == sizes[0] else None)
         for alias in others:
             points = [(cell.tokens_per_parameter, cell.gaps(alias, "own")) for cell in smallest]
             gap_line(axes[2], points, (*profiler.LOOKS[alias], "-"), paper_name(cells, alias))
         for ax in axes:
             ax.axhline(0, color="0.6", linewidth=0.8)
+            ax.set_ylim(top=1.35 * ax.get_ylim()[1])  # room for the legend
             ticks = [cell.tokens_per_parameter for cell in cells]
             finish(ax, ticks, "tokens for each parameter, D / N", "text perplexity beyond QKV's, %")
 
@@ -762,6 +763,30 @@ def loss_figure(path, report):
         ax.set_xlim(min(tokens) / 1.2, max(tokens) * 1.2)
 
     figure(path, ["each at its own best rate"], draw)
+
+
+def progress_figure(path, report):
+    """Q–K=V's gap against QKV's text loss, each at its own best rate: every seed a dot, every size a look."""
+    cells = [cell for cell in report["main"] if cell.gaps("kv", "own")]
+    sizes = list(dict.fromkeys(cell.size for cell in cells))
+
+    def draw(axes):
+        (ax,) = axes
+        for size, (colour, marker, _) in zip(sizes, cycle(SIZE_LOOKS), strict=False):
+            points = []
+            for cell in cells:
+                if cell.size == size:
+                    of_qkv = cell.losses("kqv", cell.best_rate("kqv"))
+                    points += [(of_qkv[seed], gap) for seed, gap in cell.gaps("kv", "own").items()]
+            ax.scatter(*zip(*points, strict=True), s=20, color=colour, marker=marker, label=size)
+        ax.axhline(0, color="0.6", linewidth=0.8)
+        ax.invert_xaxis()  # training goes to the right
+        ax.set_xlabel("text loss of QKV, nats per token")
+        ax.set_ylabel("gap of Q–K=V, nats per token")
+        ax.legend(frameon=False)
+
+    if cells:
+        figure(path, ["each at its own best rate"], draw)
 
 
 def rate_figure(path, report):
@@ -815,6 +840,7 @@ def write_all(folder, reports):
     write_texts(folder, "scaling_table", reports, FORMATS)
     gap_figure(folder / "gap.png", reports[0])
     loss_figure(folder / "losses.png", reports[0])
+    progress_figure(folder / "gap_by_loss.png", reports[0])
     rate_figure(folder / "rates.png", reports[0])
     length_figure(folder / "lengths.png", reports[0])
 

@@ -350,10 +350,11 @@ def test_the_same_run_twice_is_refused(tmp_path, capsys):
 
 def test_every_format_and_every_figure(report, widening, tmp_path, capsys):
     _, markdown, _ = run(widening, "--output_dir", tmp_path / "out", "--format", "markdown", capsys=capsys)
-    names = ["gap.png", "losses.png", "rates.png", "scaling_table.json", "scaling_table.md"]
+    figures = ["gap.png", "gap_by_loss.png", "losses.png", "rates.png"]
+    names = [*figures, "scaling_table.json", "scaling_table.md"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert (tmp_path / "out/scaling_table.md").read_text(encoding="utf-8") == markdown
-    for name in names[:3]:
+    for name in figures:
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     text, sheet = (scaling_table.FORMATS[form]([report]) for form in ("table", "csv"))
     assert "widens" in text and "widens" in markdown
