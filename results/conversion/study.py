@@ -392,11 +392,11 @@ def draw(started, trained_on, path):
             for curve in trained_on.get((alias, shape, n, at, how, percent), {}).values():
                 curves.append([(total * at / 100 + tokens, loss) for tokens, loss in curve])
             add_curves(ax, curves, colour, label)
-        for variant in (alias, SHARED[alias]):
+        for variant, look in ((alias, "kqv"), (SHARED[alias], "kv")):
             if by_rate := started.get((variant, shape, n)):
                 curves = by_rate[best_rate(by_rate)]
                 trained = [curve[1:] for curve in curves.values()]  # without the untrained model
-                add_curves(ax, trained, LOOKS[variant][0], f"{PAPER[variant]} from the start", linestyle="--")
+                add_curves(ax, trained, LOOKS[look][0], f"{PAPER[variant]} from the start", linestyle="--")
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
