@@ -155,7 +155,7 @@ grid() {
     # Part 4, a third seed for its interval, and part 7
     cells 96 5 "4" "44" 256 packed kv
     cells 64 5 "1 2 4" "42 43" 256 packed qk k
-    cells 64 80 "4 8 16" "42" 256 packed qk k
+    cells 64 80 "8 4 16 2" "42" 256 packed qk k
 
     # Not here: part 6 for d128 at 20, and part 8, whose rates come from the parts before them; see the README.
 }
