@@ -38,7 +38,6 @@ import math
 import os
 import platform
 import re
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -64,7 +63,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from dataset_download import InputError, Parser, write_atomically, write_text
+from dataset_download import InputError, Parser, show_what_the_terminal_can, write_atomically, write_text
 
 ROOT = Path(__file__).resolve().parent
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that, torch.profiler reports its every start and stop
@@ -1131,13 +1130,6 @@ def run_measurement(options):
     if options.figures and records["decode"]:
         decode_figure(options.figures / "decode.png", records)
     return records
-
-
-def show_what_the_terminal_can():
-    """Let a ? stand for what cannot be encoded, such as the dash of Q–K=V, rather than end with nothing printed."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def main(arguments=None):

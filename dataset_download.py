@@ -76,6 +76,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def show_what_the_terminal_can() -> None:
+    """Print a ? for what it cannot encode, such as the dash of Q–K=V, and do not end with nothing printed."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def warn(text: str) -> None:
     tqdm.write(f"WARNING: {text}", file=sys.stderr)
 
@@ -106,6 +113,11 @@ class Tokenizer:
     @property
     def eos_id(self) -> int:
         return len(self.ranks)
+
+    @property
+    def sha256(self) -> str:
+        """Of the tokenizer.tiktoken that is stored beside the data."""
+        return hashlib.sha256(rank_file(self.ranks)).hexdigest()
 
 
 def tokenizer_name(argument: str) -> str:

@@ -11,7 +11,6 @@ logits.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
 
-from dataset_download import GPT2_PATTERN, InputError, Tokenizer, load_tokenizer, rank_file, read_metadata
+from dataset_download import GPT2_PATTERN, InputError, Tokenizer, load_tokenizer, read_metadata
 from modeling_qkv import QKVConfig, QKVForCausalLM
 
 ROOT = Path(__file__).resolve().parent
@@ -132,7 +131,7 @@ def find_tokenizer(
     if recorded in N_RANKS:  # whatever the name of the file that these ranks came out of
         same = len(tokenizer.ranks) == N_RANKS[recorded]
     if digest:
-        same = hashlib.sha256(rank_file(tokenizer.ranks)).hexdigest() == digest
+        same = tokenizer.sha256 == digest
     if not same:
         raise InputError(f"--tokenizer {tokenizer.name}: {path} was trained with another, {recorded}")
     return tokenizer

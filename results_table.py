@@ -40,7 +40,7 @@ import yaml
 import analysis_computation_profiler as profiler
 import transformer_KQV_300_M as script  # what the training scripts share
 from analysis_computation_profiler import SIZES, VARIANTS, Variant, listed
-from dataset_download import InputError, Parser, write_text
+from dataset_download import InputError, Parser, show_what_the_terminal_can, write_text
 
 RECORDED = ("variant", "train_data", "val_data", "init_from", "changes")  # in run.yaml and checkpoints
 TABLES = {"300M": ["300M (Table 4)"], "1.2B": ["1.2B (Table 10)"]}
@@ -562,7 +562,7 @@ def write_all(folder, tables):
 
 def command_line(file, description, report, forms, write, arguments):
     """The command of a script: read the runs in the folders named, report on them, write files, and print."""
-    profiler.show_what_the_terminal_can()
+    show_what_the_terminal_can()
     parser = Parser(file, description)
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs")
     parser.add_argument("--format", choices=forms, default="table", help="of what is printed")

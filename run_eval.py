@@ -15,7 +15,6 @@ the report, command line.
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 import math
@@ -56,8 +55,8 @@ from dataset_download import (
     Tokenizer,
     load_tokenizer,
     network_errors,
-    rank_file,
     read_metadata,
+    show_what_the_terminal_can,
     write_text,
 )
 
@@ -81,7 +80,7 @@ PER_CENT = ("acc", "acc_norm", "exact_match")
 PERPLEXITY = "perplexity"  # a task of ours, besides the harness's
 
 END_OF_TEXT = "<|endoftext|>"
-GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # by ranks_sha256()
+GPT2_RANKS = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # Tokenizer.sha256
 NEW_TOKENS = 256  # for a task that does not say how many to generate; as in the harness's HFLM
 CPU_BATCH = 8  # --batch_size auto on a CPU
 LARGEST_BATCH = 64  # where --batch_size auto starts on a GPU
@@ -489,7 +488,7 @@ def find_tokenizer(argument, path, recorded, val_data, train_data):
     for place, known in {path: recorded, f"--val_data {val_data}": validation}.items():
         if known:
             name, sha256 = identity(known)
-            if tokenizer.name != name and not ranks_sha256(tokenizer).startswith(sha256):
+            if tokenizer.name != name and not tokenizer.sha256.startswith(sha256):
                 other = f"{tokenizer.name} is not the tokenizer of {place}, {name}"
                 raise InputError(f"{other}; pass a --tokenizer and a --val_data that belong to {path}")
     return tokenizer
@@ -508,16 +507,11 @@ def stored_tokenizer(folder):
 def identity(tokenizer):
     """(name, SHA-256 of the ranks or its beginning) of a Tokenizer, or of what a checkpoint says of one."""
     if isinstance(tokenizer, Tokenizer):
-        return tokenizer.name, ranks_sha256(tokenizer)
+        return tokenizer.name, tokenizer.sha256
     if isinstance(tokenizer, dict):
         return tokenizer["name"], tokenizer["sha256"]
-    ranks = {"gpt2": GPT2_RANKS, "bytes": ranks_sha256(loaded_once("bytes"))}
+    ranks = {"gpt2": GPT2_RANKS, "bytes": loaded_once("bytes").sha256}
     return tokenizer, ranks.get(tokenizer, tokenizer.rpartition(" sha256:")[2])
-
-
-def ranks_sha256(tokenizer):
-    """The SHA-256 of the tokenizer.tiktoken that dataset_download.py stores beside data of this tokenizer."""
-    return hashlib.sha256(rank_file(tokenizer.ranks)).hexdigest()
 
 
 loaded_once = cache(load_tokenizer)  # for several checkpoints
@@ -896,9 +890,7 @@ def run(options):
 def main(arguments=None):
     options = parse(arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each setting that is not its own
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # where ± cannot be encoded, a ? stands for it
+    show_what_the_terminal_can()
     if WORLD_SIZE > 1 and not dist.is_initialized():
         # gloo is enough for scores. No rank waits in vain: torchrun ends them all when one has ended.
         dist.init_process_group("gloo", timeout=timedelta(weeks=1))

@@ -69,7 +69,7 @@ OUTPUT_DIR = "outputs_1.2B_mqa"
 # [end of variant]
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # alone, a leftover
 
 # -----------------------------------------------------------------------------
 # Attention
@@ -491,7 +491,7 @@ def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> 
 # -----------------------------------------------------------------------------
 # Training
 
-LOWER = "Lower learning_rate, and resume with --accept_changes?"
+LOWER_RATE = "Lower learning_rate, and resume with --accept_changes?"
 
 def get_lr(step: int, config: TrainingConfig) -> float:
     """The rate of update number `step`, from 0 on: linear warm-up, then from learning_rate to min_lr."""
@@ -521,6 +521,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             found = checkpoints(output_dir)
             start = [find_start(output_dir, resume, run, config.total_steps, accept_changes)]
             lock = lock_output_dir(output_dir, move_aside=resume == "never")
+            # a run that ended before the lock was free may have saved after the look
             same = resume == "never" or checkpoints(output_dir) == found
             require(same, f"{output_dir}: another run has just saved there; start again")
     if dist.is_initialized():
@@ -576,7 +577,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 stopping = results is None
                 if results:
                     finite = math.isfinite(results["loss"])
-                    require(finite, f"step {step}: the validation loss is {results['loss']}. {LOWER}")
+                    require(finite, f"step {step}: the validation loss is {results['loss']}. {LOWER_RATE}")
                     log("final" if last_step else "val", step, results)
                     evaluated_at = step
 
@@ -584,7 +585,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             complete = last_step and not stopping
             if (complete or stopping or step % config.save_interval == 0) and step != saved_at:
                 finite = all(p.isfinite().all() for p in model.parameters())
-                require(finite, f"step {step}: weights are not finite, and not saved. {LOWER}")
+                require(finite, f"step {step}: weights are not finite, and not saved. {LOWER_RATE}")
                 if RANK == 0:
                     progress = {"step": step, "epoch": rows_seen // len(train_set)}
                     save_checkpoint(output_dir, run | progress, model, optimizer, config, complete)
@@ -624,7 +625,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             loss_sum, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # host sync
             require(n_scored, f"step {step + 1}: nothing to score in a global batch of {config.train_data}")
             loss, stopping = loss_sum / n_scored, stopped > 0
-            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. {LOWER}")
+            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. {LOWER_RATE}")
 
             # update, unless the gradient norm is too large or not a number
             lr = get_lr(step, config)
@@ -636,7 +637,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             else:
                 print0(f"warning: step {step + 1}: update skipped, its gradient norm is {grad_norm}")
                 skipped += 1
-                require(skipped < 10, f"step {step + 1}: 10 updates skipped in a row. {LOWER}")
+                require(skipped < 10, f"step {step + 1}: 10 updates skipped in a row. {LOWER_RATE}")
             optimizer.zero_grad(set_to_none=True)
             step += 1
             rows_seen += config.rows_per_step
@@ -824,12 +825,12 @@ def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
 def write_samples(output_dir, step, model, val_set, config, autocast):
     """Continue the beginnings of three rows of the validation data through the KV cache."""
     prompts = torch.stack([val_set[len(val_set) * third // 3][0][:32] for third in range(3)])
-    n = prompts.shape[1]
+    T = prompts.shape[1]
     torch.manual_seed(config.seed)
     try:
         with autocast:
             idx = model.generate(prompts.to(model.wte.weight.device), config.sample_tokens, 0.8, top_k=50)
-        texts = [f"{val_set.decode(row[:n])} [...] {val_set.decode(row[n:])}\n" for row in idx.tolist()]
+        texts = [f"{val_set.decode(row[:T])} [...] {val_set.decode(row[T:])}\n" for row in idx.tolist()]
         path = output_dir / f"samples_step_{step}.txt"
         write_atomically(path, lambda file: file.write("\n".join(texts).encode()))
     except Exception as error:  # the checkpoint is saved: a failed sample must not end the run
@@ -969,7 +970,7 @@ class Logger:
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         print0(f"{PAPER_NAME}, complete after {step} steps, in {self.path.parent}")
-        for record in evaluations[:1] + evaluations[1:][-1:]:
+        for record in evaluations[:1] + evaluations[1:][-1:]:  # the first, and the last if it is another
             print0(f"text perplexity  {record['text_perplexity']:.2f} at step {record['step']}")
         print0(f"peak memory      {peak / 1e9:.2f} GB of rank 0 on {device.type}")
         c, nbytes = model.config, model.make_cache(1, dtype=torch.bfloat16).nbytes
