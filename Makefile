@@ -40,7 +40,7 @@ replicate: .venv/installed  ## train all variants at a reduced scale, two seeds 
 scaling: .venv/installed  ## learning rates, tokens per parameter and row lengths at small sizes (4 hours on 2 cores; for a grid of your own, RESULTS=DIR)
 	PYTHON=$(BIN)/python bash runs/scaling.sh
 
-conversion: .venv/installed  ## convert trained models to Q–K=V and train on, after `make scaling` (8 hours on 2 cores; of your own grid, SCALING=DIR RESULTS=DIR)
+conversion: .venv/installed  ## convert trained models to Q–K=V and train on, after `make scaling` (8 hours on 2 cores; for a grid of your own, SCALING=DIR RESULTS=DIR)
 	PYTHON=$(BIN)/python bash runs/conversion.sh
 
 lint: .venv/installed  ## run ruff, and check that the training scripts are in sync
