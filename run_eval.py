@@ -63,7 +63,8 @@ from dataset_download import (
 ROOT = Path(__file__).resolve().parent
 VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
 RANK = int(os.environ.get("RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+# without RANK, a WORLD_SIZE is left over from another job
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 FIVE = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")  # the paper's tasks
 CHANCE = {  # the accuracy of guessing, in per cent: among four answers or endings, or two solutions or names

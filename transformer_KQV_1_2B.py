@@ -35,11 +35,12 @@ import sys
 import time
 import zipfile
 from bisect import bisect_right
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from itertools import count, islice
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
 from pydantic.dataclasses import dataclass
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -69,7 +70,8 @@ OUTPUT_DIR = "outputs_1.2B_kqv"
 # [end of variant]
 
 RANK = int(os.environ.get("RANK", 0))  # set by torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # alone, a leftover
+# without RANK, a WORLD_SIZE is left over from another job
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 # -----------------------------------------------------------------------------
 # Attention
@@ -132,12 +134,14 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype, device):
-        n_kv_head, head_dim = config.n_kv_groups or config.n_head, config.n_embd // config.n_head
-        shape = (batch_size, n_kv_head, max_length, head_dim)
+        n_kv_head = config.n_kv_groups or config.n_head
+        shape = (batch_size, n_kv_head, max_length, config.n_embd // config.n_head)
         self.layers = []
         for _ in range(config.n_layer):
             self.layers.append([torch.empty(shape, dtype=dtype, device=device) for _ in CACHED])
-        self.batch_size, self.max_length, self.length = batch_size, max_length, 0
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.length = 0  # positions filled so far
 
     @property
     def nbytes(self) -> int:
@@ -210,7 +214,8 @@ class GPT(nn.Module):
         """int64 [B, T] -> (logits [B, T, vocab_size], None), or (None, mean loss in nats) given labels.
 
         Labels are the inputs and are shifted in here; -100 is not scored. With a cache, the T tokens follow
-        those in it and join them. ValueError if they do not fit n_positions or the cache.
+        those in it and join them; it is for inference, under torch.no_grad(). ValueError if the tokens do not
+        fit n_positions or the cache.
         """
         hidden = self.hidden_states(input_ids, cache)
         if labels is None:
@@ -221,7 +226,8 @@ class GPT(nn.Module):
 
     def hidden_states(self, input_ids, cache=None):
         """The output of the final LayerNorm, [B, T, C]."""
-        (B, T), past = input_ids.shape, cache.length if cache else 0
+        B, T = input_ids.shape
+        past = cache.length if cache else 0
         if past + T > self.config.n_positions:
             raise ValueError(f"{past + T} tokens do not fit n_positions, {self.config.n_positions}")
         if cache and (cache.batch_size != B or past + T > cache.max_length):
@@ -260,7 +266,8 @@ class GPT(nn.Module):
         Beyond n_positions the model sees the last n_positions tokens. There each step moves every token to
         another learned position, which invalidates the cache, so the window is recomputed.
         """
-        (B, T), window = idx.shape, self.config.n_positions
+        B, T = idx.shape
+        window = self.config.n_positions
         if T == 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
             given = f"a prompt of {T} tokens, temperature {temperature}, top_k {top_k}"
             raise ValueError(f"expected a prompt of some tokens, temperature >= 0, top_k > 0; got {given}")
@@ -295,7 +302,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets):
-        loss_sum, grad_x, grad_weight = torch.zeros((), device=x.device), [], None
+        loss_sum = torch.zeros((), device=x.device)
+        grad_x, grad_weight = [], None  # a part of grad_x for each chunk; the sum of grad_weight
         for x_chunk, target in zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
             logits = F.linear(x_chunk, weight)
             log_probs = F.log_softmax(logits.float(), dim=-1)
@@ -332,6 +340,10 @@ def require(condition, message):
     if not condition:
         raise RunError(message)
 
+def sha256_of(path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
 class TokenDataset(Dataset):
     """Rows (input_ids int64 [T], is_text bool [T]) of one split of dataset_download.py, memory-mapped.
 
@@ -343,22 +355,33 @@ class TokenDataset(Dataset):
     def __init__(self, data_path, seq_length: int, sequence: str = "padded"):
         if sequence not in ("padded", "packed"):
             raise ValueError(f"sequence: expected padded or packed, got {sequence!r}")
-        self.path, self.seq_length, self.packed = Path(data_path), seq_length, sequence == "packed"
-        self.tokens, self.offsets, sizes = [], [], []  # of each chunk; its size in rows
+        if seq_length < 1:
+            raise ValueError(f"seq_length: expected at least 1, got {seq_length}")
+        self.path = Path(data_path)
+        self.seq_length = seq_length
+        self.packed = sequence == "packed"
+        self.tokens, self.offsets = [], []  # an array of each for every chunk
+        sizes = []  # of the chunks, in rows
         name = "metadata.json"  # the file being read, for the message
         try:
             metadata = json.loads((self.path / name).read_text(encoding="utf-8"))
             done = metadata["finished"] and metadata["documents"] > 0 and metadata["chunks"]
-            require(done, "the preparation is not finished")
+            require(done, "the preparation is not finished, or found no documents")
             self.chunks, self.eos_id = metadata["chunks"], metadata["eos_id"]
             self.vocab_size = metadata["vocab_size"]
-            digest = metadata.get("tokenizer_sha256", {}).get("tokenizer.tiktoken")
+            hashes = metadata.get("tokenizer_sha256", {})
+            digest = hashes.get("tokenizer.tiktoken")
             self.tokenizer = {"name": metadata["tokenizer"], "vocab_size": self.vocab_size, "sha256": digest}
+
             name = "token_bytes.npy"
             self.token_bytes = np.load(self.path / name).astype(np.int64)  # UTF-8 bytes of each token
             require(self.token_bytes.shape == (self.vocab_size,), f"expected {self.vocab_size} numbers")
+            same = hashes.get(name) in (None, sha256_of(self.path / name))
+            require(same, "changed since it was prepared")
+
             for chunk in self.chunks:
-                n_documents, n_tokens = chunk["documents"], chunk["documents"] + chunk["tokens"]
+                n_documents = int(chunk["documents"])
+                n_tokens = chunk["tokens"] + n_documents  # with their end-of-text tokens
                 name = f"{chunk['name']}.tokens.npy"
                 tokens = np.load(self.path / name, mmap_mode="r")
                 require(tokens.shape != (chunk["tokens"],), "an older format; delete it and prepare it again")
@@ -376,16 +399,15 @@ class TokenDataset(Dataset):
         except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
             how = f"run dataset_download.py --output_dir {self.path.parent}"
             raise RunError(f"{self.path}: no complete token files: {name}: {error}; {how}") from error
-        self.first_rows = np.cumsum([0, *sizes])
+        self.first_rows = np.cumsum([0, *sizes])  # where each chunk starts; the last entry counts all rows
 
     def verify(self):
         """Check the SHA-256 of every chunk: 20 GB at 10B tokens, half a minute from a local disk."""
         for chunk in self.chunks:
             for kind in ("tokens", "offsets"):
                 path = self.path / f"{chunk['name']}.{kind}.npy"
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                require(digest == chunk[f"{kind}_sha256"], f"{path}: changed since it was prepared")
+                same = sha256_of(path) == chunk.get(f"{kind}_sha256")
+                require(same, f"{path}: changed since it was prepared")
 
     def __len__(self):
         return int(self.first_rows[-1])
@@ -394,7 +416,8 @@ class TokenDataset(Dataset):
         if not 0 <= i < len(self):
             raise IndexError(f"row {i} of {len(self)}")
         chunk = bisect_right(self.first_rows, i) - 1
-        row, tokens, offsets = i - self.first_rows[chunk], self.tokens[chunk], self.offsets[chunk]
+        row = i - self.first_rows[chunk]
+        tokens, offsets = self.tokens[chunk], self.offsets[chunk]
         if self.packed:
             ids = tokens[row * self.seq_length : (row + 1) * self.seq_length]
         else:  # without its end-of-text token
@@ -416,7 +439,8 @@ def shuffled_batches(n_rows, batch_size, seed, rows_seen, rank, world_size):
     """Endless micro batches of row numbers for one rank, from row `rows_seen` of the run on.
 
     Epoch e reads the rows in a permutation that depends on (seed, e) alone, and ranks take micro batches in
-    turn. So neither the world size nor a resume changes the global batch of a step.
+    turn. So neither the world size nor a resume changes the global batch of a step. Positions count the rows
+    of the whole run, over all epochs.
     """
     epoch = None
     for first in count(rows_seen + rank * batch_size, world_size * batch_size):
@@ -433,8 +457,10 @@ def get_dataloader(data_path, batch_size, seq_length, sequence="padded", seed=No
     """This rank's batches (input_ids int64 [B, T], is_text bool [B, T]) of TokenDataset's rows.
 
     Without a seed: every row once, in order. With one: shuffled and endless, from row `rows_seen` of the run.
-    ValueError for an unknown `sequence`, a rank out of range, data that cannot be read.
+    ValueError for an unknown `sequence`, a size or rank out of range, data that cannot be read.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
     dataset = TokenDataset(data_path, seq_length, sequence)
@@ -455,12 +481,22 @@ def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> 
     Each rank scores its share and the sums are added, so the world size does not change the result. Returns
     loss, perplexity: nats per token over all positions, padding included (the paper's protocol), and its exp;
     text_loss, text_perplexity: over text only; bits_per_byte: of its UTF-8; padding_fraction: of positions.
-    None if a signal arrives meanwhile; RunError if there is nothing to score.
+    None if a signal arrives meanwhile; RunError if there is nothing to score; ValueError for max_batches below
+    1, a shuffled loader (it is endless) without max_batches, or data of a larger vocabulary than the model's.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: expected at least 1, got {max_batches}")
+    if max_batches is None and isinstance(val_loader.batch_sampler, Iterator):
+        raise ValueError("max_batches: expected a number for a shuffled loader, which is endless")
+    dataset = val_loader.dataset
+    if dataset.vocab_size > model.config.vocab_size:
+        known = f"the model's vocab_size is {model.config.vocab_size}"
+        raise ValueError(f"{dataset.path}: its vocabulary has {dataset.vocab_size} tokens, and {known}")
+
+    # max_batches counts those of all ranks, which take them in turn
     share = None if max_batches is None else len(range(RANK, max_batches, WORLD_SIZE))
-    token_bytes, device = torch.from_numpy(val_loader.dataset.token_bytes), model.wte.weight.device
+    token_bytes = torch.from_numpy(dataset.token_bytes)
+    device = model.wte.weight.device
     sums = torch.zeros(8, dtype=torch.float64)  # as unpacked below; the last one counts signals
     with eval_mode(model):
         for input_ids, is_text in islice(val_loader, share):
@@ -479,8 +515,9 @@ def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> 
     nats, text_nats, positions, text_positions, text_bytes, padding, total, stopped = sums.tolist()
     if stopped:
         return None
-    require(text_positions, f"{val_loader.dataset.path}: no document of two tokens or more, nothing to score")
-    loss, text_loss = nats / positions, text_nats / text_positions
+    require(text_positions, f"{dataset.path}: no document of two tokens or more, nothing to score")
+    loss = nats / positions
+    text_loss = text_nats / text_positions
     results = {"loss": loss, "perplexity": float(np.exp(loss))}
     results |= {"text_loss": text_loss, "text_perplexity": float(np.exp(text_loss))}
     results["bits_per_byte"] = text_nats / math.log(2) / text_bytes if text_bytes else math.nan
@@ -511,20 +548,25 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         train_set = TokenDataset(config.train_data, config.seq_length, config.sequence)
         val_loader = get_dataloader(config.val_data, *loader_args)
         run = describe_run(model_config, config, train_set, val_loader.dataset, init_from)
-        if init_from:
-            initial = read_checkpoint(init_from)  # stays open, since --resume never may move the file
-            check_architecture(model_config, initial, init_from)
-        start, lock = [None], nullcontext()  # rank 0 decides, and fills the list of the others
+    require_same_on_all_ranks("settings and data", facts_of(run))
+    with errors_on_all_ranks():
+        start = None
         if RANK == 0:
             found = checkpoints(output_dir)
-            start = [find_start(output_dir, resume, run, config.total_steps, accept_changes)]
-            lock = lock_output_dir(output_dir, move_aside=resume == "never")
-            # a run that ended before the lock was free may have saved after the look
-            same = resume == "never" or checkpoints(output_dir) == found
-            require(same, f"{output_dir}: another run has just saved there; start again")
-    if dist.is_initialized():
-        dist.broadcast_object_list(start)
-    path, evaluated, saved, run = start[0]
+            start = find_start(output_dir, resume, run, config.total_steps, accept_changes)
+    path, evaluated, saved, run = all_gather(start)[0]  # rank 0 decides
+
+    # the checkpoint to begin with: one of this run, or another run's weights, which are the same on all nodes
+    source = path or init_from
+    if source:
+        with errors_on_all_ranks():
+            checkpoint = read_checkpoint(source, to_resume=path is not None)
+            check_architecture(model_config, checkpoint, source)
+            digest = (checkpoint.get("tokenizer") or {}).get("sha256")  # released checkpoints do not say
+            same = digest in (None, train_set.tokenizer["sha256"])
+            require(same, f"{source}: was trained with another tokenizer than that of {config.train_data}")
+            parts = [(part.filename, part.CRC) for part in zipfile.ZipFile(source).infolist()]
+        require_same_on_all_ranks(source, parts)
 
     # model and optimizer; one parameter group, since the published recipe decays biases and LayerNorms too
     with errors_on_all_ranks():
@@ -532,28 +574,24 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         model = GPT(model_config).to(device)
         recipe = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **recipe)
-
-        # begin at a checkpoint of this run, or at step 0 with the weights of another, or with random weights
         step = 0
+        if source:
+            load_weights(model, checkpoint, source)
         if path:
             train_set.verify()
             val_loader.dataset.verify()
-            checkpoint = read_checkpoint(path)
-            load_weights(model, checkpoint, path)
-            optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+            load_optimizer(optimizer, checkpoint, path)
             optimizer.param_groups[0].update(recipe)  # the checkpoint holds the old one; changes are accepted
             step = checkpoint["step"]
-            del checkpoint
-            print0(f"resuming from {path} at step {step} of {config.total_steps}")
-        elif init_from:
-            load_weights(model, initial, init_from)
-            print0(f"starting at step 0 with the weights of {init_from}")
-        evaluated_at = step if evaluated else None
-        saved_at = step if saved else None
+        checkpoint = None  # closes the file
         rows_seen = step * config.rows_per_step
         batches = iter(get_dataloader(config.train_data, *loader_args, config.seed, rows_seen))
-        finished = step == config.total_steps and evaluated and saved
-        log = Logger(output_dir, run, config, step, finished)
+        evaluated_at = step if evaluated else None
+        saved_at = step if saved else None
+
+    # from here on the folder is this run's: rank 0 keeps others out
+    with errors_on_all_ranks():
+        lock = lock_output_dir(output_dir, resume == "never") if RANK == 0 else nullcontext()
 
     # compile on CUDA, and print the settings once
     if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
@@ -562,9 +600,22 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
     print0(f"{PAPER_NAME}: {n_parameters:,} parameters, {config.precision} on {device}")
     batch = f"{config.micro_batch_size} rows x {accumulation_steps} accumulation steps x {WORLD_SIZE} ranks"
     print0(f"{config.total_steps:,} steps of {batch}, {config.tokens_per_step:,} tokens")
+    if path:
+        print0(f"resuming from {path} at step {step} of {config.total_steps}")
+    elif init_from:
+        print0(f"starting at step 0 with the weights of {init_from}")
 
-    skipped, seconds, timed_steps, stopping = 0, 0.0, 0, False
+    score_padding = config.sequence == "padded" and config.score_padding
+    stopping = False
+    skipped_in_a_row = 0
+    seconds, timed_steps, skipped = 0.0, 0, 0  # since the last train record
     with lock, stop_signals() as received:
+        with errors_on_all_ranks():
+            # a run that ended before the lock was free may have saved after the look
+            same = RANK > 0 or resume == "never" or checkpoints(output_dir) == found
+            require(same, f"{output_dir}: another run has just saved there; start again")
+            finished = step == config.total_steps and evaluated and saved
+            log = Logger(output_dir, run, config, step, finished)
         while True:  # the last iteration only evaluates and saves
             last_step = step == config.total_steps
 
@@ -600,8 +651,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             loss_sum, n_scored = torch.zeros(2, device=device)
             for micro_step in range(accumulation_steps):
                 input_ids, is_text = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-                score_all = config.sequence == "padded" and config.score_padding
-                labels = input_ids if score_all else input_ids.masked_fill(~is_text, -100)
+                labels = input_ids if score_padding else input_ids.masked_fill(~is_text, -100)
                 # dropout is seeded by the micro batch's first row, and so does not depend on the world size
                 row = rows_seen + (micro_step * WORLD_SIZE + RANK) * config.micro_batch_size
                 torch.manual_seed(int(np.random.SeedSequence((config.seed, row)).generate_state(1)[0]))
@@ -612,7 +662,8 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 loss_sum += loss.detach() * n
                 n_scored += n
 
-            # sum over the ranks, once a step, and divide by the scored tokens of the global batch
+            # sum over the ranks, once a step, and divide by the scored tokens of the global batch; a signal to
+            # one rank stops all of them
             totals = torch.stack([loss_sum, n_scored, loss_sum.new_tensor(len(received))])
             if dist.is_initialized():
                 for tensor in [totals, *(p.grad for p in model.parameters())]:
@@ -622,7 +673,8 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
             loss_sum, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # host sync
             require(n_scored, f"step {step + 1}: nothing to score in a global batch of {config.train_data}")
-            loss, stopping = loss_sum / n_scored, stopped > 0
+            loss = loss_sum / n_scored
+            stopping = stopped > 0
             require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. {LOWER_RATE}")
 
             # update, unless the gradient norm is too large or not a number
@@ -631,11 +683,12 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 group["lr"] = lr
             if grad_norm <= config.skip_grad_norm:
                 optimizer.step()
-                skipped = 0
+                skipped_in_a_row = 0
             else:
                 print0(f"warning: step {step + 1}: update skipped, its gradient norm is {grad_norm}")
                 skipped += 1
-                require(skipped < 10, f"step {step + 1}: 10 updates skipped in a row. {LOWER_RATE}")
+                skipped_in_a_row += 1
+                require(skipped_in_a_row < 10, f"step {step + 1}: 10 updates skipped in a row. {LOWER_RATE}")
             optimizer.zero_grad(set_to_none=True)
             step += 1
             rows_seen += config.rows_per_step
@@ -647,8 +700,10 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 speed = timed_steps * config.tokens_per_step / seconds
                 results = {"loss": loss, "perplexity": float(np.exp(loss)), "learning_rate": lr}
                 results |= {"grad_norm": grad_norm, "tokens_per_second": speed}
+                if skipped:
+                    results["skipped_updates"] = skipped
                 log("train", step, results | mfu(model, config, device, speed))
-                seconds, timed_steps = 0.0, 0
+                seconds, timed_steps, skipped = 0.0, 0, 0
     log.close(model, step, device, complete)
     if complete:
         return 0
@@ -657,8 +712,9 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
 def accumulation_for(config, world_size) -> int:
     """Gradient accumulation steps of each process; every world size shares the same global batch."""
     total = config.gradient_accumulation * config.num_gpus
-    sizes = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
-    require(total % world_size == 0, f"{world_size} ranks cannot share {total} micro batches; use {sizes}")
+    if total % world_size:
+        sizes = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
+        raise RunError(f"{world_size} ranks cannot share {total} micro batches; use {sizes}")
     return total // world_size
 
 def mfu(model, config, device, tokens_per_second) -> dict:
@@ -688,10 +744,12 @@ WAYS_ON = "use another --output_dir, or --resume never to move the old run aside
 
 def describe_run(model_config, config, train_set, val_set, init_from) -> dict:
     """What a run is, as its files record it; RunError if model and data do not go together."""
-    length, longest = config.seq_length, model_config.n_positions
-    require(length <= longest, f"seq_length: expected at most n_positions ({longest}), got {length}")
-    size, known = train_set.vocab_size, model_config.vocab_size
-    require(size <= known, f"vocab_size: expected at least {size} for {train_set.path}, got {known}")
+    longest = model_config.n_positions
+    fits = config.seq_length <= longest
+    require(fits, f"seq_length: expected at most n_positions ({longest}), got {config.seq_length}")
+    size = train_set.vocab_size
+    fits = size <= model_config.vocab_size
+    require(fits, f"vocab_size: expected at least {size} for {train_set.path}, got {model_config.vocab_size}")
     same = val_set.tokenizer == train_set.tokenizer
     require(same, f"{val_set.path}: its tokenizer is not that of {train_set.path}; prepare both alike")
     if val_set.chunks == train_set.chunks:
@@ -718,26 +776,37 @@ def find_start(output_dir, resume, run, total_steps, accept_changes):
     """
     path, recorded = find_checkpoint(output_dir, resume)
     if recorded is None:
-        return None, False, True, run
+        return None, False, True, run  # step 0, where there is nothing to save
     step = recorded.get("step", 0) if path else 0
     require(step <= total_steps, f"{path}: at step {step}, these settings end at {total_steps}; {WAYS_ON}")
     if path and not run["init_from"]:
         run = run | {"init_from": recorded.get("init_from")}
     changes = changes_since(recorded, run, path or output_dir, accept_changes)
     here = path is None or path.parent.resolve() == output_dir.resolve()
-    held = None if here else read_run(output_dir)
+    held = None if here else find_checkpoint(output_dir, "auto")[1]
     if held is not None:  # the checkpoint is of another folder, and this one has a run too
         changes_since(held, run, output_dir, accept_changes=False)
-    earlier = recorded.get("changes", [])
-    run = run | {"changes": earlier + [f"step {step}: {changes}"] if changes else earlier}
 
+    # what is done of this step, by the log and by the files
     last_step = step == total_steps
     records = read_metrics(output_dir / "metrics.jsonl")
     kinds = [record["kind"] for record in records if record["step"] == step > 0]
     evaluated = ("final" if last_step else "val") in kinds
-    final = output_dir / "final_model.pt"  # of an earlier last step, if the run was made longer
-    saved = here and (not last_step or (final.exists() and read_checkpoint(final).get("step") == step))
+    saved = here and (not last_step or is_saved(output_dir / "final_model.pt", step))
+
+    if changes:
+        complete = last_step and evaluated and saved
+        require(not complete, f"{output_dir}: complete at step {step}, too late for {changes}; {WAYS_ON}")
+        changes = [f"step {step}: {changes}"]
+    run = run | {"changes": recorded.get("changes", []) + (changes or [])}
     return path, evaluated, saved, run
+
+def is_saved(final_model, step) -> bool:
+    """Whether it is whole and of this step; if the run was made longer, it is of an earlier one."""
+    try:
+        return final_model.exists() and read_checkpoint(final_model).get("step") == step
+    except RunError:
+        return False
 
 def changes_since(recorded, run, place, accept_changes) -> str:
     """What a run changes in the settings that were recorded; RunError if that is not accepted."""
@@ -746,10 +815,10 @@ def changes_since(recorded, run, place, accept_changes) -> str:
     except (LookupError, TypeError, AttributeError) as error:
         raise RunError(f"{place}: does not record its settings ({error}); {WAYS_ON}") from error
     now = facts_of(run)
-    changed = {key for key in now if key in before and before[key] != now[key]}
+    changed = {key for key in now.keys() & before.keys() if before[key] != now[key]}
     changes = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in sorted(changed))
     ways_on = WAYS_ON
-    if not changed & ARCHITECTURE:
+    if not changed & (ARCHITECTURE | {"init_from"}):
         ways_on += ", or start there from its weights with --init_from"
     if not changed & NEVER_CHANGES:
         ways_on += ", or resume despite them with --accept_changes"
@@ -810,22 +879,24 @@ def checkpoints(output_dir) -> list:
 def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
     """Write checkpoint_step_N.pt, at the end final_model.pt, and delete all that keep_checkpoints omits."""
     step = contents["step"]
-    tokens_seen, rows_seen = step * config.tokens_per_step, step * config.rows_per_step
+    rows_seen = step * config.rows_per_step
+    tokens_seen = step * config.tokens_per_step
     weights = contents | {"model_state_dict": model.state_dict(), "tokens_seen": tokens_seen}
     if complete:
         write_atomically(output_dir / "final_model.pt", lambda file: torch.save(weights, file))
     resumable = weights | {"rows_seen": rows_seen, "optimizer_state_dict": optimizer.state_dict()}
     write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(resumable, file))
-    saved = [path for at, path in checkpoints(output_dir) if at <= step]  # later ones were damaged
-    for path in saved[config.keep_checkpoints or len(saved) :]:
-        path.unlink()
+    if config.keep_checkpoints:
+        saved = [path for at, path in checkpoints(output_dir) if at <= step]  # later ones were damaged
+        for path in saved[config.keep_checkpoints :]:
+            path.unlink()
 
 def write_samples(output_dir, step, model, val_set, config, autocast):
     """Continue the beginnings of three rows of the validation data through the KV cache."""
-    prompts = torch.stack([val_set[len(val_set) * third // 3][0][:32] for third in range(3)])
-    T = prompts.shape[1]
     torch.manual_seed(config.seed)
     try:
+        prompts = torch.stack([val_set[len(val_set) * third // 3][0][:32] for third in range(3)])
+        T = prompts.shape[1]
         with autocast:
             idx = model.generate(prompts.to(model.wte.weight.device), config.sample_tokens, 0.8, top_k=50)
         texts = [f"{val_set.decode(row[:T])} [...] {val_set.decode(row[T:])}\n" for row in idx.tolist()]
@@ -851,10 +922,10 @@ def write_atomically(path, write):
 def read_checkpoint(path, to_resume=False) -> dict:
     """The contents of a checkpoint or final_model.pt, ours or a released one; RunError if it is damaged.
 
-    To resume, it must hold the place in the data, and its bytes are checked against the CRCs in the file.
+    Its bytes are checked against the CRCs in the file. To resume, it must hold the place in the data.
     """
     try:
-        damaged = zipfile.ZipFile(path).testzip() if to_resume else None
+        damaged = zipfile.ZipFile(path).testzip()  # about 3 GB a second
         require(damaged is None, f"the CRC of {damaged} is wrong")
         contents = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
         # released checkpoints carry DDP's prefix, and the causal mask of each layer
@@ -863,10 +934,12 @@ def read_checkpoint(path, to_resume=False) -> dict:
     except Exception as error:  # a file of another kind can fail in any way
         raise RunError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
     variant = contents.get("variant", VARIANT)  # released checkpoints do not say
-    script = f"transformer_{variant}_300_M.py"
+    script = Path(__file__).name.replace(f"_{VARIANT}_", f"_{variant}_")
     require(variant == VARIANT or to_resume, f"{path}: not a checkpoint of {PAPER_NAME}, but of {script}")
     whole = not to_resume or {"rows_seen", "optimizer_state_dict"} <= contents.keys()
     require(whole, f"{path}: holds weights and no place in the data; start from them with --init_from")
+    step = contents.get("step")
+    require(not to_resume or (isinstance(step, int) and step >= 0), f"{path}: its step is {step!r}")
     return contents
 
 def check_architecture(config, contents, path):
@@ -874,8 +947,8 @@ def check_architecture(config, contents, path):
     recorded = contents.get("model_config")
     require(isinstance(recorded, dict), f"{path}: records no model_config")
     for key, value in asdict(config).items():
-        saved = recorded.get(key, value)
-        fits = saved == value or key not in ARCHITECTURE
+        saved = recorded.get(key)
+        fits = saved in (None, value) or key not in ARCHITECTURE  # released checkpoints leave out defaults
         require(fits, f"{path}: made with {key} {saved}, and the configuration asks for {value}")
 
 def load_weights(model, contents, path):
@@ -885,6 +958,13 @@ def load_weights(model, contents, path):
         model.load_state_dict(contents["model_state_dict"])
     except RuntimeError as error:
         raise RunError(f"{path}: not the weights of {PAPER_NAME} in this configuration") from error
+
+def load_optimizer(optimizer, contents, path):
+    """Restore AdamW's state from a checkpoint; RunError if it does not fit the model."""
+    try:
+        optimizer.load_state_dict(contents["optimizer_state_dict"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{path}: its optimizer_state_dict does not fit the model: {error!r}") from error
 
 def load_model(path, device="cpu") -> GPT:
     """The model in a checkpoint or final_model.pt, ours or a released one, in eval mode.
@@ -908,7 +988,9 @@ class Logger:
     """Rank 0's logging: settings as YAML, metrics.jsonl, the progress bar, and wandb if asked."""
 
     def __init__(self, output_dir, run, config, step, finished):
-        self.config, self.path, self.wandb = config, output_dir / "metrics.jsonl", None
+        self.config = config
+        self.path = output_dir / "metrics.jsonl"
+        self.wandb = None
         hidden = RANK > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=config.total_steps, initial=step, unit="step", disable=hidden)
         if RANK > 0 or finished:
@@ -917,7 +999,8 @@ class Logger:
             for leftover in output_dir.glob(f"{name}.tmp"):  # of a killed run
                 leftover.unlink()
         # a killed run has logged steps beyond its last checkpoint; they are taken, and logged, again
-        kept = [json.dumps(record) + "\n" for record in read_metrics(self.path) if record["step"] <= step > 0]
+        records = read_metrics(self.path) if step else []
+        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
         texts = {"metrics.jsonl": "".join(kept), "run.yaml": yaml.safe_dump(run, sort_keys=False)}
         for name in ("model_config", "train_config"):
             texts[f"{name}.yaml"] = yaml.safe_dump(run[name], sort_keys=False)
@@ -964,14 +1047,16 @@ class Logger:
         if not complete:
             return print0(f"stopped at step {step}; start again to resume")
         evaluations = [record for record in read_metrics(self.path) if record["kind"] != "train"]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+        unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         print0(f"{PAPER_NAME}, complete after {step} steps, in {self.path.parent}")
         for record in evaluations[:1] + evaluations[1:][-1:]:  # the first, and the last if it is another
             print0(f"text perplexity  {record['text_perplexity']:.2f} at step {record['step']}")
         print0(f"peak memory      {peak / 1e9:.2f} GB of rank 0 on {device.type}")
-        c, nbytes = model.config, model.make_cache(1, dtype=torch.bfloat16).nbytes
+        c = model.config
+        nbytes = model.make_cache(1, dtype=torch.bfloat16).nbytes
         qkv = 2 * 2 * c.n_layer * c.n_positions * c.n_embd  # K and V, two bytes a number
         print0(f"KV cache         {nbytes:,} bytes for {c.n_positions:,} tokens in bf16; QKV takes {qkv:,}")
 
@@ -995,7 +1080,8 @@ def read_metrics(path) -> list[dict]:
 
 def init_distributed() -> torch.device:
     """Join the other processes of torchrun, if there are any; returns the device of this one."""
-    n_gpus, n_processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    n_gpus = torch.cuda.device_count()
+    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")  # mps: not tried
     if n_gpus:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % n_gpus)
@@ -1010,6 +1096,19 @@ def init_distributed() -> torch.device:
             raise RunError(f"the processes could not meet at {address}: {error}") from error
     return device
 
+def all_gather(value) -> list:
+    """The value of every rank, by rank."""
+    values = [value] * WORLD_SIZE
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+def require_same_on_all_ranks(name, value):
+    """RunError if it differs, as where a path leads to another file on another node."""
+    values = all_gather(value)
+    others = [rank for rank in range(WORLD_SIZE) if values[rank] != values[0]]
+    require(not others, f"{name}: rank {others} has others than rank 0; are the files of all nodes the same?")
+
 @contextmanager
 def errors_on_all_ranks():
     """An error of one rank is raised on all of them, so that none hangs and it is printed once."""
@@ -1018,11 +1117,10 @@ def errors_on_all_ranks():
         yield
     except (OSError, MemoryError, RuntimeError, RunError) as error:
         own = error
-    messages = [own and (str(own) or repr(own))] * WORLD_SIZE
-    if dist.is_initialized():
-        dist.all_gather_object(messages, messages[0])
-    for message in filter(None, messages):
-        raise RunError(message) from own
+    messages = all_gather(own and (str(own) or repr(own)))
+    failed = [message for message in messages if message]
+    if failed:
+        raise RunError(failed[0]) from own
 
 @contextmanager
 def stop_signals():
@@ -1041,6 +1139,7 @@ def stop_signals():
 # Configuration
 
 CHECKS = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+PositiveInt = Annotated[int, Field(gt=0, lt=2**60)]  # larger sizes overflow in torch
 
 @dataclass(kw_only=True, config=CHECKS)
 class ModelConfig:
@@ -1060,8 +1159,10 @@ class ModelConfig:
         self.n_inner = self.n_inner or 4 * self.n_embd
         fits = self.n_embd % self.n_head == 0
         require(fits, f"n_embd: expected a multiple of n_head ({self.n_head}), got {self.n_embd}")
-        fits, expected = self.n_kv_groups == N_KV_GROUPS, N_KV_GROUPS or "null"
-        if N_KV_GROUPS not in (None, 1):
+        if N_KV_GROUPS in (None, 1):
+            fits = self.n_kv_groups == N_KV_GROUPS
+            expected = N_KV_GROUPS or "null"
+        else:
             fits = self.n_kv_groups and self.n_head % self.n_kv_groups == 0
             expected = f"a divisor of n_head ({self.n_head})"
         require(fits, f"n_kv_groups: expected {expected} for {PAPER_NAME}, got {self.n_kv_groups}")
@@ -1130,32 +1231,41 @@ def load_config(cls, path, overrides):
             raise RunError(f"{place}: {first['ctx']['error']}") from error
         key = first["loc"][0]
         place = "command line" if key in typed else path
-        expected = first["msg"].replace("Input should be", "expected") + f", got {first['input']!r}"
+        types = [e["msg"].removeprefix("Input should be ") for e in error.errors() if e["loc"][0] == key]
+        expected = f"expected {' or '.join(types)}, got {first['input']!r}"
         if first["type"] == "missing":
             expected = "missing, expected a value"
         if first["type"] == "unexpected_keyword_argument":
             expected = f"unknown key; expected one of {', '.join(cls.__annotations__)}"
         raise RunError(f"{place}: {key}: {expected}") from error
-    except (OSError, ValueError, TypeError, YAMLError) as error:
-        raise RunError(f"{place}: expected YAML, a file of 'key: value' lines: {error}") from error
+    except (OSError, ValueError, TypeError, RecursionError, YAMLError) as error:
+        expected = "YAML, a file of 'key: value' lines" if place == path else "a YAML value"
+        raise RunError(f"{place}: expected {expected}: {error}") from error
+
+def settings_help() -> str:
+    """A line for every setting of the two configs."""
+    lines = []
+    for cls, kind in ((ModelConfig, "model"), (TrainingConfig, "training")):
+        lines.append(f"\n{kind} settings, KEY=VALUE: type, default if there is one, meaning")
+        for key, field in cls.__pydantic_fields__.items():
+            default = "" if field.is_required() else f" = {field.default}"
+            lines.append(f"  {key}: {cls.__annotations__[key]}{default}: {field.description}")
+    return "\n".join(lines)
 
 # -----------------------------------------------------------------------------
 # Command line
 
 def main(arguments=None):
     """Exit status 0: complete; 2: failed, the last line says why; 128 + n: saved, stopped by signal n."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started the script
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         with suppress(AttributeError):  # not a text stream
-            stream.reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
-    configs, layout = Path(__file__).resolve().parent / "configs", argparse.RawDescriptionHelpFormatter
-    known, lines = [*ModelConfig.__annotations__, *TrainingConfig.__annotations__], []
-    for cls, kind in ((ModelConfig, "model"), (TrainingConfig, "training")):
-        lines.append(f"\n{kind} settings, KEY=VALUE: type, default if there is one, meaning")
-        for key, field in cls.__pydantic_fields__.items():
-            default = "" if field.is_required() else f" = {field.default}"
-            lines.append(f"  {key}: {cls.__annotations__[key]}{default}: {field.description}")
-    epilog = "\n".join(lines)
-    parser = argparse.ArgumentParser(description=__doc__, epilog=epilog, formatter_class=layout)
+            getattr(sys, name).reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
+
+    configs = Path(__file__).resolve().parent / "configs"
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=settings_help(), formatter_class=layout)
     parser.add_argument("--model_config", default=configs / f"model_config_{SIZE}.yaml")
     parser.add_argument("--train_config", default=configs / f"train_config_{SIZE}.yaml")
     parser.add_argument("--output_dir", default=OUTPUT_DIR, type=Path)
@@ -1168,10 +1278,11 @@ def main(arguments=None):
         init_distributed()
         with errors_on_all_ranks():
             require(options.init_from != "", "--init_from: expected the path of a checkpoint, got nothing")
+            known = [*ModelConfig.__annotations__, *TrainingConfig.__annotations__]
             for setting in options.settings:
-                known_key = "=" in setting and setting.partition("=")[0] in known
+                key, equals, _ = setting.partition("=")
                 expected = f"KEY=VALUE with a KEY out of {', '.join(known)}"
-                require(known_key, f"command line: {setting}: expected {expected}")
+                require(equals and key in known, f"command line: {setting}: expected {expected}")
             model_config = load_config(ModelConfig, options.model_config, options.settings)
             config = load_config(TrainingConfig, options.train_config, options.settings)
         paths = (options.output_dir, options.resume, options.init_from)
@@ -1185,17 +1296,19 @@ def main(arguments=None):
 
 def explain(error, output_dir) -> int:
     """Print one line about what ended the run, return the exit status; raise errors of the program again."""
-    on_all_ranks = isinstance(error, RunError) and not isinstance(error, OneRankError)  # rank 0 prints it
+    on_one_rank = isinstance(error, OneRankError) or not isinstance(error, RunError)
+    message = str(error)
     if isinstance(error, OSError) and not error.filename:
-        error = f"{output_dir}: {error}"
-    elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # on a CPU
-        error = f"{error} Halve micro_batch_size, double gradient_accumulation: the global batch is the same."
-    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        error, on_all_ranks = f"lost another process of this run; start again to resume ({error})", True
+        message = f"{output_dir}: {error}"
+    elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:  # on a CPU
+        message += " Halve micro_batch_size, double gradient_accumulation: the global batch is the same."
+    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in message):
+        message = f"lost another process of this run; start again to resume ({error})"
+        on_one_rank = False
     elif isinstance(error, RuntimeError):
         raise error
-    if not on_all_ranks or RANK == 0:
-        print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    if on_one_rank or RANK == 0:  # what all ranks raise is printed once
+        print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 if __name__ == "__main__":

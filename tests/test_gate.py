@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pty
+import shlex
 import shutil
 import signal
 import subprocess
@@ -246,10 +247,26 @@ def test_a_checkpoint_of_another_folder_does_not_take_over_a_run(data, whole_run
     assert str(other) in line and "seed 7 -> 42" in line
 
 
+def test_a_run_without_its_run_yaml_is_not_taken_over_either(data, whole_run, tmp_path, capsys):
+    """Its checkpoints say what they are of."""
+    other = tmp_path / "other"
+    KQV.main(arguments(data, other, "dropout=0.1", "target_tokens=512"))
+    (other / "run.yaml").unlink()
+    named = ["--resume", str(whole_run / "checkpoint_step_4.pt")]
+    line = refused(arguments(data, other, "dropout=0.1", *named), other, capsys)
+    assert str(other) in line and "variant KQV -> KV_1" in line
+
+
 def test_a_damaged_run_yaml_does_not_keep_checkpoints_from_being_resumed(data, whole_run, half):
     (half / "run.yaml").write_text("{")
     resumed(data, half)
     assert_same_run(whole_run, half)
+
+
+def test_a_change_that_comes_after_the_end_is_refused(data, complete, capsys):
+    args = arguments(data, complete, "dropout=0.1", "weight_decay=0.7", "--accept_changes")
+    line = refused(args, complete, capsys)
+    assert "complete at step 8" in line and "weight_decay 0.1 -> 0.7" in line
 
 
 def test_another_architecture_is_not_offered_ways_that_would_be_refused(data, half, capsys):
@@ -354,6 +371,14 @@ def test_a_longer_run_that_is_stopped_at_its_end_still_writes_its_final_model(da
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def test_a_damaged_final_model_is_written_again(data, whole_run, complete):
+    path = complete / "final_model.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    resumed(data, complete)
+    expected, found = weights(whole_run / "final_model.pt"), weights(path)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 def test_a_checkpoint_that_is_a_link_to_other_storage_is_resumed(data, half, tmp_path):
     stored = tmp_path / "stored.pt"
     (half / "checkpoint_step_4.pt").rename(stored)
@@ -447,14 +472,18 @@ def test_init_from_starts_at_step_0_with_these_weights(name, data, whole_run, tm
 def test_a_run_with_init_from_resumes_with_and_without_naming_it_again(
     data, whole_run, tmp_path, monkeypatch
 ):
-    source = ["--init_from", str(whole_run / "final_model.pt")]
+    source_path = tmp_path / "source.pt"
+    shutil.copy(whole_run / "final_model.pt", source_path)
+    source = ["--init_from", str(source_path)]
     KV.main(arguments(data, tmp_path / "whole", *source))
     for again in (source, []):
         folder = tmp_path / f"stopped{len(again)}"
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
             signal_in_step(3, signal.SIGTERM, patch)
             KV.main(arguments(data, folder, *source))
+        source_path.rename(tmp_path / "elsewhere.pt")  # a resume no longer needs it
         KV.main(arguments(data, folder, *again))
+        (tmp_path / "elsewhere.pt").rename(source_path)
         assert weights(folder / "final_model.pt").keys() == weights(tmp_path / "whole/final_model.pt").keys()
         assert metrics(folder) == metrics(tmp_path / "whole")
         recorded = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
@@ -471,8 +500,14 @@ def test_init_from_of_another_variant_or_shape_or_a_damaged_file_writes_nothing(
 ):
     source, damaged, missing = whole_run / "final_model.pt", tmp_path / "damaged.pt", tmp_path / "missing.pt"
     damaged.write_bytes(source.read_bytes()[:-1000])
-    shapeless = tmp_path / "shapeless.pt"
+    flipped = tmp_path / "flipped.pt"
+    content = bytearray(source.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    shapeless, foreign = tmp_path / "shapeless.pt", tmp_path / "foreign.pt"
     contents = torch.load(source, weights_only=True)
+    tokenizer = contents["tokenizer"] | {"sha256": 64 * "0"}
+    torch.save(contents | {"tokenizer": tokenizer}, foreign)
     del contents["model_config"]
     torch.save(contents, shapeless)
     for name, script, path, settings, word in (
@@ -482,6 +517,8 @@ def test_init_from_of_another_variant_or_shape_or_a_damaged_file_writes_nothing(
         ("missing", KV, missing, [], "No such file"),
         ("shape, of a run moved aside", KV, source, ["n_head=4", "--resume", "never"], "n_head"),
         ("without its shape", KV, shapeless, [], "records no model_config"),
+        ("flipped", KV, flipped, [], "CRC"),
+        ("another tokenizer", KV, foreign, [], "tokenizer"),
     ):
         line = failing_run(
             arguments(data, tmp_path / name, *settings, "--init_from", str(path)), capsys, script
@@ -567,6 +604,7 @@ DAMAGE = {
     "a truncated token file": rewrite("chunk_000.tokens.npy", lambda content: content[:-200]),
     "an empty token file": rewrite("chunk_000.tokens.npy", lambda content: b""),
     "too few token_bytes": change("token_bytes.npy", lambda sizes: sizes[:100]),
+    "other token_bytes": change("token_bytes.npy", lambda sizes: 2 * sizes),
     "an eos_id edited": metadata(eos_id=17),
     "an eos_id beyond the vocabulary": metadata(eos_id=1000),
     "no chunks": metadata(chunks=[]),
@@ -652,6 +690,10 @@ def test_a_loader_refuses_what_it_would_misread(data_dir):
     for rank, world_size in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="rank"):
             KV.get_dataloader(data_dir / "train", 2, 32, rank=rank, world_size=world_size)
+    with pytest.raises(ValueError, match="batch_size"):
+        KV.get_dataloader(data_dir / "train", 0, 32)
+    with pytest.raises(ValueError, match="seq_length"):
+        KV.get_dataloader(data_dir / "train", 2, 0, sequence="packed")
     dataset = KV.TokenDataset(data_dir / "train", 32)
     for row in (-1, len(dataset)):
         with pytest.raises(IndexError):
@@ -707,6 +749,13 @@ def test_a_closed_pipe_does_not_end_a_run(data, whole_run, tmp_path):
     errors = process.stderr.read()
     assert process.wait(timeout=120) == 0, errors
     assert "Traceback" not in errors and "BrokenPipe" not in errors
+    assert_same_run(whole_run, tmp_path)
+
+
+def test_closed_streams_do_not_end_a_run(data, whole_run, tmp_path):
+    """As in `python transformer_KV_1_300_M.py >&- 2>&-`."""
+    command = shlex.join([sys.executable, str(SCRIPT), *arguments(data, tmp_path, "dropout=0.1")])
+    assert subprocess.run(["sh", "-c", f"exec {command} >&- 2>&-"], timeout=120).returncode == 0
     assert_same_run(whole_run, tmp_path)
 
 
@@ -774,13 +823,20 @@ def test_a_number_with_a_leading_zero_is_decimal(data, tmp_path):
     assert yaml.safe_load((tmp_path / "train_config.yaml").read_text(encoding="utf-8"))["seed"] == 10
 
 
-def test_evaluate_refuses_to_score_no_batches(data):
-    loader = KV.get_dataloader(data[1].partition("=")[2], 2, 32)
-    model = KV.GPT_QKV_KEqualsV(
-        KV.ModelConfig(vocab_size=257, n_positions=32, n_embd=32, n_layer=1, n_head=2)
-    )
+def test_evaluate_refuses_what_it_cannot_score(data):
+    folder = data[1].partition("=")[2]
+    loader = KV.get_dataloader(folder, 2, 32)
+    shape = {"n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    model = KV.GPT_QKV_KEqualsV(KV.ModelConfig(vocab_size=257, **shape))
     with pytest.raises(ValueError, match="max_batches"):
         KV.evaluate(model, loader, max_batches=0)
+    endless = KV.get_dataloader(folder, 2, 32, seed=1)
+    with pytest.raises(ValueError, match="endless"):
+        KV.evaluate(model, endless)
+    assert KV.evaluate(model, endless, max_batches=2)["loss"] > 0
+    small = KV.GPT_QKV_KEqualsV(KV.ModelConfig(vocab_size=256, **shape))
+    with pytest.raises(ValueError, match="257 tokens"):
+        KV.evaluate(small, loader)
 
 
 def test_the_model_refuses_what_it_would_misread():

@@ -267,6 +267,36 @@ def test_what_one_node_lacks_is_said_by_rank_0_and_ends_both(data, tmp_path):
         assert errors_of(second) == []
 
 
+def test_what_differs_between_the_nodes_ends_both(data_dir, data, whole_run, tmp_path):
+    """The same relative paths lead to other files on the second node: another text, other weights."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    prepare(there, [f"Another text, number {i}, for the second node. " * 9 for i in range(60)])
+    shutil.copytree(data_dir, here / "data")
+    paths = ["train_data=data/train", "val_data=data/validation"]
+    args = arguments(paths, tmp_path / "out")
+    for what in ("settings and data", "weights.pt"):
+        first, second = ranks_by_hand(args, args, folders=(here, there))
+        (line,) = errors_of(first)
+        assert what in line and "rank [1]" in line
+        assert errors_of(second) == []
+        assert not (tmp_path / "out").exists()
+        shutil.rmtree(there / "data")
+        shutil.copytree(data_dir, there / "data")
+        shutil.copy(whole_run / "final_model.pt", here / "weights.pt")
+        shutil.copy(whole_run / "checkpoint_step_80.pt", there / "weights.pt")
+        args = arguments(paths, tmp_path / "out", *LONG, "--init_from", "weights.pt")
+
+
+def test_a_run_is_moved_aside_only_when_all_ranks_can_start(data, whole_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    good = arguments(data, folder, *LONG, "--resume", "never")
+    first, second = ranks_by_hand(good, [*good, "train_data=/nowhere"])
+    (line,) = errors_of(first)
+    assert "/nowhere" in line and errors_of(second) == []
+    assert (folder / "final_model.pt").exists() and not list(tmp_path.glob("run.old*"))
+
+
 def test_an_output_folder_that_the_nodes_do_not_share_is_noticed(data, whole_run, tmp_path):
     """A relative path leads each of two nodes to a disk of its own; only the first holds the checkpoint."""
     args = arguments(data, whole_run.name, *LONG)

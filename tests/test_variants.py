@@ -113,7 +113,7 @@ def test_lines_fit_the_screen_and_the_attention_is_on_the_first_ones(alias, size
     assert lines.index("class CausalSelfAttention(nn.Module):") < 100
 
 
-@pytest.mark.xfail(strict=True, reason="the aim is 900 lines; the scripts have about 1,180")
+@pytest.mark.xfail(strict=True, reason="the aim is 900 lines; the scripts have about 1,300")
 @each_script
 def test_a_script_has_at_most_900_lines(alias, size):
     assert len(text_of(alias, size).splitlines()) <= 900
