@@ -857,11 +857,16 @@ FORMATS = {
 
 
 def panels(titles):
-    """A figure and its axes, one for each title, side by side."""
+    """A figure and its axes, one for each title, up to three side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(0.5 + 5.5 * len(titles), 4.5), layout="constrained", dpi=150)
-    axes = figure.subplots(1, len(titles), squeeze=False)[0]
+    columns = min(3, len(titles))
+    rows = math.ceil(len(titles) / columns)
+    figure = Figure(figsize=(0.5 + 5.5 * columns, 4.5 * rows), layout="constrained", dpi=150)
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes[len(titles) :]:
+        ax.remove()
+    axes = axes[: len(titles)]
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title)
         ax.grid(alpha=0.3)
@@ -969,7 +974,7 @@ def decode_figure(path, records):
             ax.errorbar(contexts, rates, (below, above), **look)
         context_axis(ax, sorted({record["context"] for record in here}))
         ax.set_ylim(bottom=0)
-        ax.set_ylabel("decode, tokens a second")
+        ax.set_ylabel("decode, tokens per second")
         ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(path, figure)
 

@@ -515,7 +515,7 @@ def curves(ax, table):
         ax.plot(*np.reshape(points, (-1, 2)).T, label=None if name in named else name, **look)
         named.add(name)
     ax.set_xlabel("training tokens, millions, padding included")
-    ax.set_ylabel("validation loss of the text, nats a token")
+    ax.set_ylabel("validation loss of the text, nats per token")
     ax.legend(frameon=False)
 
 
@@ -537,8 +537,8 @@ def pareto(ax, table):
     ax.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
     ax.minorticks_off()
     ax.margins(x=0.15, y=0.1)
-    ax.set_xlabel("KV cache in bf16, bytes a token")
-    ax.set_ylabel("text loss beyond QKV's, nats a token")
+    ax.set_xlabel("KV cache in bf16, bytes per token")
+    ax.set_ylabel("text loss beyond QKV's, nats per token")
 
 
 # -----------------------------------------------------------------------------

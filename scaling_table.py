@@ -259,7 +259,8 @@ def slope(cells, alias, at, over):
     samples = [list(gap.values()) for gap in gaps]
     return {
         "slope": float(coefficients @ [fmean(values) for values in samples]),
-        "slope_interval": bootstrap(samples, coefficients),
+        # a cell of one seed has nothing to draw from
+        "slope_interval": bootstrap(samples, coefficients) if min(map(len, samples)) > 1 else None,
         "slope_by_seed": by_seed,
         "slope_t": t_interval(list(by_seed.values())),
         "cells": len(gaps),
@@ -271,10 +272,10 @@ def verdict(record):
     """widens, shrinks, does not change or cannot tell, by the criteria of results/scaling/README.md."""
     factor = math.log(ENDS[1] / ENDS[0])
     change = factor * record["slope"]
-    low, high = (factor * limit for limit in record["slope_interval"])
     signs = {math.copysign(1, value) for value in record["slope_by_seed"].values()}
-    if record["seeds_at_the_ends"] < SEEDS_TO_DECIDE:
+    if record["seeds_at_the_ends"] < SEEDS_TO_DECIDE or record["slope_interval"] is None:
         return "cannot tell"
+    low, high = (factor * limit for limit in record["slope_interval"])
     if low > 0 and signs == {1} and change >= MATTERS:
         return "widens"
     if high < 0 and signs == {-1} and change <= -MATTERS:
@@ -539,7 +540,7 @@ def study_notes(settings, of_first, cells):
             rates = sorted(cell.runs.get(alias, ()))
             if not rates:
                 continue
-            where = f"{cell.size}, {cell.tokens_per_parameter:g} tokens / parameter, rows of {cell.row}"
+            where = f"{cell.size}, {cell.tokens_per_parameter:g} tokens per parameter, rows of {cell.row}"
             who = f"{paper_name(cells, alias)}, {where}, {cell.protocol}"
             if len(rates) == 1:
                 alone.append(who)
@@ -560,7 +561,7 @@ def study_notes(settings, of_first, cells):
 GAPS = [  # header, key, and how a number is written: its pattern and its unit
     ("", "variant", "", ""),
     ("size", "size", "", ""),
-    ("tokens / parameter", "tokens_per_parameter", "g", ""),
+    ("tokens per parameter", "tokens_per_parameter", "g", ""),
     ("seeds", "seeds", "", ""),
     ("common rate", "common_rate", "g", ""),
     ("gap", "gap_common", "+.2f", " %"),
@@ -606,7 +607,7 @@ FALLS = [
 RATES = [
     ("", "variant", "", ""),
     ("size", "size", "", ""),
-    ("tokens / parameter", "tokens_per_parameter", "g", ""),
+    ("tokens per parameter", "tokens_per_parameter", "g", ""),
     ("rate", "rate", "g", ""),
     ("seeds", "seeds", "", ""),
     ("text loss", "text_loss", ".4f", ""),
@@ -619,6 +620,10 @@ PARTS = [  # of a report: its key, a title, the columns
     ("falls", "Fall of that gap from the shortest rows to the longest, in 1/100 nat", FALLS),
     ("rates", "Text loss by peak learning rate, nats per token (± half the range)", RATES),
 ]
+LEGEND = (
+    "In brackets: 95 % bootstrap intervals over seeds; t: 95 % intervals by Student's t. Compute lost: the share of a "
+    "variant's training compute that QKV of the same size saves when it trains to the same loss."
+)
 
 
 def document(reports, heading, style, bullet):
@@ -630,6 +635,8 @@ def document(reports, heading, style, bullet):
         for key, title, columns in PARTS:
             if report[key]:
                 texts.append(heading + title)
+                if key == "gaps":
+                    texts.append(LEGEND)
                 texts.append(grid(columns, report[key], style))
         if report["notes"]:
             texts.append("\n".join(bullet + line for line in report["notes"]))
@@ -700,10 +707,9 @@ def finish(ax, ticks, xlabel, ylabel):
         ax.legend(frameon=False)
 
 
-def gap_figure(path, report):
-    """Q–K=V's gap against tokens for each parameter, a line a size; other variants at the smallest size.
-
-    Others where they make a line, of two numbers of tokens or more.
+def gap_figures(folder, report):
+    """Q–K=V's gap against tokens per parameter, a line for each size: gap.png at own rates, gap_common_rate.png
+    at QKV's; gap_other_variants.png has the others at the smallest size, where they make a line.
     """
     cells = report["main"]
     sizes = list(dict.fromkeys(cell.size for cell in cells))
@@ -711,27 +717,37 @@ def gap_figure(path, report):
     lines = [alias for alias in compared(cells) if sum(alias in cell.runs for cell in smallest) > 1]
     others = [alias for alias in lines if alias not in ("kv", CONVERTED)]
 
-    def draw(axes):
-        for ax, at in zip(axes, ("own", "common"), strict=False):
-            for size, look in zip(sizes, cycle(SIZE_LOOKS), strict=False):
-                here = [cell for cell in cells if cell.size == size]
-                points = [(cell.tokens_per_parameter, cell.gaps("kv", at)) for cell in here]
-                gap_line(ax, points, look, f"{size}, N = {here[0].parameters:,}")
-                points = [(cell.tokens_per_parameter, cell.gaps(CONVERTED, "common")) for cell in here]
-                gap_line(ax, points, (look[0], "x", "-."), "QKV converted" if size == sizes[0] else None)
+    def trained_and_converted(ax, at):
+        for size, look in zip(sizes, cycle(SIZE_LOOKS), strict=False):
+            here = [cell for cell in cells if cell.size == size]
+            points = [(cell.tokens_per_parameter, cell.gaps("kv", at)) for cell in here]
+            gap_line(ax, points, look, f"{size} ({here[0].parameters:,} parameters)")
+        for size, look in zip(sizes, cycle(SIZE_LOOKS), strict=False):
+            here = [cell for cell in cells if cell.size == size]
+            points = [(cell.tokens_per_parameter, cell.gaps(CONVERTED, "common")) for cell in here]
+            gap_line(ax, points, (look[0], "x", "-."), f"{size}, QKV converted")
+
+    def other_variants(ax):
         for alias in others:
             points = [(cell.tokens_per_parameter, cell.gaps(alias, "own")) for cell in smallest]
-            gap_line(axes[2], points, (*profiler.LOOKS[alias], "-"), paper_name(cells, alias))
-        for ax in axes:
+            gap_line(ax, points, (*profiler.LOOKS[alias], "-"), paper_name(cells, alias))
+
+    def panel(name, title, fill):
+        def draw(axes):
+            (ax,) = axes
+            fill(ax)
             ax.axhline(0, color="0.6", linewidth=0.8)
             ax.set_ylim(top=1.35 * ax.get_ylim()[1])  # room for the legend
             ticks = [cell.tokens_per_parameter for cell in cells]
-            finish(ax, ticks, "tokens for each parameter, D / N", "text perplexity beyond QKV's, %")
+            finish(ax, ticks, "tokens per parameter, D / N", "text perplexity beyond QKV's, %")
 
-    titles = ["Q–K=V, each at its own best rate", "Q–K=V, both at QKV's best rate"]
+        figure(folder / name, [title], draw)
+
+    panel("gap.png", "Q–K=V, each at its own best rate", lambda ax: trained_and_converted(ax, "own"))
+    title = "Q–K=V, both at QKV's best rate"
+    panel("gap_common_rate.png", title, lambda ax: trained_and_converted(ax, "common"))
     if others:
-        titles.append(f"other variants at {sizes[0]}, own rates")
-    figure(path, titles, draw)
+        panel("gap_other_variants.png", f"other variants at {sizes[0]}, own rates", other_variants)
 
 
 def loss_figure(path, report):
@@ -801,10 +817,10 @@ def rate_figure(path, report):
                 if points:
                     seed_line(ax, points, *profiler.LOOKS[alias], "-", paper_name(swept, alias))
             ticks = [1000 * rate for rates in cell.runs.values() for rate in rates]
-            finish(ax, ticks, "peak learning rate, x 1e-3", "text loss, nats a token")
+            finish(ax, ticks, "peak learning rate, x 1e-3", "text loss, nats per token")
 
     if swept:
-        titles = [f"{cell.size}, {cell.tokens_per_parameter:g} tokens a parameter" for cell in swept]
+        titles = [f"{cell.size}, {cell.tokens_per_parameter:g} tokens per parameter" for cell in swept]
         figure(path, titles, draw)
 
 
@@ -827,6 +843,7 @@ def length_figure(path, report):
                 here = [cell for cell in cells if cell.protocol == protocol]
                 gap_line(ax, [(cell.row, cell.gaps("kv", "common", key)) for cell in here], look, protocol)
             ax.axhline(0, color="0.6", linewidth=0.8)
+            ax.set_ylim(bottom=-2)  # room for the legend
             finish(ax, [cell.row for cell in cells], "tokens in a row, T", "perplexity beyond QKV's, %")
 
     figure(path, ["Q–K=V, over all positions", "Q–K=V, over text only"], draw)
@@ -838,7 +855,7 @@ def length_figure(path, report):
 
 def write_all(folder, reports):
     write_texts(folder, "scaling_table", reports, FORMATS)
-    gap_figure(folder / "gap.png", reports[0])
+    gap_figures(folder, reports[0])
     loss_figure(folder / "losses.png", reports[0])
     progress_figure(folder / "gap_by_loss.png", reports[0])
     rate_figure(folder / "rates.png", reports[0])

@@ -481,17 +481,17 @@ def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> 
     Each rank scores its share and the sums are added, so the world size does not change the result. Returns
     loss, perplexity: nats per token over all positions, padding included (the paper's protocol), and its exp;
     text_loss, text_perplexity: over text only; bits_per_byte: of its UTF-8; padding_fraction: of positions.
-    None if a signal arrives meanwhile; RunError if there is nothing to score; ValueError for max_batches below
-    1, a shuffled loader (it is endless) without max_batches, or data of a larger vocabulary than the model's.
+    None if a signal arrives meanwhile. RunError if there is nothing to score. ValueError for max_batches < 1, a
+    shuffled loader (it is endless) without max_batches, or data of a larger vocabulary than the model's.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: expected at least 1, got {max_batches}")
-    if max_batches is None and isinstance(val_loader.batch_sampler, Iterator):
+    if max_batches is None and isinstance(getattr(val_loader, "batch_sampler", None), Iterator):
         raise ValueError("max_batches: expected a number for a shuffled loader, which is endless")
     dataset = val_loader.dataset
-    if dataset.vocab_size > model.config.vocab_size:
-        known = f"the model's vocab_size is {model.config.vocab_size}"
-        raise ValueError(f"{dataset.path}: its vocabulary has {dataset.vocab_size} tokens, and {known}")
+    if len(dataset.token_bytes) > model.config.vocab_size:
+        size = len(dataset.token_bytes)
+        raise ValueError(f"vocab_size: {size} tokens in the data, {model.config.vocab_size} in the model")
 
     # max_batches counts those of all ranks, which take them in turn
     share = None if max_batches is None else len(range(RANK, max_batches, WORLD_SIZE))
@@ -662,8 +662,8 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                 loss_sum += loss.detach() * n
                 n_scored += n
 
-            # sum over the ranks, once a step, and divide by the scored tokens of the global batch; a signal to
-            # one rank stops all of them
+            # sum over the ranks, once a step, and divide by the scored tokens of the global batch; a signal
+            # to one rank stops all of them
             totals = torch.stack([loss_sum, n_scored, loss_sum.new_tensor(len(received))])
             if dist.is_initialized():
                 for tensor in [totals, *(p.grad for p in model.parameters())]:

@@ -153,7 +153,7 @@ grid() {
     cells 128 5 "1 4" "42 43" 256 packed kqv kv
 
     # Part 4, a third seed for its interval, and part 7
-    cells 96 5 "4" "44" 256 packed kv
+    cells 96 5 "4" "44" 256 packed kqv kv
     cells 64 5 "1 2 4" "42 43" 256 packed qk k
     cells 64 80 "8 4 16 2" "42" 256 packed qk k
 

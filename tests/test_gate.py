@@ -835,7 +835,7 @@ def test_evaluate_refuses_what_it_cannot_score(data):
         KV.evaluate(model, endless)
     assert KV.evaluate(model, endless, max_batches=2)["loss"] > 0
     small = KV.GPT_QKV_KEqualsV(KV.ModelConfig(vocab_size=256, **shape))
-    with pytest.raises(ValueError, match="257 tokens"):
+    with pytest.raises(ValueError, match="257 tokens in the data"):
         KV.evaluate(small, loader)
 
 

@@ -350,7 +350,7 @@ def test_the_same_run_twice_is_refused(tmp_path, capsys):
 
 def test_every_format_and_every_figure(report, widening, tmp_path, capsys):
     _, markdown, _ = run(widening, "--output_dir", tmp_path / "out", "--format", "markdown", capsys=capsys)
-    figures = ["gap.png", "gap_by_loss.png", "losses.png", "rates.png"]
+    figures = ["gap.png", "gap_by_loss.png", "gap_common_rate.png", "losses.png", "rates.png"]
     names = [*figures, "scaling_table.json", "scaling_table.md"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     assert (tmp_path / "out/scaling_table.md").read_text(encoding="utf-8") == markdown
