@@ -482,8 +482,8 @@ def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> 
     Each rank scores its share and the sums are added, so the world size does not change the result. Returns
     loss, perplexity: nats per token over all positions, padding included (the paper's protocol), and its exp;
     text_loss, text_perplexity: over text only; bits_per_byte: of its UTF-8; padding_fraction: of positions.
-    None if a signal arrives meanwhile. RunError if there is nothing to score. ValueError for max_batches < 1, a
-    shuffled loader (it is endless) without max_batches, or data of a larger vocabulary than the model's.
+    None if a signal arrives meanwhile. RunError if there is nothing to score. ValueError for max_batches < 1,
+    a shuffled loader (it is endless) without max_batches, or data of a larger vocabulary than the model's.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: expected at least 1, got {max_batches}")
