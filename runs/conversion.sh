@@ -378,7 +378,7 @@ part_4() {
     rate=$("$PYTHON" $STUDY best_rate kqv 96 5)
     from_the_start 96 60 "$(around $rate)" kqv kv
     {
-        on_all_seeds kqv 96 60 10 all
+        on_all_seeds kqv 96 60 10 default
         after_the_end kqv 96 60 "1 5 10" "none joint_svd"
     } | do_jobs
 }

@@ -376,16 +376,22 @@ def draw(started, trained_on, path):
     places = [place for place in places if place in started]
     if not places:
         return
-    size = (6 * len(places), 4.5)
-    figure, axes = plt.subplots(1, len(places), figsize=size, squeeze=False, layout="constrained")
-    for ax, (alias, shape, n) in zip(axes[0], places, strict=True):
+    columns = min(2, len(places))
+    rows = math.ceil(len(places) / columns)
+    size = (6 * columns, 4.5 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[len(places) :]:
+        ax.remove()
+    for ax, (alias, shape, n) in zip(axes.flat, places, strict=False):
         source = started[alias, shape, n]
         total = max(curve[-1][0] for curve in source[best_rate(source)].values())
         for at, how, percent, colour, label in (
+            (10, "none", 0, "0.8", None),
+            (50, "none", 0, "0.8", None),
             (10, "joint_svd", 0, "#0072B2", "converted at 10 %"),
             (10, "own_rate", 0, "#56B4E9", "the same, on at Q–K=V's rate"),
             (50, "joint_svd", 0, "#009E73", "converted at 50 %"),
-            (100, "none", 10, "0.6", f"{PAPER[alias]}, 10 % more"),
+            (100, "none", 10, "0.8", f"{PAPER[alias]}, continued alike"),
             (100, "joint_svd", 10, "#CC79A7", "converted at 100 %, 10 % more"),
         ):
             curves = []
@@ -397,14 +403,12 @@ def draw(started, trained_on, path):
                 curves = by_rate[best_rate(by_rate)]
                 trained = [curve[1:] for curve in curves.values()]  # without the untrained model
                 add_curves(ax, trained, LOOKS[look][0], f"{PAPER[variant]} from the start", linestyle="--")
-        ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
         ax.yaxis.set_minor_locator(NullLocator())
-        ax.xaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.set_title(f"{PAPER[alias]}, d{shape}, {n} tokens for each parameter", fontsize="medium")
-        ax.set_xlabel("training tokens, millions (log scale)")
+        ax.set_title(f"{PAPER[alias]}, d{shape}, {n} tokens per parameter", fontsize="medium")
+        ax.set_xlabel("training tokens, millions")
         ax.set_ylabel("text perplexity (log scale)")
         ax.legend(frameon=False)
     figure.savefig(path, dpi=120)
