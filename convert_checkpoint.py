@@ -16,7 +16,7 @@ decomposition of both together, in the metric of what an error costs.
 Where a KV head of the target takes the place of several (kqv to gqa, mqa, qgqa, qmqa; gqa to mqa, qmqa), the
 same algebra goes over the keys and values of all of them. That leaves out far more, so train on afterwards.
 The matrices of the calibration grow with the square of the width that is put together, to 1.3 GB for kqv to
-qmqa at 300M.
+qmqa at 300M and 5.9 GB at 1.2B.
 
 With rotary positions A would have to commute with the rotations. These models have learned positions.
 
@@ -54,7 +54,7 @@ SCRIPTS = {  # at either size, a script reads the checkpoints of both
 }
 METHODS = ("joint_svd", "drop_v", "mean")
 WEIGHTINGS = ("gradient", "activation", "none")
-TINY = 1e-200  # in the place of a zero by which something is divided
+TINY = 1e-200  # stands in for a zero divisor
 
 
 class ConversionError(ValueError):
@@ -290,7 +290,7 @@ def add_gradients(model, moments, input_ids):
     """Add a row's keys and values, and the gradients of its loss with respect to them, to each layer's Moments.
 
     The backward pass computes each layer anew from its input, so that it holds the activations of one at a
-    time: 2 GB beside the model are enough at 1.2B and 2,048 positions.
+    time: by calculation 2 GB beside the model are enough for kv at 1.2B and 2,048 positions.
     """
     inputs = inputs_of([*model.h, model.ln_f], model, input_ids)
     x = inputs.pop().requires_grad_()
@@ -333,7 +333,7 @@ def check_sample(number, covariance, attention, norm):
     """
     reached = attention.kv_weight * norm.weight.detach().cpu().double()
     reached = reached - reached.mean(-1, keepdim=True)
-    expected = torch.linalg.matrix_rank(reached, rtol=1e-4)  # directions below that are left alone
+    expected = torch.linalg.matrix_rank(reached, rtol=1e-4)  # weaker directions need not be in the sample
     found = torch.linalg.matrix_rank(covariance, rtol=1e-13, hermitian=True)
     if (found < expected).any():
         block = int((expected - found).argmax())
@@ -442,6 +442,8 @@ def gpt2_text_perplexity(gpt2, loader, n_batches):
         logits = gpt2(input_ids.to(gpt2.device)).logits[:, :-1].flatten(0, 1).cpu()
         nats += F.cross_entropy(logits, labels, reduction="sum").item()
         n_scored += int((labels != -100).sum())
+    if n_scored == 0:
+        raise ConversionError(f"{loader.dataset.path}: nothing to score")
     return math.exp(nats / n_scored)
 
 
@@ -461,7 +463,7 @@ def target_config(alias, config, to, n_kv_groups):
         if n_kv_groups not in (None, groups):
             raise ConversionError(f"--n_kv_groups {n_kv_groups}: not for {to}; meant for gqa and qgqa")
     else:
-        usual = source_heads if alias == "gqa" else VARIANTS[to]["groups"]["300M"]
+        usual = source_heads if alias == "gqa" else math.gcd(source_heads, max(4, source_heads // 4))
         groups = usual if n_kv_groups is None else n_kv_groups
         if groups < 1 or source_heads % groups:
             expected = f"a divisor of the source's {source_heads} KV heads"
@@ -530,8 +532,8 @@ def convert(model, to, config, method="joint_svd", weighting="gradient", loader=
 def open_data(folder, contents, config, seed=None, batch_tokens=1):
     """A loader of rows as the model was trained on; packed, full rows for a model that was trained elsewhere."""
     settings = contents.get("train_config") or {"sequence": "packed"}
-    sequence = settings.get("sequence", "padded")  # a released checkpoint does not say, and had no other
-    seq_length = min(settings.get("seq_length", config.n_positions), config.n_positions)
+    sequence = settings.get("sequence") or "padded"  # a released checkpoint does not say, and had no other
+    seq_length = min(settings.get("seq_length") or config.n_positions, config.n_positions)
     batch_size = max(1, batch_tokens // seq_length)
     loader = SCRIPTS["kqv"].get_dataloader(folder, batch_size, seq_length, sequence, seed)
 
@@ -545,7 +547,8 @@ def open_data(folder, contents, config, seed=None, batch_tokens=1):
             ours += f" and was trained with {described(recorded)}"
         raise ConversionError(f"{folder}: data of another vocabulary: {described(tokenizer)}; the model has {ours}")
     if not recorded and tokenizer["vocab_size"] < config.vocab_size:
-        print(f"{folder}: of {tokenizer['vocab_size']:,} tokens; the model knows {config.vocab_size:,}")
+        sizes = f"its tokenizer has {tokenizer['vocab_size']:,} ids, the model {config.vocab_size:,}"
+        print(f"{folder}: {sizes}; the checkpoint does not say which tokenizer it was trained with")
     return loader
 
 
@@ -646,10 +649,13 @@ def run(options):
         weights, left_out, n_seen = convert(model, to, config, *how)
     del model
     about |= {"calibration_tokens": n_seen, "energy_left_out": left_out}
+    about |= {"trained_for_tokens": contents.get("tokens_seen"), "trained_for_steps": contents.get("step")}
     for number, share in enumerate(left_out or []):
         print(f"layer {number:2}: {share:8.3%} of the energy of keys and values left out")
     script = SCRIPTS[to]
-    kept = {key: contents[key] for key in ("tokenizer", "train_config") if key in contents}
+    kept = {key: contents[key] for key in ("tokenizer", "train_config", "init_from") if contents.get(key)}
+    if contents and "variant" not in contents:
+        kept["init_from"] = source  # the release's weights, whose licence nobody here knows
     kept |= {"variant": script.VARIANT, "step": 0, "model_config": asdict(config)}
     kept |= {"converted_from": about, "model_state_dict": weights}
     script.write_atomically(Path(options.output), partial(torch.save, kept))
@@ -692,10 +698,11 @@ def main(arguments=None):
     add("--output", metavar="PATH", required=True, help="checkpoint to write: weights alone, for --init_from")
     add("--data", metavar="DIR", help="training split, for calibration")
     add("--val_data", metavar="DIR", help="validation split, for the perplexities before and after")
-    add("--n_kv_groups", type=positive, help="KV heads of gqa and qgqa; default: those of a GQA, 4 for QKV")
+    usual = "those of a GQA; for QKV a quarter of its heads, and 4 at least: 4 at 300M, 8 at 1.2B"
+    add("--n_kv_groups", type=positive, help=f"KV heads of gqa and qgqa; default: {usual}")
     add("--method", choices=METHODS, default=METHODS[0], help="drop_v and mean are there to compare with")
     add("--weighting", choices=WEIGHTINGS, default=WEIGHTINGS[0], help="of joint_svd; see Moments")
-    add("--tokens", type=positive, default=32768, help="of the calibration sample (default: %(default)s)")
+    add("--tokens", type=positive, default=32768, help="of calibration; time grows with them (default: %(default)s)")
     add("--val_tokens", type=positive, default=262144, help="to evaluate on, in whole batches (default: %(default)s)")
     add("--seed", type=not_negative, default=42, help="of the calibration sample")
     device = "cuda" if torch.cuda.is_available() else "cpu"

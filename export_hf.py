@@ -160,6 +160,7 @@ def fast_tokenizer(tokenizer: Tokenizer, model_max_length: int) -> PreTrainedTok
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,
+        padding_side="left",  # a batch of prompts is continued on the right
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         model_max_length=model_max_length,
@@ -385,6 +386,9 @@ def write_folder(
     shape = {name: getattr(model.config, name) for name in SHAPE}
     config = QKVConfig(variant=alias, **shape, **end_of_text)
     config.auto_map = AUTO_MAP
+    if tokenizer:  # what --to_checkpoint writes back, for the tools that ask which one it was
+        identity = {"name": tokenizer.name, "vocab_size": tokenizer.eos_id + 1, "sha256": tokenizer.sha256}
+        config.training_tokenizer = identity
 
     # The weights are the checkpoint's: made on no device, the exported model takes them over without a copy.
     with torch.device("meta"):
@@ -428,6 +432,8 @@ def to_checkpoint(folder: Path, output_dir: Path, alias: str | None) -> None:
         del model_config["n_kv_groups"]  # one for each head, which the scripts write as none at all
     weights = {name: weight.contiguous() for name, weight in exported.transformer.state_dict().items()}
     contents = {"variant": script.VARIANT, "model_config": model_config, "model_state_dict": weights}
+    if tokenizer := getattr(config, "training_tokenizer", None):
+        contents["tokenizer"] = tokenizer
 
     # Under another name, until the training script has read it and computed the same.
     output_dir.mkdir(parents=True, exist_ok=True)

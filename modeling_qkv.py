@@ -20,7 +20,7 @@ from dataclasses import fields
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, QuantizedCache
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, QuantizedCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -137,6 +137,14 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def has_wide_values(cache, layer_idx):
+    """Whether a cache keeps values as wide as keys whatever it is given: quantized, paged, or allocated in advance."""
+    if isinstance(cache, QuantizedCache) or not isinstance(cache, Cache):
+        return True
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    return layer is not None and layer.is_initialized and layer.values.shape[-1] > 0
+
+
 class QKVAttention(nn.Module):
     """Causal self-attention of any variant; where the value is the key, K alone is cached."""
 
@@ -175,11 +183,11 @@ class QKVAttention(nn.Module):
         # The library's caches store a key and a value. Where the two are the same, the values get no width: K
         # is all there is in memory, and serves as both when it comes back. Quantization needs some width.
         if cache is not None and self.value_is_key:
-            stored = key if isinstance(cache, QuantizedCache) else key[..., :0]
-            key, _ = cache.update(key, stored, self.layer_idx)
+            stored = key if has_wide_values(cache, self.layer_idx) else key[..., :0]
+            key, _ = cache.update(key, stored, self.layer_idx, kwargs=kwargs)
             value = key
         elif cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
 
         # Eager, SDPA, flash-attn or flex attention, as the library's attn_implementation says.
         implementation = self.config._attn_implementation
@@ -266,8 +274,9 @@ class QKVModel(QKVPreTrainedModel):
         """int64 [B, T], or embeddings [B, T, n_embd] -> last_hidden_state [B, T, n_embd], and the cache.
 
         attention_mask [B, past + T]: 0 on padding. position_ids [B, T]: by default counted over what the mask
-        does not hide, so that padding may stand on either side; in a packed row, each text counts from 0.
-        ValueError for more than n_positions tokens without position_ids.
+        does not hide, so that padding may stand on either side; in a packed row, each text counts from 0, and
+        use_cache must be False: with a cache the texts see each other. ValueError for more than n_positions
+        tokens without position_ids.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
@@ -281,7 +290,7 @@ class QKVModel(QKVPreTrainedModel):
             cache = None
         elif use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        past = cache.get_seq_length() if cache is not None else 0
+        past = cache.get_seq_length() if isinstance(cache, Cache) else 0  # a paged cache brings position_ids
 
         # A packed row, which brings its own positions, may be longer than its texts. A static cache counts on
         # the device, where a comparison would wait for it; generate() keeps within n_positions.

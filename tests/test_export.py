@@ -357,7 +357,7 @@ def test_there_and_back_again(alias, tmp_path):
     torch.testing.assert_close(model.state_dict(), original.state_dict(), atol=0, rtol=0)
     assert model.config == original.config
     contents = torch.load(path)
-    assert contents.keys() == {"variant", "model_config", "model_state_dict"}
+    assert contents.keys() == {"variant", "model_config", "model_state_dict"}  # and the tokenizer, if there was one
     assert ("n_kv_groups" in contents["model_config"]) == (VARIANTS[alias]["groups"] is not None)
     assert contents["variant"] == script_of(alias).VARIANT
 
@@ -384,6 +384,8 @@ def test_a_fine_tuned_model_comes_back(folder, data_dir, tmp_path):
     export_hf.main(["--to_checkpoint", str(tmp_path / "tuned"), "--model", "kv"])
     script = script_of("kv")
     back = script.load_model(tmp_path / "tuned/final_model.pt")
+    recorded = torch.load(tmp_path / "tuned/final_model.pt", weights_only=True)["tokenizer"]
+    assert recorded == script.TokenDataset(data_dir / "validation", 32).tokenizer
     expected = {name: weight.float() for name, weight in model.transformer.state_dict().items()}
     torch.testing.assert_close(back.state_dict(), expected, atol=0, rtol=0)
     results = script.evaluate(back, script.get_dataloader(data_dir / "validation", 4, 32, "packed"))
@@ -617,7 +619,7 @@ assert not [name for name in ("tiktoken", "accelerate", "datasets", "export_hf")
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 generate = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
 print(generate("Document", max_new_tokens=4))
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])  # nobody is asked, and no code of the folder is needed
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])  # at a terminal it asks first; none of its code runs
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 prompt = tokenizer("Document", return_tensors="pt")
 output = model.generate(**prompt, max_new_tokens=4, eos_token_id=None, return_dict_in_generate=True)

@@ -13,7 +13,15 @@ from dataclasses import fields
 import pytest
 import torch
 from conftest import ROOT, VARIANTS, gpt2_of, script_of
-from transformers import DynamicCache, QuantizedCache, StaticCache, Trainer, TrainingArguments, cache_utils
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    QuantizedCache,
+    StaticCache,
+    Trainer,
+    TrainingArguments,
+    cache_utils,
+)
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modeling_qkv import CACHE_NAME, QKVConfig, QKVForCausalLM, QKVModel
@@ -267,6 +275,29 @@ def test_a_quantized_cache(alias):
     parts = [exported(part, **{CACHE_NAME: cache}).logits for part in input_ids.split([9, 1, 6], dim=1)]
     # Eight bits a number leave the logits near what they were.
     assert (torch.cat(parts, dim=1) - full).abs().mean() < 0.1 * full.std()
+
+
+@pytest.mark.parametrize("alias", ["kqv", "kv", "qgqa"])
+def test_a_static_cache_that_is_allocated_in_advance(alias):
+    """As transformers' export of models does it; such a cache has room for values, and keeps the key there too."""
+    _, exported = build(alias)
+    c = exported.config
+    input_ids = tokens(2, 16)
+    cache = StaticCache(config=c, max_cache_len=16)
+    cache.early_initialization(2, c.n_kv_groups or c.n_head, c.n_embd // c.n_head, torch.float32, torch.device("cpu"))
+    parts = [exported(part, **{CACHE_NAME: cache}).logits for part in input_ids.split([9, 1, 6], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), exported(input_ids).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alias", ["kqv", "kv", "qgqa"])
+def test_continuous_batching(alias):
+    _, exported = build(alias)
+    prompts = [tokens(1, length)[0].tolist() for length in (5, 9)]
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found = exported.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
+    for prompt, answer in zip(prompts, found.values(), strict=True):
+        expected = greedy(exported, torch.tensor([prompt]))[0, len(prompt) :][:4]
+        assert answer.generated_tokens == expected.tolist()
 
 
 def test_both_names_of_the_cache(recwarn):

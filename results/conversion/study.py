@@ -367,10 +367,10 @@ def tables(scaling, results):
         if rows:
             text += f"\n## {title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n"
     (results / "results.md").write_text(text, encoding="utf-8")
-    draw(started, trained_on, results / "conversion.png")
+    draw(started, trained_on, read_one_shots(results / "one_shot.jsonl"), results / "conversion.png")
 
 
-def draw(started, trained_on, path):
+def draw(started, trained_on, one_shots, path):
     """A figure: text perplexity against training tokens, from the start and converted."""
     places = [("kqv", "64", 80), ("gqa", "64", 80), ("mqa", "64", 80), ("kqv", "96", 60)]
     places = [place for place in places if place in started]
@@ -398,10 +398,15 @@ def draw(started, trained_on, path):
             for curve in trained_on.get((alias, shape, n, at, how, percent), {}).values():
                 curves.append([(total * at / 100 + tokens, loss) for tokens, loss in curve])
             add_curves(ax, curves, colour, label)
+        before, after = along(one_shots, f"{alias}_d{shape}_n{n}_lr{best_rate(source):g}e-3")
+        if max(map(len, after), default=0) > 1:
+            add_curves(ax, after, "#E69F00", "converted at every 10 %, no training", linestyle=":")
         for variant, look in ((alias, "kqv"), (SHARED[alias], "kv")):
             if by_rate := started.get((variant, shape, n)):
                 curves = by_rate[best_rate(by_rate)]
                 trained = [curve[1:] for curve in curves.values()]  # without the untrained model
+                if variant == alias and max(map(len, before), default=0) > 1:
+                    trained = before  # more of its points
                 add_curves(ax, trained, LOOKS[look][0], f"{PAPER[variant]} from the start", linestyle="--")
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
@@ -410,9 +415,20 @@ def draw(started, trained_on, path):
         ax.set_title(f"{PAPER[alias]}, d{shape}, {n} tokens per parameter", fontsize="medium")
         ax.set_xlabel("training tokens, millions")
         ax.set_ylabel("text perplexity (log scale)")
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="lower left", fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def along(one_shots, sources):
+    """Of a source's checkpoints: curves of (tokens, text loss), one a seed, before and after conversion by default."""
+    before, after = defaultdict(list), defaultdict(list)
+    for record in one_shots:
+        if record["source"].startswith(sources) and record["way"] == DEFAULT:
+            tokens = 1024 * int(re.search(r"\d+", record["checkpoint"])[0])
+            before[record["source"]].append((tokens, record["before"]))
+            after[record["source"]].append((tokens, record["after"]))
+    return [sorted(curve) for curve in before.values()], [sorted(curve) for curve in after.values()]
 
 
 def add_curves(ax, curves, colour, label, linestyle="-"):
