@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import signal
 
-# Ctrl-C while the libraries load ends the run without a traceback.
+# Until train() handles signals, Ctrl-C ends the run without a traceback, imports included.
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -214,9 +214,8 @@ class GPT_Q_GQA(nn.Module):
     def forward(self, input_ids, labels=None, cache: KVCache | None = None):
         """int64 [B, T] -> (logits [B, T, vocab_size], None), or (None, mean loss in nats) given labels.
 
-        Labels are the inputs and are shifted in here; -100 is not scored. With a cache, the T tokens follow
-        those in it and join them; it is for inference, under torch.no_grad(). ValueError if the tokens do not
-        fit n_positions or the cache.
+        Labels are the inputs, shifted here; -100 is not scored. With a cache (inference only) the T tokens
+        follow those in it and join them. ValueError if they do not fit n_positions or the cache.
         """
         hidden = self.hidden_states(input_ids, cache)
         if labels is None:
@@ -269,9 +268,9 @@ class GPT_Q_GQA(nn.Module):
         """
         B, T = idx.shape
         window = self.config.n_positions
-        if T == 0 or not temperature >= 0 or (top_k is not None and top_k < 1):
-            given = f"a prompt of {T} tokens, temperature {temperature}, top_k {top_k}"
-            raise ValueError(f"expected a prompt of some tokens, temperature >= 0, top_k > 0; got {given}")
+        if T == 0 or not temperature >= 0 or (top_k is not None and top_k < 1):  # NaN is refused too
+            given = f"{T} tokens, temperature {temperature}, top_k {top_k}"
+            raise ValueError(f"expected a prompt, temperature >= 0, top_k > 0; got {given}")
         tokens = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         cache = self.make_cache(B, min(T + max_new_tokens, window)) if use_cache else None
         # on a CPU, a product with one row in fp32 takes half the time if the embedding is stored by columns
@@ -295,7 +294,7 @@ class GPT_Q_GQA(nn.Module):
         return tokens
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropies of x [N, C] @ weight.T [C, V] against targets [N], where those are not -100.
+    """Summed cross-entropy of the logits x [N, C] @ weight.T [C, V]; targets [N] of -100 are not scored.
 
     The logits of a micro batch, 6 x 2,048 x 50,304 in fp32, would take 2.5 GB and their gradient as much. So
     the gradients are computed in the forward pass, chunk by chunk, while the logits of a chunk exist.
@@ -335,7 +334,7 @@ class RunError(ValueError):
         super().__init__(" ".join(message.split()))  # libraries explain themselves in paragraphs
 
 class OneRankError(RunError):
-    """Raised on one rank alone, which must print it itself."""
+    """Raised on one rank while the others may know nothing of it; whoever raises it prints it."""
 
 def require(condition, message):
     if not condition:
@@ -385,15 +384,14 @@ class TokenDataset(Dataset):
                 n_tokens = chunk["tokens"] + n_documents  # with their end-of-text tokens
                 name = f"{chunk['name']}.tokens.npy"
                 tokens = np.load(self.path / name, mmap_mode="r")
-                require(tokens.shape != (chunk["tokens"],), "an older format; delete it and prepare it again")
                 whole = tokens.shape == (n_tokens,) and tokens.dtype == np.uint16
                 require(whole, f"expected {n_tokens} numbers in uint16, found {tokens.shape}")
                 require(tokens[-1] == self.eos_id, f"ends in token {tokens[-1]}, and eos_id is {self.eos_id}")
                 name = f"{chunk['name']}.offsets.npy"
                 offsets = np.load(self.path / name, mmap_mode="r")
-                rising = offsets.shape == (n_documents + 1,) and offsets.dtype == np.int64 and offsets[0] == 0
-                rising = rising and offsets[-1] == n_tokens and (np.diff(offsets) > 0).all()
-                require(rising, f"expected {n_documents + 1} int64 that rise from 0 to {n_tokens}")
+                fits = offsets.shape == (n_documents + 1,) and offsets.dtype == np.int64
+                fits = fits and offsets[0] == 0 and offsets[-1] == n_tokens and (np.diff(offsets) > 0).all()
+                require(fits, f"expected {n_documents + 1} int64 that rise from 0 to {n_tokens}")
                 self.tokens.append(tokens)
                 self.offsets.append(offsets)
                 sizes.append(math.ceil(n_tokens / seq_length) if self.packed else n_documents)
@@ -433,7 +431,7 @@ class TokenDataset(Dataset):
     def decode(self, token_ids) -> str:
         """The text of token ids, by the tokenizer that dataset_download.py keeps beside the data."""
         lines = (self.path / "tokenizer.tiktoken").read_bytes().splitlines()
-        pieces = {int(rank): base64.b64decode(piece) for piece, rank in map(bytes.split, lines)}
+        pieces = {int(i): base64.b64decode(piece) for piece, i in map(bytes.split, lines)}
         return b"".join(pieces.get(i, b"<|endoftext|>") for i in token_ids).decode("utf-8", errors="replace")
 
 def shuffled_batches(n_rows, batch_size, seed, rows_seen, rank, world_size):
@@ -454,11 +452,11 @@ def shuffled_batches(n_rows, batch_size, seed, rows_seen, rank, world_size):
         yield batch
 
 def get_dataloader(data_path, batch_size, seq_length, sequence="padded", seed=None, rows_seen=0,
-                   rank=RANK, world_size=WORLD_SIZE) -> DataLoader:  # fmt: skip
+                   rank=RANK, world_size=WORLD_SIZE) -> DataLoader:
     """This rank's batches (input_ids int64 [B, T], is_text bool [B, T]) of TokenDataset's rows.
 
     Without a seed: every row once, in order. With one: shuffled and endless, from row `rows_seen` of the run.
-    ValueError for an unknown `sequence`, a size or rank out of range, data that cannot be read.
+    ValueError for an unknown `sequence`, a size or rank out of range, or data that cannot be read.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -482,23 +480,22 @@ def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> 
     Each rank scores its share and the sums are added, so the world size does not change the result. Returns
     loss, perplexity: nats per token over all positions, padding included (the paper's protocol), and its exp;
     text_loss, text_perplexity: over text only; bits_per_byte: of its UTF-8; padding_fraction: of positions.
-    None if a signal arrives meanwhile. RunError if there is nothing to score. ValueError for max_batches < 1,
-    a shuffled loader (it is endless) without max_batches, or data of a larger vocabulary than the model's.
+    None if a signal arrives meanwhile. RunError if there is nothing to score, ValueError for wrong arguments.
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches: expected at least 1, got {max_batches}")
     if max_batches is None and isinstance(getattr(val_loader, "batch_sampler", None), Iterator):
         raise ValueError("max_batches: expected a number for a shuffled loader, which is endless")
     dataset = val_loader.dataset
-    if len(dataset.token_bytes) > model.config.vocab_size:
-        size = len(dataset.token_bytes)
-        raise ValueError(f"vocab_size: {size} tokens in the data, {model.config.vocab_size} in the model")
+    size, limit = dataset.vocab_size, model.config.vocab_size
+    if size > limit:
+        raise ValueError(f"vocab_size: {size} tokens in the data, {limit} in the model")
 
     # max_batches counts those of all ranks, which take them in turn
     share = None if max_batches is None else len(range(RANK, max_batches, WORLD_SIZE))
     token_bytes = torch.from_numpy(dataset.token_bytes)
     device = model.wte.weight.device
-    sums = torch.zeros(8, dtype=torch.float64)  # as unpacked below; the last one counts signals
+    sums = torch.zeros(7, dtype=torch.float64)  # as unpacked below
     with eval_mode(model):
         for input_ids, is_text in islice(val_loader, share):
             if received:  # signals to stop
@@ -507,15 +504,12 @@ def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> 
             losses = model.token_losses(model.hidden_states(inputs), inputs).cpu().double()
             text = is_text[:, 1:]  # the first token of a row has none before it
             text_bytes = (token_bytes[input_ids[:, 1:]] * text).sum()
-            counts = losses.numel(), text.sum(), text_bytes, (~is_text).sum(), is_text.numel(), 0
+            counts = losses.numel(), text.sum(), text_bytes, (~is_text).sum(), is_text.numel()
             sums += torch.tensor([losses.sum(), (losses * text).sum(), *counts], dtype=torch.float64)
-    sums[-1] = len(received)
-    if dist.is_initialized():
-        sums = sums.to(device)
-        dist.all_reduce(sums)
-    nats, text_nats, positions, text_positions, text_bytes, padding, total, stopped = sums.tolist()
-    if stopped:
+    parts = all_gather(None if received else sums)
+    if any(part is None for part in parts):
         return None
+    nats, text_nats, positions, text_positions, text_bytes, padding, total = sum(parts).tolist()
     require(text_positions, f"{dataset.path}: no document of two tokens or more, nothing to score")
     loss = nats / positions
     text_loss = text_nats / text_positions
@@ -527,7 +521,7 @@ def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> 
 # -----------------------------------------------------------------------------
 # Training
 
-LOWER_RATE = "Lower learning_rate, and resume with --accept_changes?"
+LOWER_RATE = "Lower learning_rate and resume with --accept_changes."
 
 def get_lr(step: int, config: TrainingConfig) -> float:
     """The rate of update number `step`, from 0 on: linear warm-up, then from learning_rate to min_lr."""
@@ -542,28 +536,26 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
     device = init_distributed()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
-    # data, and what output_dir holds: what does not go together is refused before anything is written
+    # data and output folder: what does not fit together is refused before anything is written
     with errors_on_all_ranks():
         accumulation_steps = accumulation_for(config, WORLD_SIZE)
         loader_args = (config.micro_batch_size, config.seq_length, config.sequence)
         train_set = TokenDataset(config.train_data, config.seq_length, config.sequence)
         val_loader = get_dataloader(config.val_data, *loader_args)
         run = describe_run(model_config, config, train_set, val_loader.dataset, init_from)
-    require_same_on_all_ranks("settings and data", facts_of(run))
+    require_same_on_all_ranks("settings and data", run)
     with errors_on_all_ranks():
-        start = None
-        if RANK == 0:
-            found = checkpoints(output_dir)
-            start = find_start(output_dir, resume, run, config.total_steps, accept_changes)
-    path, evaluated, saved, run = all_gather(start)[0]  # rank 0 decides
+        found = [] if resume == "never" else checkpoints(output_dir)
+        start = find_start(output_dir, resume, run, config.total_steps, accept_changes) if RANK == 0 else None
+    path, evaluated_at, saved_at, run = all_gather(start)[0]  # rank 0 decides
 
-    # the checkpoint to begin with: one of this run, or another run's weights, which are the same on all nodes
+    # the checkpoint to start from, this run's or, for its weights, another's: the same file on all ranks
     source = path or init_from
     if source:
         with errors_on_all_ranks():
             checkpoint = read_checkpoint(source, to_resume=path is not None)
-            check_architecture(model_config, checkpoint, source)
-            digest = (checkpoint.get("tokenizer") or {}).get("sha256")  # released checkpoints do not say
+            recorded = checkpoint.get("tokenizer")  # released checkpoints do not say
+            digest = recorded.get("sha256") if isinstance(recorded, dict) else None
             same = digest in (None, train_set.tokenizer["sha256"])
             require(same, f"{source}: was trained with another tokenizer than that of {config.train_data}")
             parts = [(part.filename, part.CRC) for part in zipfile.ZipFile(source).infolist()]
@@ -575,26 +567,23 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         model = GPT_Q_GQA(model_config).to(device)
         recipe = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
         optimizer = torch.optim.AdamW(model.parameters(), fused=True, **recipe)
-        step = 0
+        step = checkpoint["step"] if path else 0
         if source:
             load_weights(model, checkpoint, source)
         if path:
             train_set.verify()
             val_loader.dataset.verify()
             load_optimizer(optimizer, checkpoint, path)
-            optimizer.param_groups[0].update(recipe)  # the checkpoint holds the old one; changes are accepted
-            step = checkpoint["step"]
-        checkpoint = None  # closes the file
+            optimizer.param_groups[0].update(recipe)  # over the recorded one: a change may be accepted
+        checkpoint = None  # or its file would stay mapped to memory
         rows_seen = step * config.rows_per_step
         batches = iter(get_dataloader(config.train_data, *loader_args, config.seed, rows_seen))
-        evaluated_at = step if evaluated else None
-        saved_at = step if saved else None
 
     # from here on the folder is this run's: rank 0 keeps others out
     with errors_on_all_ranks():
         lock = lock_output_dir(output_dir, resume == "never") if RANK == 0 else nullcontext()
 
-    # compile on CUDA, and print the settings once
+    # compile if asked to, and print what will run
     if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
         model.compile()
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -612,10 +601,10 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
     seconds, timed_steps, skipped = 0.0, 0, 0  # since the last train record
     with lock, stop_signals() as received:
         with errors_on_all_ranks():
-            # a run that ended before the lock was free may have saved after the look
-            same = RANK > 0 or resume == "never" or checkpoints(output_dir) == found
+            # another run may have saved between the first look and the lock
+            same = RANK > 0 or checkpoints(output_dir) == found
             require(same, f"{output_dir}: another run has just saved there; start again")
-            finished = step == config.total_steps and evaluated and saved
+            finished = config.total_steps == step == evaluated_at == saved_at
             log = Logger(output_dir, run, config, step, finished)
         while True:  # the last iteration only evaluates and saves
             last_step = step == config.total_steps
@@ -643,8 +632,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
                         write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
                 saved_at = step
             if complete or stopping:
-                if dist.is_initialized():  # torchrun ends all soon after the first: wait for rank 0 to save
-                    dist.barrier()
+                all_gather(None)  # torchrun ends all ranks soon after the first: wait for rank 0 to save
                 break
 
             # forward and backward over this rank's share of the global batch; gradients of the summed loss
@@ -680,8 +668,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
 
             # update, unless the gradient norm is too large or not a number
             lr = get_lr(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             if grad_norm <= config.skip_grad_norm:
                 optimizer.step()
                 skipped_in_a_row = 0
@@ -731,26 +718,24 @@ def mfu(model, config, device, tokens_per_second) -> dict:
 # -----------------------------------------------------------------------------
 # Output folder: what it holds decides whether a run may start there; checkpoints
 
-MAY_CHANGE = (  # when a run resumes: it has the same rows in a global batch, the same text and recipe
+MAY_CHANGE = (  # on a resume: text, global batch and recipe stay the same
     "micro_batch_size", "gradient_accumulation", "num_gpus", "train_data", "val_data", "use_flash_attention",
     "compile", "log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints",
     "sample_tokens", "wandb",
-)  # fmt: skip
-ARCHITECTURE = {  # weights fit no other
+)
+ARCHITECTURE = {  # what weights are tied to
     "variant", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "n_kv_groups",
     "layer_norm_epsilon",
-}  # fmt: skip
+}
 NEVER_CHANGES = ARCHITECTURE | {"init_from", "training text", "validation text", "seq_length", "global batch"}
 WAYS_ON = "use another --output_dir, or --resume never to move the old run aside"
 
 def describe_run(model_config, config, train_set, val_set, init_from) -> dict:
     """What a run is, as its files record it; RunError if model and data do not go together."""
-    longest = model_config.n_positions
-    fits = config.seq_length <= longest
-    require(fits, f"seq_length: expected at most n_positions ({longest}), got {config.seq_length}")
-    size = train_set.vocab_size
-    fits = size <= model_config.vocab_size
-    require(fits, f"vocab_size: expected at least {size} for {train_set.path}, got {model_config.vocab_size}")
+    length, longest = config.seq_length, model_config.n_positions
+    require(length <= longest, f"seq_length: expected at most n_positions ({longest}), got {length}")
+    size, limit = train_set.vocab_size, model_config.vocab_size
+    require(size <= limit, f"vocab_size: expected at least {size} for {train_set.path}, got {limit}")
     same = val_set.tokenizer == train_set.tokenizer
     require(same, f"{val_set.path}: its tokenizer is not that of {train_set.path}; prepare both alike")
     if val_set.chunks == train_set.chunks:
@@ -771,43 +756,38 @@ def facts_of(run) -> dict:
     return facts | {"variant": run["variant"], "init_from": run["init_from"], "global batch": rows}
 
 def find_start(output_dir, resume, run, total_steps, accept_changes):
-    """(checkpoint's path or None for step 0, is that step evaluated, is it saved, the run to record).
+    """(the checkpoint's path or None, its step if evaluated, its step if saved, the run to record).
 
     RunError if output_dir holds a run that these settings would not continue as it began. Writes nothing.
     """
     path, recorded = find_checkpoint(output_dir, resume)
     if recorded is None:
-        return None, False, True, run  # step 0, where there is nothing to save
-    step = recorded.get("step", 0) if path else 0
+        return None, None, 0, run  # step 0, where there is nothing to save
+    step = recorded["step"] if path else 0
     require(step <= total_steps, f"{path}: at step {step}, these settings end at {total_steps}; {WAYS_ON}")
-    if path and not run["init_from"]:
+    if path and not run["init_from"]:  # it need not be given again
         run = run | {"init_from": recorded.get("init_from")}
     changes = changes_since(recorded, run, path or output_dir, accept_changes)
     here = path is None or path.parent.resolve() == output_dir.resolve()
     held = None if here else find_checkpoint(output_dir, "auto")[1]
-    if held is not None:  # the checkpoint is of another folder, and this one has a run too
+    if held is not None:  # the checkpoint is from elsewhere, and this folder holds a run of its own
         changes_since(held, run, output_dir, accept_changes=False)
 
     # what is done of this step, by the log and by the files
-    last_step = step == total_steps
-    records = read_metrics(output_dir / "metrics.jsonl")
-    kinds = [record["kind"] for record in records if record["step"] == step > 0]
-    evaluated = ("final" if last_step else "val") in kinds
-    saved = here and (not last_step or is_saved(output_dir / "final_model.pt", step))
+    kind = "final" if step == total_steps else "val"
+    records = read_metrics(output_dir / "metrics.jsonl") if path else []  # at step 0 the log starts again
+    evaluated = (kind, step) in [(record["kind"], record["step"]) for record in records]
+    saved = here and step < total_steps
+    if here and step == total_steps:
+        with suppress(RunError):  # final_model.pt may be missing, damaged, or of a shorter run
+            saved = read_checkpoint(output_dir / "final_model.pt").get("step") == step
 
+    history = recorded.get("changes") or []
     if changes:
-        complete = last_step and evaluated and saved
+        complete = step == total_steps and evaluated and saved
         require(not complete, f"{output_dir}: complete at step {step}, too late for {changes}; {WAYS_ON}")
-        changes = [f"step {step}: {changes}"]
-    run = run | {"changes": recorded.get("changes", []) + (changes or [])}
-    return path, evaluated, saved, run
-
-def is_saved(final_model, step) -> bool:
-    """Whether it is whole and of this step; if the run was made longer, it is of an earlier one."""
-    try:
-        return final_model.exists() and read_checkpoint(final_model).get("step") == step
-    except RunError:
-        return False
+        history = [*history, f"step {step}: {changes}"]
+    return path, step if evaluated else None, step if saved else None, run | {"changes": history}
 
 def changes_since(recorded, run, place, accept_changes) -> str:
     """What a run changes in the settings that were recorded; RunError if that is not accepted."""
@@ -828,9 +808,9 @@ def changes_since(recorded, run, place, accept_changes) -> str:
     return changes
 
 def find_checkpoint(output_dir, resume):
-    """(path, contents) of what `resume` says: never, the path of a checkpoint, or auto, the newest whole one.
+    """(path, contents) of the checkpoint to resume: the newest whole one (auto), or the one `resume` names.
 
-    (None, its run.yaml) for a run that ended before its first checkpoint, (None, None) for no run.
+    (None, its run.yaml) for a run that ended before its first checkpoint; (None, None) for no run, or never.
     """
     if resume == "never":
         return None, None
@@ -865,12 +845,14 @@ def lock_output_dir(output_dir, move_aside):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RunError(f"{output_dir}: another run is writing to it; use another --output_dir") from error
+    except OSError as error:
+        raise RunError(f"{output_dir}: the file system has no locks: {error}") from error
     if not move_aside or os.listdir(output_dir) == ["run.lock"]:
         return lock
     aside = next(path for n in count(1) if not (path := Path(f"{output_dir}.old_{n}")).exists())
     output_dir.rename(aside)
     print0(f"moved the run in {output_dir} to {aside}")
-    return lock_output_dir(output_dir, move_aside=False)
+    return lock_output_dir(output_dir, move_aside=False)  # a new folder under the old name
 
 def checkpoints(output_dir) -> list:
     """(step, path) of each checkpoint in a folder, the newest first."""
@@ -878,17 +860,16 @@ def checkpoints(output_dir) -> list:
     return sorted(((int(name[1]), output_dir / name[0]) for name in names if name), reverse=True)
 
 def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
-    """Write checkpoint_step_N.pt, at the end final_model.pt, and delete all that keep_checkpoints omits."""
+    """Write checkpoint_step_N.pt, at the end final_model.pt too; drop all but the newest keep_checkpoints."""
     step = contents["step"]
-    rows_seen = step * config.rows_per_step
-    tokens_seen = step * config.tokens_per_step
-    weights = contents | {"model_state_dict": model.state_dict(), "tokens_seen": tokens_seen}
+    final = contents | {"model_state_dict": model.state_dict(), "tokens_seen": step * config.tokens_per_step}
     if complete:
-        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(weights, file))
-    resumable = weights | {"rows_seen": rows_seen, "optimizer_state_dict": optimizer.state_dict()}
+        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(final, file))
+    rows_seen = step * config.rows_per_step
+    resumable = final | {"rows_seen": rows_seen, "optimizer_state_dict": optimizer.state_dict()}
     write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(resumable, file))
     if config.keep_checkpoints:
-        saved = [path for at, path in checkpoints(output_dir) if at <= step]  # later ones were damaged
+        saved = [path for at, path in checkpoints(output_dir) if at <= step]  # a damaged one may be later
         for path in saved[config.keep_checkpoints :]:
             path.unlink()
 
@@ -901,8 +882,8 @@ def write_samples(output_dir, step, model, val_set, config, autocast):
         with autocast:
             idx = model.generate(prompts.to(model.wte.weight.device), config.sample_tokens, 0.8, top_k=50)
         texts = [f"{val_set.decode(row[:T])} [...] {val_set.decode(row[T:])}\n" for row in idx.tolist()]
-        path = output_dir / f"samples_step_{step}.txt"
-        write_atomically(path, lambda file: file.write("\n".join(texts).encode()))
+        path, text = output_dir / f"samples_step_{step}.txt", "\n".join(texts)
+        write_atomically(path, lambda file: file.write(text.encode()))
     except Exception as error:  # the checkpoint is saved: a failed sample must not end the run
         print0(f"warning: no samples at step {step}: {error}")
 
@@ -943,18 +924,14 @@ def read_checkpoint(path, to_resume=False) -> dict:
     require(not to_resume or (isinstance(step, int) and step >= 0), f"{path}: its step is {step!r}")
     return contents
 
-def check_architecture(config, contents, path):
-    """RunError if a checkpoint was made with another configuration."""
+def load_weights(model, contents, path):
+    """Copy the weights of a checkpoint into the model; RunError if it was made with another configuration."""
     recorded = contents.get("model_config")
     require(isinstance(recorded, dict), f"{path}: records no model_config")
-    for key, value in asdict(config).items():
+    for key, value in asdict(model.config).items():
         saved = recorded.get(key)
         fits = saved in (None, value) or key not in ARCHITECTURE  # released checkpoints leave out defaults
         require(fits, f"{path}: made with {key} {saved}, and the configuration asks for {value}")
-
-def load_weights(model, contents, path):
-    """Copy the weights of a checkpoint into the model; RunError if its configuration is another."""
-    check_architecture(model.config, contents, path)
     try:
         model.load_state_dict(contents["model_state_dict"])
     except RuntimeError as error:
@@ -1011,9 +988,9 @@ class Logger:
             try:  # a failure of wandb must not end the run
                 import wandb
 
-                options = {"dir": output_dir, "mode": config.wandb, "config": run}
+                options = {"name": output_dir.name, "dir": output_dir, "mode": config.wandb, "config": run}
                 options["settings"] = wandb.Settings(init_timeout=30)
-                self.wandb = wandb.init(project="qkv-variants", name=output_dir.name, **options)
+                self.wandb = wandb.init(project="qkv-variants", **options)
             except Exception as error:
                 print0(f"warning: wandb disabled: {error}")
 
@@ -1053,11 +1030,11 @@ class Logger:
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         print0(f"{PAPER_NAME}, complete after {step} steps, in {self.path.parent}")
-        for record in evaluations[:1] + evaluations[1:][-1:]:  # the first, and the last if it is another
+        for record in evaluations[:: max(1, len(evaluations) - 1)]:  # the first and the last
             print0(f"text perplexity  {record['text_perplexity']:.2f} at step {record['step']}")
         print0(f"peak memory      {peak / 1e9:.2f} GB of rank 0 on {device.type}")
         c = model.config
-        nbytes = model.make_cache(1, dtype=torch.bfloat16).nbytes
+        nbytes = model.make_cache(1, 1, torch.bfloat16).nbytes * c.n_positions
         qkv = 2 * 2 * c.n_layer * c.n_positions * c.n_embd  # K and V, two bytes a number
         print0(f"KV cache         {nbytes:,} bytes for {c.n_positions:,} tokens in bf16; QKV takes {qkv:,}")
 
@@ -1076,8 +1053,7 @@ def read_metrics(path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
             records.append(json.loads(line))
-    records = [record for record in records if isinstance(record, dict)]
-    return [record for record in records if "kind" in record and isinstance(record.get("step"), int)]
+    return [r for r in records if isinstance(r, dict) and "kind" in r and isinstance(r.get("step"), int)]
 
 def init_distributed() -> torch.device:
     """Join the other processes of torchrun, if there are any; returns the device of this one."""
@@ -1094,7 +1070,7 @@ def init_distributed() -> torch.device:
             dist.init_process_group("nccl" if n_gpus >= n_processes else "gloo")
         except (ValueError, RuntimeError) as error:
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise RunError(f"the processes could not meet at {address}: {error}") from error
+            raise OneRankError(f"the processes could not meet at {address}: {error}") from error
     return device
 
 def all_gather(value) -> list:
@@ -1105,10 +1081,10 @@ def all_gather(value) -> list:
     return values
 
 def require_same_on_all_ranks(name, value):
-    """RunError if it differs, as where a path leads to another file on another node."""
+    """RunError if the value differs, as when a path leads to another file on another node."""
     values = all_gather(value)
     others = [rank for rank in range(WORLD_SIZE) if values[rank] != values[0]]
-    require(not others, f"{name}: rank {others} has others than rank 0; are the files of all nodes the same?")
+    require(not others, f"{name}: rank {others} differs from rank 0; do all nodes see the same files?")
 
 @contextmanager
 def errors_on_all_ranks():
@@ -1116,20 +1092,21 @@ def errors_on_all_ranks():
     own = None
     try:
         yield
-    except (OSError, MemoryError, RuntimeError, RunError) as error:
+    except Exception as error:
         own = error
-    messages = all_gather(own and (str(own) or repr(own)))
-    failed = [message for message in messages if message]
+    failed = [message for message in all_gather(own and (str(own) or repr(own))) if message]
+    if own and not isinstance(own, OSError | MemoryError | RuntimeError | RunError):
+        raise own  # an error of the program keeps its traceback
     if failed:
         raise RunError(failed[0]) from own
 
 @contextmanager
 def stop_signals():
-    """SIGTERM, SIGHUP (a closed terminal) and Ctrl-C join the list it yields, and the step in hand ends."""
+    """Collect SIGTERM, SIGHUP (a closed terminal) and Ctrl-C in a list, so that a step can end first."""
     received, handlers = [], {}
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            handlers[number] = signal.signal(number, lambda number, _: received.append(number))
+            handlers[number] = signal.signal(number, lambda n, _: received.append(n))
     try:
         yield received
     finally:
@@ -1158,14 +1135,12 @@ class ModelConfig:
 
     def __post_init__(self):
         self.n_inner = self.n_inner or 4 * self.n_embd
-        fits = self.n_embd % self.n_head == 0
-        require(fits, f"n_embd: expected a multiple of n_head ({self.n_head}), got {self.n_embd}")
-        if N_KV_GROUPS in (None, 1):
-            fits = self.n_kv_groups == N_KV_GROUPS
-            expected = N_KV_GROUPS or "null"
-        else:
-            fits = self.n_kv_groups and self.n_head % self.n_kv_groups == 0
-            expected = f"a divisor of n_head ({self.n_head})"
+        C, n_head = self.n_embd, self.n_head
+        require(C % n_head == 0, f"n_embd: expected a multiple of n_head ({n_head}), got {C}")
+        fits, expected = self.n_kv_groups == N_KV_GROUPS, N_KV_GROUPS or "null"
+        if N_KV_GROUPS not in (None, 1):
+            fits = self.n_kv_groups and n_head % self.n_kv_groups == 0
+            expected = f"a divisor of n_head ({n_head})"
         require(fits, f"n_kv_groups: expected {expected} for {PAPER_NAME}, got {self.n_kv_groups}")
 
 @dataclass(kw_only=True, config=CHECKS)
@@ -1173,7 +1148,7 @@ class TrainingConfig:
     train_data: str = Field(description="folder of a split that dataset_download.py wrote")
     val_data: str = Field(description="folder of the split to evaluate on")
     sequence: Literal["padded", "packed"] = Field(description="padded: a document a row; packed: full rows")
-    score_padding: bool = Field(description="the padding counts in the training loss, as published")
+    score_padding: bool = Field(description="score the padding in the training loss, as published")
     seq_length: PositiveInt = Field(ge=2, description="tokens in a row")
     micro_batch_size: PositiveInt = Field(description="rows in one forward and backward pass")
     gradient_accumulation: PositiveInt = Field(description="passes of each GPU in a step")
@@ -1205,13 +1180,12 @@ class TrainingConfig:
         self.total_steps = steps = self.target_tokens // self.tokens_per_step
         one = f"one step ({self.tokens_per_step} tokens) at least"
         require(steps, f"target_tokens: expected {one}, got {self.target_tokens}")
-        fits = self.min_lr <= self.learning_rate
-        require(fits, f"min_lr: expected at most learning_rate ({self.learning_rate}), got {self.min_lr}")
-        fits = self.warmup_steps <= steps
-        require(fits, f"warmup_steps: expected at most the {steps} steps of the run, got {self.warmup_steps}")
+        lr, warmup = self.learning_rate, self.warmup_steps
+        require(self.min_lr <= lr, f"min_lr: expected at most learning_rate ({lr}), got {self.min_lr}")
+        require(warmup <= steps, f"warmup_steps: expected at most {steps}, the whole run, got {warmup}")
 
 def load_config(cls, path, overrides):
-    """A config out of a YAML file and those KEY=VALUE overrides that are fields of it.
+    """A config from a YAML file and from those KEY=VALUE overrides that are fields of it.
 
     RunError names the file or the command line, the key, what was expected and what was found.
     """
@@ -1219,7 +1193,8 @@ def load_config(cls, path, overrides):
     place, typed = path, {}
     try:
         values = dict(load(Path(path).read_text(encoding="utf-8")))
-        for key, _, value in (override.partition("=") for override in overrides):
+        for override in overrides:
+            key, _, value = override.partition("=")
             if key in cls.__annotations__:
                 place = f"command line: {key}"
                 typed[key] = load(value)
@@ -1280,14 +1255,14 @@ def main(arguments=None):
         with errors_on_all_ranks():
             require(options.init_from != "", "--init_from: expected the path of a checkpoint, got nothing")
             known = [*ModelConfig.__annotations__, *TrainingConfig.__annotations__]
+            expected = f"KEY=VALUE with a KEY out of {', '.join(known)}"
             for setting in options.settings:
                 key, equals, _ = setting.partition("=")
-                expected = f"KEY=VALUE with a KEY out of {', '.join(known)}"
                 require(equals and key in known, f"command line: {setting}: expected {expected}")
             model_config = load_config(ModelConfig, options.model_config, options.settings)
             config = load_config(TrainingConfig, options.train_config, options.settings)
-        paths = (options.output_dir, options.resume, options.init_from)
-        number = train(model_config, config, *paths, options.accept_changes)
+        start = (options.resume, options.init_from, options.accept_changes)
+        number = train(model_config, config, options.output_dir, *start)
     except (RunError, OSError, RuntimeError) as error:
         sys.exit(explain(error, options.output_dir))
     if dist.is_initialized():
