@@ -270,8 +270,8 @@ class GPT_MQA(nn.Module):
         B, T = idx.shape
         window = self.config.n_positions
         if T == 0 or not temperature >= 0 or (top_k is not None and top_k < 1):  # NaN is refused too
-            given = f"{T} tokens, temperature {temperature}, top_k {top_k}"
-            raise ValueError(f"expected a prompt, temperature >= 0, top_k > 0; got {given}")
+            given = f"a prompt of {T} tokens, temperature {temperature}, top_k {top_k}"
+            raise ValueError(f"expected a prompt of some tokens, temperature >= 0, top_k > 0; got {given}")
         tokens = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
         cache = self.make_cache(B, min(T + max_new_tokens, window)) if use_cache else None
         # on a CPU, a product with one row in fp32 takes half the time if the embedding is stored by columns
@@ -385,6 +385,7 @@ class TokenDataset(Dataset):
                 n_tokens = chunk["tokens"] + n_documents  # with their end-of-text tokens
                 name = f"{chunk['name']}.tokens.npy"
                 tokens = np.load(self.path / name, mmap_mode="r")
+                require(tokens.shape != (chunk["tokens"],), "an older format; delete it and prepare it again")
                 whole = tokens.shape == (n_tokens,) and tokens.dtype == np.uint16
                 require(whole, f"expected {n_tokens} numbers in uint16, found {tokens.shape}")
                 require(tokens[-1] == self.eos_id, f"ends in token {tokens[-1]}, and eos_id is {self.eos_id}")
