@@ -157,6 +157,10 @@ grid() {
     cells 64 5 "1 2 4" "42 43" 256 packed qk k
     cells 64 80 "8 4 16 2" "42" 256 packed qk k
 
+    # Of conversion's part 4, from the start
+    cells 96 60 "4 8 2" "42" 256 packed kqv kv
+    cells 96 60 "4" "43 44" 256 packed kqv kv
+
     # Not here: part 6 for d128 at 20, and part 8, whose rates come from the parts before them; see the README.
 }
 
