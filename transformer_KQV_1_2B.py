@@ -487,7 +487,7 @@ def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> 
     if max_batches is None and isinstance(getattr(val_loader, "batch_sampler", None), Iterator):
         raise ValueError("max_batches: expected a number for a shuffled loader, which is endless")
     dataset = val_loader.dataset
-    size, limit = dataset.vocab_size, model.config.vocab_size
+    size, limit = len(dataset.token_bytes), model.config.vocab_size
     if size > limit:
         raise ValueError(f"vocab_size: {size} tokens in the data, {limit} in the model")
 
@@ -549,7 +549,7 @@ def train(model_config, config, output_dir, resume="auto", init_from=None, accep
         start = find_start(output_dir, resume, run, config.total_steps, accept_changes) if RANK == 0 else None
     path, evaluated_at, saved_at, run = all_gather(start)[0]  # rank 0 decides
 
-    # the checkpoint to start from, this run's or, for its weights, another's: the same file on all ranks
+    # the checkpoint to start from: this run's, or another's for its weights; the same file on all ranks
     source = path or init_from
     if source:
         with errors_on_all_ranks():

@@ -399,6 +399,10 @@ part_5() {
         echo train kv 96h$heads 20 $rate_kv 42
     done | do_jobs
     on_all_seeds kqv 128h2 5 10 default | do_jobs
+
+    # Does the price stay small in wide heads after long training? One seed, see "Changes since".
+    echo train kqv 96h2 60 $rate 42 | do_jobs
+    echo one_shot kqv 96h2 60 42 10 default | do_jobs
 }
 
 part_6() {

@@ -246,7 +246,7 @@ def test_every_run_is_one_that_its_training_script_takes_and_the_tables_know(hou
     assert ended.returncode == 0, ended.stderr
     runs = trained(calls)
     # as in results/conversion/README.md, where two runs join part 3
-    assert len(runs) == 42 + 46 + 28 + 19 + 22 + 12
+    assert len(runs) == 42 + 46 + 28 + 20 + 22 + 12
     for name, call in runs.items():
         script = import_module(call[0].removesuffix(".py"))
         settings = [word for word in call if "=" in word]
