@@ -1084,7 +1084,7 @@ def prepare_splits(output: Path, source: Source, tokenizer: Tokenizer, splits: d
         if metadata.finished:
             continue
         if halves:
-            encoded = iter([(halves[split], None)][metadata.documents :])
+            encoded = iter(halves[split][metadata.documents + metadata.skipped_documents :])
         else:
             encoded = remaining_rows(source, tokenizer, metadata, taken)
         leave_some = metadata is taken and not halves
@@ -1100,16 +1100,31 @@ def prepare_splits(output: Path, source: Source, tokenizer: Tokenizer, splits: d
 
 
 def cut_single_document(source: Source, tokenizer: Tokenizer, validation: Metadata) -> dict | None:
-    """For a source of one document: its first tokens for validation, the rest for train."""
-    texts = (text for text in source.read(validation.train_split, None) if text is not None)
-    documents = list(islice(texts, 2))
+    """For a source of one document: its first tokens for validation, the rest for train, as encoded rows.
+
+    Rows without text count as validation's.
+    """
+    documents = []
+    skipped = 0
+    for text in source.read(validation.train_split, None):
+        if text is None:
+            skipped += 1
+            # Or a wrong --text_column would be known only at the end of the source.
+            refuse_many_skipped(source.name, validation.text_column, skipped, skipped + len(documents))
+            continue
+        documents.append(text)
+        if len(documents) == 2:
+            break
     if len(documents) != 1:
         return None
     (ids,) = tokenizer.encode(documents)
     tokens = validation.target_tokens
     if len(ids) <= tokens:
         raise nothing_left(source.name, len(ids))
-    return {"validation": ids[:tokens], "train": ids[tokens:]}
+    return {
+        "validation": [(None, None)] * skipped + [(ids[:tokens], None)],
+        "train": [(ids[tokens:], None)],
+    }
 
 
 def remaining_rows(

@@ -915,6 +915,31 @@ def test_too_many_rows_without_text(rows, skipped, stops, tmp_path, capsys):
         assert read_split(tmp_path / "out/train")[0]["skipped_documents"] == skipped
 
 
+def test_rows_without_text_around_a_single_document(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "texts.jsonl", ["a" * 30, *[None] * 2_999])
+    message = refused(capsys, source, tmp_path / "out", validation=10)
+    assert "11 of the first 12 rows have no string under 'text'; over 1% is too many" in message
+    write_jsonl(source, [*[None] * 4, "a" * 30, *[None] * 6])
+    run(source, tmp_path / "out", validation=10)
+    assert read_split(tmp_path / "out/validation")[0]["skipped_documents"] == 10
+    assert texts_of(tmp_path / "out/validation") + texts_of(tmp_path / "out/train") == ["a" * 10, "a" * 20]
+    expected = files_of(tmp_path / "out")
+    for split in ("validation", "train"):
+        (tmp_path / "out" / split / "chunk_000.tokens.npy").unlink()
+        run(source, tmp_path / "out", validation=10)
+        assert files_of(tmp_path / "out") == expected
+
+
+def test_a_wrong_text_column_does_not_take_the_whole_source(hub, tmp_path, capsys, monkeypatch):
+    hub.contents["owner/name"] = {"train": random_texts(5_000)}
+    read = []
+    # append returns None, as text_of does for a row without the column
+    monkeypatch.setattr(dataset_download, "text_of", lambda row, column: read.append(row))
+    message = refused(capsys, "owner/name", tmp_path / "out", "--text_column", "content", validation=50)
+    assert "11 of the first 11 rows have no string under 'content'" in message
+    assert len(read) < 2_000
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     text=st.text(st.sampled_from(" \n\t\r\x0b\x1c\x85\xa0\u2003\u3000ab'1!s\u0301é"), max_size=60),
