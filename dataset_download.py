@@ -259,14 +259,19 @@ def source_names(args: argparse.Namespace) -> list[str]:
             if value := getattr(args, option):
                 raise InputError(f"--{option} {value}: only a hub source, --source owner/name, has one")
         name = source if source in INSTALLED else str(Path(source).resolve())
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"--source {source!r}: its path is not valid UTF-8; rename it") from error
+        refuse_other_than_utf8(name, f"--source {source!r}")
         return [name]
     if args.split_paragraphs:
         raise InputError(f"--split_paragraphs: {names[0]} is on the hub, and this needs a local source")
     return [f"{name}:{args.config}" if args.config else name for name in names]
+
+
+def refuse_other_than_utf8(path: str, called: str) -> None:
+    """InputError for a path that, once written to a JSON file, could not be read back from it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{called}: its path is not valid UTF-8; rename it") from error
 
 
 def is_hub_source(name: str) -> bool:
@@ -349,6 +354,7 @@ def corpus_files(source: Path) -> list[Path]:
             if is_hidden or (name in names and not name.endswith(SUFFIXES)):
                 left_out.append(path)
             elif name in names:
+                refuse_other_than_utf8(str(path), repr(str(path)))
                 files.append(path)
         folders[:] = [name for name in folders if not name.startswith(".")]
     if not files:

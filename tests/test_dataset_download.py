@@ -590,6 +590,16 @@ def test_a_path_that_is_not_utf8_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["f\udcff00.txt", "caf\udce9/a.txt"])
+def test_a_file_name_that_is_not_utf8_is_refused(name, tmp_path, capsys):
+    source = write_source("txt", tmp_path / "source", TEXTS)
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text("text")
+    message = refused(capsys, source, tmp_path / "out")
+    assert repr(str(source / name)) in message and "not valid UTF-8; rename it" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_documents_that_are_all_empty_are_named_so(tmp_path, capsys):
     source = write_jsonl(tmp_path / "empty.jsonl", ["", ""])
     assert "all of its 2 documents are empty" in refused(capsys, source, tmp_path / "out")
