@@ -36,6 +36,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -184,39 +185,41 @@ def even_rows(attention, down, up):
 class Moments:
     """Mean, covariance and metric of the keys and values of one layer, by blocks, out of sums over positions.
 
-    gradient     with g the gradient of the loss with respect to the keys and values of a position: the metric
-                 is E[g g^T], the empirical Fisher information, and a position counts with |g|^2, since errors
-                 do no harm where nothing looks
     activation   what an error changes next: q e / sqrt(head_dim) in a score, W_O e in the output. The metric
                  is E[q q^T] / head_dim for a key and W_O^T W_O for a value; every position counts alike
+    gradient     with g the gradient of the loss with respect to the keys and values of a position: the metric
+                 is E[g g^T], the empirical Fisher information, and a position counts with |g|^2. Where nothing
+                 looks there is no gradient, as at most positions of a head that rests on the first one; yet a
+                 key that is badly kept there would draw attention. So the metric is a tenth of activation's as
+                 well, by energy, and a position counts with a tenth of its row's mean |g|^2 more
     none         every number and every position counts alike
     """
 
     def __init__(self, heads, weighting):
         self.heads, self.weighting = heads, weighting
         n_blocks, n = len(heads.blocks), heads.blocks.shape[1] * heads.head_dim
-        costs = (n_blocks, n, n)
-        if weighting == "activation":
-            costs = (heads.n_head, heads.head_dim, heads.head_dim)
+        self.n_positions = 0
         self.weight = torch.zeros(n_blocks, dtype=torch.float64)
         self.first = torch.zeros(n_blocks, n, dtype=torch.float64)
         self.second = torch.zeros(n_blocks, n, n, dtype=torch.float64)
-        self.costs = torch.zeros(costs, dtype=torch.float64)
+        self.fisher = torch.zeros(n_blocks, n, n, dtype=torch.float64)
+        self.queries = torch.zeros(heads.n_head, heads.head_dim, heads.head_dim, dtype=torch.float64)
 
-    def add(self, kv, vectors):
-        """Keys and values [N, kv_width], and their gradients or, without those, the queries [N, C]."""
-        u = self.heads.by_block(kv.double()).transpose(0, 1)  # [blocks, N, n]
+    def add(self, kv, queries, gradients=None):
+        """Keys and values of a row [T, kv_width], its queries [T, C], and gradients as kv if they are to count."""
+        u = self.heads.by_block(kv.double()).transpose(0, 1)  # [blocks, T, n]
+        q = queries.double().unflatten(-1, (self.heads.n_head, -1)).transpose(0, 1)
         weights = torch.ones_like(u[..., :1])
-        if self.weighting == "gradient":
-            gradients = self.heads.by_block(vectors.double()).transpose(0, 1)
-            weights = gradients.square().sum(-1, keepdim=True).clamp(min=TINY)
-            self.costs += gradients.mT @ gradients
-        elif self.weighting == "activation":
-            queries = vectors.double().unflatten(-1, (self.heads.n_head, -1)).transpose(0, 1)
-            self.costs += queries.mT @ queries
+        if gradients is not None:
+            g = self.heads.by_block(gradients.double()).transpose(0, 1)
+            squares = g.square().sum(-1, keepdim=True)
+            weights = (squares + squares.mean(1, keepdim=True) / 10).clamp(min=TINY)
+            self.fisher += g.mT @ g
+        self.n_positions += len(kv)
         self.weight += weights.sum(dim=(1, 2))
         self.first += (weights * u).sum(1)
         self.second += (weights * u).mT @ u
+        self.queries += q.mT @ q
 
     def mean(self):
         return self.first / self.weight[:, None]
@@ -229,13 +232,21 @@ class Moments:
         """[blocks, n, n], up to a factor for each block."""
         if self.weighting == "none":
             return torch.eye(self.first.shape[1], dtype=torch.float64).expand_as(self.second)
-        if self.weighting == "gradient":
-            return self.costs
-        scores = self.costs / self.weight[0] / self.heads.head_dim
+        activation = self.activation_metric(attention)
+        if self.weighting == "activation":
+            return activation
+        return self.of_unit_energy(self.fisher) + self.of_unit_energy(activation) / 10
+
+    def activation_metric(self, attention):
+        scores = self.queries / self.n_positions / self.heads.head_dim
         outputs = attention.output.mT @ attention.output
         # The query heads that share a KV head add up; heads in a block stand side by side.
         costs = torch.cat([scores, outputs]).unflatten(0, (2 * self.heads.n_kv_head, -1)).sum(1)
         return torch.stack([torch.block_diag(*costs[block]) for block in self.heads.blocks])
+
+    def of_unit_energy(self, metric):
+        energy = (metric @ self.covariance()).diagonal(dim1=1, dim2=2).sum(-1)
+        return metric / energy.clamp(min=TINY)[:, None, None]
 
 
 def collect_moments(model, moments, loader, n_tokens):
@@ -275,19 +286,24 @@ def projections(attn):
     return attn.c_q, attn.c_kv
 
 
+def queries_of(attn, x):
+    """The queries [T, C] of an attention layer with the input x."""
+    (projection, _), C = projections(attn), x.shape[-1]
+    return F.linear(x, projection.weight[:C], projection.bias[:C])
+
+
 @torch.no_grad()
 def add_activations(model, moments, input_ids):
     """Add a row's keys, values and queries to each layer's Moments."""
     inputs = inputs_of([block.attn for block in model.h], model, input_ids)
-    for block, sums, x in zip(model.h, moments, inputs, strict=True):
-        (q, kv), C, kv_width = projections(block.attn), x.shape[-1], sums.heads.kv_width
-        keys_and_values = F.linear(x[0], kv.weight[-kv_width:], kv.bias[-kv_width:])
-        queries = F.linear(x[0], q.weight[:C], q.bias[:C])
-        sums.add(keys_and_values.cpu(), queries.cpu())
+    for block, sums, (x,) in zip(model.h, moments, inputs, strict=True):
+        (_, projection), kv_width = projections(block.attn), sums.heads.kv_width
+        kv = F.linear(x, projection.weight[-kv_width:], projection.bias[-kv_width:])
+        sums.add(kv.cpu(), queries_of(block.attn, x).cpu())
 
 
 def add_gradients(model, moments, input_ids):
-    """Add a row's keys and values, and the gradients of its loss with respect to them, to each layer's Moments.
+    """Add a row's keys, values and queries, and the gradients of the first two, to each layer's Moments.
 
     The backward pass computes each layer anew from its input, so that it holds the activations of one at a
     time: by calculation 2 GB beside the model are enough for kv at 1.2B and 2,048 positions.
@@ -304,7 +320,10 @@ def add_gradients(model, moments, input_ids):
         hook.remove()
         y.backward(gradient)
         output, kv_width = vars(projection).pop("output"), sums.heads.kv_width
-        sums.add(output.detach()[0, :, -kv_width:].cpu(), output.grad[0, :, -kv_width:].cpu())
+        kv, gradients = output.detach()[0, :, -kv_width:], output.grad[0, :, -kv_width:]
+        with torch.no_grad():
+            queries = queries_of(block.attn, block.ln_1(x)[0])
+        sums.add(kv.cpu(), queries.cpu(), gradients.cpu())
 
 
 def keep_output(module, inputs, output):
@@ -399,6 +418,9 @@ def read_gpt2(folder):
         raise ConversionError(f"{folder}: not a whole GPT-2 ({type(error).__name__}: {error})") from error
     if missing := set(info["missing_keys"]) - {"lm_head.weight"}:
         raise ConversionError(f"{folder}: not a whole GPT-2 ({min(missing)} is missing)")
+    # old files hold the causal mask of each layer too
+    if more := [name for name in info["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]:
+        raise ConversionError(f"{folder}: not the GPT-2 of its config.json ({min(more)} is not part of it)")
     expected = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
         "scale_attn_weights": (True,),
@@ -444,7 +466,7 @@ def gpt2_text_perplexity(gpt2, loader, n_batches):
         n_scored += int((labels != -100).sum())
     if n_scored == 0:
         raise ConversionError(f"{loader.dataset.path}: nothing to score")
-    return math.exp(nats / n_scored)
+    return float(np.exp(nats / n_scored))
 
 
 # -----------------------------------------------------------------------------
@@ -583,8 +605,11 @@ def check_options(options):
         raise ConversionError(f"--n_kv_groups {options.n_kv_groups}: not for kqv; meant for gqa and qgqa")
     if output.is_dir():
         raise ConversionError(f"--output {output}: a folder; expected the name of a file")
-    if options.checkpoint and output.exists() and output.samefile(options.checkpoint):
-        raise ConversionError(f"--output {output}: would overwrite the checkpoint that it is made from")
+    if output.exists() and not output.is_file():
+        raise ConversionError(f"--output {output}: not a file; choose another name")
+    for written in (output, output.with_name(f"{output.name}.tmp")):
+        if options.checkpoint and written.exists() and written.samefile(options.checkpoint):
+            raise ConversionError(f"--output {output}: would overwrite the checkpoint that it is made from")
     if options.from_gpt2 and output.resolve().parent == Path(options.from_gpt2).resolve():
         raise ConversionError(f"--output {output}: in the folder of the GPT-2; choose another place")
     try:
@@ -617,8 +642,11 @@ def run(options):
         seq_length = val_loader.dataset.seq_length
         n_batches = math.ceil(options.val_tokens / (max(1, 2048 // seq_length) * seq_length))
     needed = sum(p.nbytes for p in model.parameters())
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(Path(options.output).parent).free
+    folder = Path(options.output).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(f"{options.output}.tmp", "wb"):  # as write_atomically will
+        free = shutil.disk_usage(folder).free
+    Path(f"{options.output}.tmp").unlink()
     if needed > free:
         sizes = f"takes up to {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
         raise ConversionError(f"--output {options.output}: {sizes}")
@@ -650,8 +678,6 @@ def run(options):
     del model
     about |= {"calibration_tokens": n_seen, "energy_left_out": left_out}
     about |= {"trained_for_tokens": contents.get("tokens_seen"), "trained_for_steps": contents.get("step")}
-    for number, share in enumerate(left_out or []):
-        print(f"layer {number:2}: {share:8.3%} of the energy of keys and values left out")
     script = SCRIPTS[to]
     kept = {key: contents[key] for key in ("tokenizer", "train_config", "init_from") if contents.get(key)}
     if contents and "variant" not in contents:
@@ -662,6 +688,8 @@ def run(options):
     del weights, kept
 
     # after: the file as it was written
+    for number, share in enumerate(left_out or []):
+        print(f"layer {number:2}: {share:8.3%} of the energy of keys and values left out")
     model = script.load_model(options.output, options.device)
     if val_loader and to != "kqv":
         after = script.evaluate(model, val_loader, n_batches)
@@ -708,6 +736,7 @@ def main(arguments=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="to calibrate and evaluate on (default: %(default)s)")
     options = parser.parse_args(arguments)
+    sys.stdout.reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
     errors = (ConversionError, OSError, *(script.RunError for script in SCRIPTS.values()))
     try:
         run(options)

@@ -182,7 +182,7 @@ from_the_first_step() {
 
     # All variants of a seed start from the same weights where they share them; not with other heads, nor the replica.
     local start=
-    if [ $shape = ${shape//[a-z]/} ] && ! begun $name; then
+    if [ "$shape" = "${shape//[a-z]/}" ] && ! begun $name; then
         local groups=
         case $alias in gqa | qgqa) groups="--n_kv_groups 2" ;; esac
         start="--init_from outputs_conversion/$name.initial.pt"

@@ -130,7 +130,8 @@ def test_a_fit_costs_less_than_where_it_starts():
     def cost(down, up):
         return ((g * (u - u @ down.mT @ up.mT)).sum(-1) ** 2).sum()
 
-    before = cc.joint_svd(sums.covariance(), sums.metric(None), 8)
+    attention = cc.AttentionWeights(model.state_dict(), 1, heads)
+    before = cc.joint_svd(sums.covariance(), sums.metric(attention), 8)
     after = sums.fit(*before)
     assert cost(*after) < 0.99 * cost(*before)
 

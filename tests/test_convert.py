@@ -2,10 +2,12 @@
 choice where they have more (numpy), the same as transformers' GPT-2, and one line for what cannot work."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -258,7 +260,10 @@ def test_no_other_choice_of_directions_is_better():
 
 
 def test_the_gradients_and_covariances_are_those_of_transformers():
-    """Moments of QKV from the outputs of GPT-2's c_attn and the gradients that autograd leaves there."""
+    """Moments of QKV from the outputs of GPT-2's c_attn and the gradients that autograd leaves there.
+
+    A position counts with its squared gradient and a tenth of the row's mean.
+    """
     model, loader = build("kqv", initializer_range=0.1), random_loader(n_rows=5)
     gpt2 = gpt2_of(model)
     outputs = []
@@ -279,12 +284,13 @@ def test_the_gradients_and_covariances_are_those_of_transformers():
         u, g = np.concatenate(kv[number]), np.concatenate(gradients[number])
         for head in range(4):
             own = [*range(8 * head, 8 * head + 8), *range(32 + 8 * head, 40 + 8 * head)]  # its key, its value
-            weights = np.square(g[:, own]).sum(1)
+            squares = np.square(g[:, own]).sum(1).reshape(5, 32)
+            weights = (squares + squares.mean(1, keepdims=True) / 10).flatten()
             covariance = np.cov(u[:, own].T, aweights=weights, ddof=0)
             tolerance = 1e-3 * covariance.max()
             np.testing.assert_allclose(sums.covariance()[head], covariance, rtol=1e-3, atol=tolerance)
             fisher = g[:, own].T @ g[:, own]
-            np.testing.assert_allclose(sums.metric(None)[head], fisher, rtol=1e-3, atol=1e-3 * fisher.max())
+            np.testing.assert_allclose(sums.fisher[head], fisher, rtol=1e-3, atol=1e-3 * fisher.max())
             mean = np.average(u[:, own], axis=0, weights=weights)
             np.testing.assert_allclose(sums.mean()[head], mean, rtol=1e-3, atol=1e-3)
 
@@ -309,6 +315,49 @@ def test_the_activation_metric_is_that_of_queries_and_output():
         assert not metric[group, :8, 8:].any()
 
 
+def test_the_gradient_metric_has_a_tenth_of_the_activation_metric_s_energy():
+    model, loader = build("kqv"), random_loader(n_rows=3)
+    heads = cc.Heads(model.config, 4, caches_values=False)
+    moments = [cc.Moments(heads, "gradient") for _ in model.h]
+    cc.collect_moments(model, moments, loader, 96)
+    sums = moments[1]
+    attention = cc.AttentionWeights(model.state_dict(), 1, heads)
+    for head in range(4):
+        covariance, fisher = sums.covariance()[head].numpy(), sums.fisher[head].numpy()
+        activation = sums.activation_metric(attention)[head].numpy()
+        expected = fisher / np.trace(fisher @ covariance) + activation / np.trace(activation @ covariance) / 10
+        np.testing.assert_allclose(sums.metric(attention)[head], expected, rtol=1e-9, atol=1e-9 * expected.max())
+
+
+@pytest.mark.parametrize("weighting", cc.WEIGHTINGS)
+@pytest.mark.parametrize("size", [5, 40])
+def test_a_head_that_rests_on_the_first_position_stays_there(weighting, size):
+    """Nearly all of its attention goes there, so that no other key has a gradient worth the name."""
+    model = build("kqv", n_layer=1, initializer_range=0.1)
+    attn = model.h[0].attn
+    with torch.no_grad():
+        model.wpe.weight *= 0.3
+        model.wpe.weight[0, :2] += torch.tensor([20.0, -20.0])
+        attn.c_attn.weight[:8] = 0  # every query of the head is the same,
+        attn.c_attn.bias[:8] = 0
+        attn.c_attn.bias[0] = size
+        attn.c_attn.weight[32] = 0  # and its keys find the first position
+        attn.c_attn.weight[32, :2] = torch.tensor([1.0, -1.0])
+    input_ids = torch.randint(257, (1, 32), generator=torch.Generator().manual_seed(9))
+    assert attention_to_the_first("kqv", model, input_ids) > 0.999
+    result, _ = converted("kqv", model, "kv", weighting=weighting, loader=random_loader(n_rows=100), n_tokens=3200)
+    assert attention_to_the_first("kv", result, input_ids) > 0.99
+
+
+@torch.no_grad()
+def attention_to_the_first(alias, model, input_ids):
+    """The mean over positions of how much head 0 of the first layer attends to position 0."""
+    ((x,),) = cc.inputs_of([model.h[0].attn], model, input_ids)
+    q, k = ((x @ weight.T + bias)[:, :8] for weight, bias in split_projections(alias, model, 0)[:2])
+    scores = (q @ k.T / 8**0.5).masked_fill(torch.ones(32, 32).triu(1).bool(), -torch.inf)
+    return scores.softmax(-1)[1:, 0].mean()
+
+
 def test_padding_is_no_text():
     """Whatever stands behind the text of a row changes nothing."""
     heads = cc.Heads(build("kqv").config, 4, caches_values=False)
@@ -323,7 +372,8 @@ def test_padding_is_no_text():
         assert cc.collect_moments(build("kqv"), found[-1], Loader(padded), 10_000) == sum(range(20, 26))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one.second, other.second, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(one.costs, other.costs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one.fisher, other.fisher, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one.queries, other.queries, rtol=1e-4, atol=1e-6)
 
 
 # ---- the plain ways, literally
@@ -657,8 +707,8 @@ def test_data_of_another_vocabulary_is_refused(refused, tmp_path, data_dir, caps
 
 
 def test_a_sample_that_is_too_small_or_too_uniform_is_refused(refused, tmp_path, capsys):
-    wide = save("kqv", build("kqv", n_head=1), tmp_path / "wide.pt")
-    assert "tells 30 of 31 directions" in refused(checkpoint=wide, tokens=32)  # of 32, one is the mean
+    wide = save("kqv", build("kqv", n_embd=64, n_head=1), tmp_path / "wide.pt")
+    assert "tells 31 of 63 directions" in refused(checkpoint=wide, tokens=32)  # one of each is the mean
     texts = ["a" * 40] * 30
     prepare(tmp_path / "uniform", texts, validation_tokens=0)
     capsys.readouterr()  # what the preparation printed
@@ -680,6 +730,7 @@ def test_folders_that_are_no_gpt2_are_refused(capsys, tmp_path, gpt2):
         ({"activation_function": "relu"}, "activation_function is relu"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"n_layer": 3}, "is missing"),
+        ({"n_layer": 1}, "transformer.h.1.attn.c_attn.weight is not part of it"),
         ({"n_embd": 48}, "not a whole GPT-2"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
@@ -721,6 +772,26 @@ def test_a_failed_write_leaves_the_old_file(refused, tmp_path, source, data_dir,
     assert "No space left" in refused(output=output)
     assert output.read_text() == "old"
     assert not (tmp_path / "old.pt.tmp").exists()
+
+
+def test_an_output_that_cannot_be_written_is_seen_before_the_work(refused, tmp_path, source, monkeypatch):
+    monkeypatch.setattr(cc, "collect_moments", None)
+    assert "File name too long" in refused(output=tmp_path / ("a" * 253))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "not a file" in refused(output=pipe)
+    part = tmp_path / "b.pt.tmp"  # a name that is written first
+    part.write_bytes(Path(source("kqv")).read_bytes())
+    assert "would overwrite the checkpoint" in refused(checkpoint=part, output=tmp_path / "b.pt")
+    assert part.read_bytes() == Path(source("kqv")).read_bytes()
+
+
+def test_a_report_that_cannot_be_printed_costs_no_conversion(source, data_dir, tmp_path):
+    command = [sys.executable, "-u", ROOT / "convert_checkpoint.py", "--checkpoint", source("kqv"), "--to", "kv"]
+    command += ["--data", data_dir / "train", "--tokens", "300", "--output", tmp_path / "o.pt"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stdout=full, stderr=subprocess.DEVNULL).returncode == 2
+    script_of("kv").load_model(tmp_path / "o.pt")
 
 
 def test_a_disk_that_is_too_small_is_seen_before_the_work(refused, monkeypatch):

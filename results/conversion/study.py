@@ -108,7 +108,9 @@ WAYS = [
     DEFAULT | {"weighting": "activation, values x 0.5"},
     DEFAULT | {"weighting": "activation, values x 2"},
     DEFAULT | {"weighting": "activation, values as keys"},
-    DEFAULT | {"weighting": "gradient, positions alike"},
+    # the gradient with nothing of activation's metric, and no weight of positions beside it or none at all
+    DEFAULT | {"weighting": "gradient, only it"},
+    DEFAULT | {"weighting": "gradient, only it, positions alike"},
     # other ways: the inputs of the layers that are converted already, and a fit behind the SVD
     DEFAULT | {"method": "joint_svd, layer by layer"},
     DEFAULT | {"method": "joint_svd, fitted"},
@@ -123,20 +125,26 @@ class OtherMoments(cc.Moments):
         super().__init__(heads, weighting)
         self.positions = [] if way["method"].endswith("fitted") else None
 
-    def add(self, kv, vectors):
-        u = self.heads.by_block(kv.double()).transpose(0, 1)  # [blocks, N, n]
-        if self.change == "positions alike":
-            gradients = self.heads.by_block(vectors.double()).transpose(0, 1)
-            self.costs += gradients.mT @ gradients
-            self.weight += u.shape[1]
-            self.first += u.sum(1)
-            self.second += u.mT @ u
-            return
-        super().add(kv, vectors)
+    def add(self, kv, queries, gradients=None):
         if self.positions is not None:
-            self.positions.append((u, self.heads.by_block(vectors.double()).transpose(0, 1)))
+            self.positions.append((self.by_block(kv), self.by_block(gradients)))
+        if not self.change.startswith("only"):
+            super().add(kv, queries, gradients)
+            return
+        u, g = self.by_block(kv), self.by_block(gradients)
+        alike = self.change.endswith("positions alike")
+        weights = torch.ones_like(u[..., :1]) if alike else g.square().sum(-1, keepdim=True)
+        self.fisher += g.mT @ g
+        self.weight += weights.sum(dim=(1, 2))
+        self.first += (weights * u).sum(1)
+        self.second += (weights * u).mT @ u
+
+    def by_block(self, kv):
+        return self.heads.by_block(kv.double()).transpose(0, 1)  # [blocks, T, n]
 
     def metric(self, attention):
+        if self.change.startswith("only"):
+            return self.fisher
         metric = super().metric(attention)
         if not self.change.startswith("values"):
             return metric
