@@ -2,7 +2,7 @@
 
     python results/conversion/study.py best_rate kqv 64 80     # of results/scaling and results/conversion
     python results/conversion/study.py one_shot PATH.pt --data scaling_data --kind all
-    python results/conversion/study.py tables                  # results.md, conversion.png
+    python results/conversion/study.py tables                  # results.md and the figures
 
 one_shot.jsonl has a line for each conversion that one_shot made; what stands there is not computed again. A grid
 of one's own text has folders of its own: --scaling results/scaling_own --results results/conversion_own.
@@ -360,7 +360,7 @@ def rates_table(started):
 
 
 def tables(scaling, results):
-    """Write results.md and conversion.png from the metrics and one_shot.jsonl, as far as they are there."""
+    """Write results.md, conversion.png and widths.png from the metrics and one_shot.jsonl, as far as they are there."""
     started, trained_on = read_runs([scaling, results])
     prices = read_prices(results / "one_shot.jsonl", started)
     parts = {
@@ -376,6 +376,8 @@ def tables(scaling, results):
             text += f"\n## {title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n"
     (results / "results.md").write_text(text, encoding="utf-8")
     draw(started, trained_on, read_one_shots(results / "one_shot.jsonl"), results / "conversion.png")
+    if any(shape.startswith("96h") for _, shape, _ in prices):
+        draw_widths(started, prices, results / "widths.png")
 
 
 def draw(started, trained_on, one_shots, path):
@@ -424,6 +426,33 @@ def draw(started, trained_on, one_shots, path):
         ax.set_xlabel("training tokens, millions")
         ax.set_ylabel("text perplexity (log scale)")
         ax.legend(frameon=False, loc="lower left", fontsize="small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_widths(started, prices, path):
+    """A figure: the price of conversion alone against the width of a head at d96, a line for each seed."""
+    by_width = defaultdict(dict)
+    for (alias, shape, n), by_step in prices.items():
+        width, _, n_head = shape.partition("h")
+        if alias == "kqv" and width == "96":
+            by_way = by_step[last_step(started, alias, shape, n)]
+            by_width[n][96 // int(n_head or 6)] = by_way[json.dumps(DEFAULT)]
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    for n, colour in ((20, "#0072B2"), (60, "#E69F00")):
+        label = f"{n} tokens per parameter"
+        for seed in (42, 43, 44):
+            points = sorted((width, price[seed]) for width, price in by_width[n].items() if seed in price)
+            if points:
+                ax.plot(*zip(*points, strict=True), ".-", color=colour, linewidth=1, label=label)
+                label = None
+    ax.set_xscale("log")
+    ax.set_yscale("symlog", linthresh=1e-6)
+    ax.set_xticks([12, 16, 24, 32, 48], ["12", "16", "24", "32", "48"], minor=False)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xlabel("width of a head")
+    ax.set_ylabel("price of conversion, nats")
+    ax.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
