@@ -102,10 +102,14 @@ class CheckpointLM(TemplateLM):
     share of the documents for every rank, would draw other few-shot examples for every world size.
     """
 
-    def __init__(self, model, tokenizer: Tokenizer, batch_size: int | str = CPU_BATCH):
-        """batch_size: requests in a forward pass; auto: what fits on a GPU, by trial, and 8 on a CPU."""
+    def __init__(self, model, tokenizer: Tokenizer, batch_size: int | str = CPU_BATCH, max_length=None):
+        """batch_size: requests in a forward pass; auto: what fits on a GPU, by trial, and 8 on a CPU.
+
+        max_length: tokens in a row; None: n_positions.
+        """
         super().__init__()
         self.model = model.eval()
+        self.max_length = max_length or model.config.n_positions
         self._device = model.wte.weight.device
         self._encode = tokenizer.encode
         self._eot = tokenizer.eos_id
@@ -118,10 +122,6 @@ class CheckpointLM(TemplateLM):
     @property
     def eot_token_id(self):
         return self._eot
-
-    @property
-    def max_length(self):
-        return self.model.config.n_positions
 
     def tok_encode(self, string, add_special_tokens=None, **kwargs):
         """Token ids as in the training data: no special token is added, or read out of the text."""
@@ -155,7 +155,7 @@ class CheckpointLM(TemplateLM):
         """
         longest = max((len(continuation) for *_, continuation in requests), default=0)
         if longest > self.max_length:
-            limit = f"n_positions, {self.max_length}"
+            limit = f"n_positions, {self.max_length} (or the seq_length of training, if shorter)"
             raise InputError(f"a continuation of {longest} tokens does not fit {limit}")
         cut = sum(len(context + continuation) > self.max_length + 1 for _, context, continuation in requests)
         if cut:
@@ -297,7 +297,8 @@ def greedy_settings(settings, n_positions):
     if settings.get("do_sample") or settings.get("num_beams", 1) > 1:
         raise InputError(f"run_eval.py decodes greedily, the task asks for {json.dumps(settings)}")
     if new >= n_positions:
-        raise InputError(f"{new} new tokens leave no room for a prompt in n_positions, {n_positions}")
+        limit = f"n_positions, {n_positions} (or the seq_length of training, if shorter)"
+        raise InputError(f"{new} new tokens leave no room for a prompt in {limit}")
     return harness.handle_stop_sequences(settings["until"], eos=END_OF_TEXT), new
 
 
@@ -379,6 +380,15 @@ class Checkpoint:
                 return size
         return None
 
+    @property
+    def positions(self):
+        """The positions that training reached: n_positions, or fewer where its rows were shorter.
+
+        Released checkpoints do not say how long theirs were: as long as n_positions.
+        """
+        n_positions = self.model_config["n_positions"]
+        return min(n_positions, self.train_config.get("seq_length") or n_positions)
+
     def __str__(self):
         return f"{self.alias} {self.size or ''}".strip() + f", step {self.step}"
 
@@ -389,7 +399,8 @@ class Checkpoint:
 
     def fingerprint(self, dtype):
         """Of what an answer depends on beside the request, for --use_cache, which knows the request alone."""
-        return hashlib.sha256(f"{self.sha256} {self.tokenizer.name} {dtype}".encode()).hexdigest()[:16]
+        known = f"{self.sha256} {self.tokenizer.name} {dtype} {self.positions}"
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def open_checkpoint(alias, path, tokenizer, val_data):
@@ -624,7 +635,7 @@ def prepare(options):
 
     manager = None
     if options.tasks and RANK == 0:
-        n_positions = min(checkpoint.model_config["n_positions"] for checkpoint in checkpoints)
+        n_positions = min(checkpoint.positions for checkpoint in checkpoints)
         manager = open_tasks(options.tasks, options.include_path, options.num_fewshot, n_positions)
     return device, checkpoints, manager
 
@@ -691,7 +702,7 @@ def evaluate_checkpoint(checkpoint, options, device, manager):
     """All figures of a checkpoint, as a dict for JSON; the harness's results are on rank 0 alone."""
     with script_errors():
         model = checkpoint.script.load_model(checkpoint.path, device).to(getattr(torch, options.dtype))
-    lm = CheckpointLM(model, checkpoint.tokenizer, options.batch_size)
+    lm = CheckpointLM(model, checkpoint.tokenizer, options.batch_size, checkpoint.positions)
     record = checkpoint.description() | {"parameters": sum(p.numel() for p in model.parameters())}
     if options.tasks and RANK == 0:
         record["harness"] = simple_evaluate(
@@ -709,16 +720,17 @@ def evaluate_checkpoint(checkpoint, options, device, manager):
     elif options.tasks:
         lm.serve()
     if options.val_data:
-        record[PERPLEXITY] = perplexity(checkpoint.script, model, options.val_data, lm.batch_size)
+        record[PERPLEXITY] = perplexity(checkpoint, model, options.val_data, lm.batch_size)
     return record
 
 
-def perplexity(script, model, val_data, batch_size):
-    """{protocol: what evaluate() of the training script returns}, over rows of n_positions tokens."""
+def perplexity(checkpoint, model, val_data, batch_size):
+    """{protocol: what evaluate() of the training script returns}, over rows as long as in training."""
+    script = checkpoint.script
     results = {}
     for protocol in ("padded", "packed"):
         with script_errors():
-            loader = script.get_dataloader(val_data, batch_size, model.config.n_positions, protocol)
+            loader = script.get_dataloader(val_data, batch_size, checkpoint.positions, protocol)
             bar = tqdm(loader, desc=f"{PERPLEXITY}, {protocol}", unit="batch", disable=no_bar())
             bar.dataset = loader.dataset  # evaluate() asks its loader for it
             results[protocol] = script.evaluate(model, bar)

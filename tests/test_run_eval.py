@@ -510,6 +510,25 @@ def test_perplexity_alone_needs_no_task(checkpoints, data_dir, capsys, monkeypat
     assert rows == ["task"] + 5 * ["perplexity"]
 
 
+def test_positions_that_training_never_reached_are_not_used(data_dir, tmp_path, capsys):
+    """Neither in the rows of the perplexity, which is then that of the final evaluation, nor in prompts."""
+    given = {"train_data": "nowhere", "seq_length": 64}
+    path = save(build("kv"), "kv", tmp_path / "a.pt", train_config=given)
+    val_data, output = data_dir / "validation", tmp_path / "a.json"
+    command("--model", "kv", "--checkpoint", path, "--val_data", val_data, "--output_path", output)
+    (record,) = json.loads(output.read_text(encoding="utf-8"))["checkpoints"].values()
+    script, model = script_of("kv"), script_of("kv").load_model(path)
+    expected = script.evaluate(model, script.get_dataloader(val_data, 8, 64, "packed"))
+    assert record["perplexity"]["packed"] == pytest.approx(expected)
+    checkpoint = run_eval.open_checkpoint("kv", path, "bytes", None)
+    lm = run_eval.CheckpointLM(model, checkpoint.tokenizer, 8, checkpoint.positions)
+    long = lm.loglikelihood(requests("loglikelihood", [("x" * 200, " end"), ("x" * 61, " end")]))
+    same_answers(long[:1], long[1:])
+    for odd in (None, 4096):
+        checkpoint.train_config["seq_length"] = odd
+        assert checkpoint.positions == 1024
+
+
 def test_a_released_checkpoint(tasks, tmp_path, capsys):
     """DDP's prefix, mask buffers, no variant; bfloat16; a share of the documents."""
     model = build("kv", seed=5)
