@@ -720,7 +720,9 @@ def evaluate_checkpoint(checkpoint, options, device, manager):
     elif options.tasks:
         lm.serve()
     if options.val_data:
-        record[PERPLEXITY] = perplexity(checkpoint, model, options.val_data, lm.batch_size)
+        # The ranks take batches in turn, so theirs have to be of one size; each has found its own by trial.
+        batch_size = min(gather(lm.batch_size))
+        record[PERPLEXITY] = perplexity(checkpoint, model, options.val_data, batch_size)
     return record
 
 

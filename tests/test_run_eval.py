@@ -332,6 +332,17 @@ def test_the_batch_size_is_found_by_trying(monkeypatch):
     assert run_eval.CheckpointLM(lm.model, load_tokenizer("bytes"), "auto").batch_size == 8  # on a CPU
 
 
+def test_the_ranks_share_rows_by_the_smallest_of_their_batch_sizes(checkpoints, data_dir, monkeypatch):
+    """Each finds its own by trial, and takes its batches in turn with the others."""
+    taken = []
+    monkeypatch.setattr(run_eval, "gather", lambda value: [value, 3])
+    monkeypatch.setattr(run_eval, "perplexity", lambda *given: taken.append(given[-1]))
+    checkpoint = run_eval.open_checkpoint("kv", str(checkpoints["kv"]), None, None)
+    options = argparse.Namespace(dtype="float32", batch_size="auto", tasks=[], val_data=data_dir / "validation")
+    run_eval.evaluate_checkpoint(checkpoint, options, torch.device("cpu"), None)
+    assert taken == [3]  # 8 here
+
+
 # -----------------------------------------------------------------------------
 # The tasks
 
