@@ -885,21 +885,28 @@ def run(options):
     """Evaluate every checkpoint, write the report and print the table."""
     device, checkpoints, manager = together(lambda: prepare(options))
     records = {}
-    for checkpoint in checkpoints:
-        label = str(checkpoint)
-        if label in records:
-            label += f", {checkpoint.path}"
-        try:
-            records[label] = evaluate_checkpoint(checkpoint, options, device, manager)
-        except InputError as error:
-            raise InputError(f"{checkpoint.path}: {error}") from error
-    if RANK == 0:
-        lines = verdicts(records, options)
-        try:
-            if options.output_path:
-                write_report(options.output_path, records, options, lines)
-        finally:  # a full disk must not cost the scores, nor a closed pipe the report
-            print(*table(records), "", *lines, sep="\n", flush=True)
+    try:
+        for checkpoint in checkpoints:
+            label = str(checkpoint)
+            if label in records:
+                label += f", {checkpoint.path}"
+            try:
+                records[label] = evaluate_checkpoint(checkpoint, options, device, manager)
+            except InputError as error:
+                raise InputError(f"{checkpoint.path}: {error}") from error
+    finally:  # a checkpoint that fails must not cost the scores of those before it
+        if RANK == 0 and records:
+            report(records, options)
+
+
+def report(records, options):
+    """Write the report and print the table."""
+    lines = verdicts(records, options)
+    try:
+        if options.output_path:
+            write_report(options.output_path, records, options, lines)
+    finally:  # a full disk must not cost the scores, nor a closed pipe the report
+        print(*table(records), "", *lines, sep="\n", flush=True)
 
 
 def main(arguments=None):

@@ -838,6 +838,22 @@ def test_weights_that_are_not_numbers_give_no_scores(tasks, data_dir, tmp_path, 
     assert line.startswith(f"{path}: its loss on {data_dir / 'validation'} is not finite")
 
 
+def test_a_checkpoint_that_fails_costs_no_scores_of_those_before_it(tasks, checkpoints, tmp_path, capsys):
+    model = build("kv")
+    model.ln_f.weight.data[3] = float("nan")
+    damaged = save(model, "kv", tmp_path / "nan.pt")
+    given = ["--include_path", tasks, "--tasks", "piqa", "--limit", 2, "--tokenizer", "bytes"]
+    given += ["--output_path", tmp_path / "a.json", "--checkpoint", checkpoints["kqv"], damaged]
+    with pytest.raises(SystemExit) as ended:
+        command("--model", "kqv", "kv", *given)
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert f"run_eval.py: error: {damaged}: its log-probabilities are not finite" in err
+    assert re.search(r"piqa +acc +50.0 +\d+", out)
+    report = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert list(report["checkpoints"]) == ["kqv, step 8000"]
+
+
 def test_a_terminal_without_plus_minus_gets_the_table(tasks, checkpoints, tmp_path, monkeypatch):
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)
