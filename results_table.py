@@ -310,7 +310,9 @@ def row_record(row, reference, size):
     """A row of the table, unrounded: means over its complete runs, beside what was published at a size."""
     variant = row[0].variant
     cached = profiler.cache_account(variant, [])
-    published = variant.row["published"]
+    # GQA-2's figures are not those of GQA-4.
+    as_published = variant.config.n_kv_groups == (variant.row["groups"] or {}).get(size)
+    published = variant.row["published"] if as_published else {}
     record = {
         "variant": variant.paper + ("*" if differences(row, reference) else ""),
         "alias": variant.alias,

@@ -767,7 +767,7 @@ def figures(record):
             values, stderrs = zip(*parts, strict=True)
             stderr = None if None in stderrs else math.hypot(*stderrs) / len(FIVE)
             found["mean", metric] = fmean(values), stderr
-        found["mean, published at 1.2B", "5-shot"] = PUBLISHED.get(record["alias"]), None
+        found["mean, published at 1.2B", "5-shot"] = published_mean(record), None
 
     for protocol, result in record.get(PERPLEXITY, {}).items():
         if protocol == "padded":
@@ -775,6 +775,15 @@ def figures(record):
         found[PERPLEXITY, f"{protocol}, over text only"] = result["text_perplexity"], None
         found[PERPLEXITY, f"{protocol}, bits per byte"] = result["bits_per_byte"], None
     return found
+
+
+def published_mean(record):
+    """The paper's mean of the variant; None where it has none, or one of another number of KV heads."""
+    groups = VARIANTS[record["alias"]]["groups"]
+    # A model of another shape is compared with the scripts' default, that of 300M.
+    if groups and record["model_config"]["n_kv_groups"] != groups[record["size"] or "300M"]:
+        return None
+    return PUBLISHED.get(record["alias"])
 
 
 def table(records):
@@ -802,7 +811,7 @@ def verdicts(records, options):
     lines = []
     for label, own in scores.items():
         lines.append(compared(f"{label} minus chance", own, chance))
-        published = PUBLISHED.get(records[label]["alias"])
+        published = published_mean(records[label])
         as_published = records[label]["size"] == "1.2B" and options.num_fewshot == 5 and not options.limit
         if published and as_published:
             lines.append(compared(f"{label} minus the paper", own, {"mean": (published, 0.0)}))

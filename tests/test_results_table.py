@@ -172,6 +172,18 @@ def test_a_size_of_the_paper_stands_beside_its_published_figures(
     assert "published at" not in run(tmp_path / "a", capsys=capsys)[1]
 
 
+@pytest.mark.parametrize(
+    ("alias", "size", "groups"), [("gqa", "300M", 2), ("qgqa", "300M", 8), ("qgqa", "1.2B", 4), ("gqa", None, 2)]
+)
+def test_nothing_is_published_of_other_numbers_of_kv_heads(alias, size, groups, tmp_path, capsys):
+    write_run(tmp_path / "a", alias, size=size)
+    write_run(tmp_path / "b", alias, size=size, n_kv_groups=groups)
+    (table,) = tables(tmp_path, capsys=capsys)
+    own, other = table["rows"]
+    assert None not in (own["published"], own["published_vs_qkv"])
+    assert (other["published"], other["published_vs_qkv"]) == (None, None)
+
+
 def test_a_run_that_was_trained_otherwise_is_marked_and_named(two_seeds, capsys):
     other = DATA | {"train_data": [{"name": "chunk_000", "tokens_sha256": "2"}]}
     write_run(two_seeds / "mqa_1", "mqa", 1, (5.5, 21.0), learning_rate=0.001, warmup_steps=3)
