@@ -4,9 +4,9 @@
     python results_table.py outputs_kqv outputs_gqa --format markdown
     python results_table.py outputs_replicate --output_dir results/reduced_scale
 
-A folder of runs is searched one level deep. A table holds runs of one shape and one data protocol; a row of
-it, those of one variant that differ in the seed alone. A row marked * was trained with other settings than
-QKV, which the lines below the table name.
+A folder of runs is searched one level deep, leaving out the *.old_N that --resume never puts aside. A table
+holds runs of one shape and one data protocol; a row of it, those of one variant that differ in the seed alone.
+A row marked * was trained with other settings than QKV, which the lines below the table name.
 
     perplexity        of the final evaluation, over all positions, padding included: the paper's protocol. A
                       model that was trained with the padding masked never learned to predict padding; for it
@@ -61,8 +61,8 @@ NOT_RECORDED = {  # what is said of runs that lack it
 def find_runs(paths):
     """The Runs in the folders named, or in the outputs_* of this one; InputError where there are none."""
     runs = []
-    for path in paths or sorted(Path().glob("outputs_*")):
-        folders = [path] if is_run(path) else sorted(folder for folder in path.glob("*") if is_run(folder))
+    for path in paths or within(Path(), "outputs_*"):
+        folders = [path] if is_run(path) else [folder for folder in within(path, "*") if is_run(folder)]
         if paths and not folders:
             raise InputError(f"{path}: no runs found, neither a metrics.jsonl nor a folder with one")
         runs += [Run(folder) for folder in folders]
@@ -70,6 +70,11 @@ def find_runs(paths):
         what = "no folder outputs_* with a metrics.jsonl is here; name the runs' folders"
         raise InputError(f"no runs found: {what}")
     return runs
+
+
+def within(folder, pattern):
+    """What lies in a folder, without the runs that `--resume never` has put aside."""
+    return sorted(path for path in folder.glob(pattern) if not path.match("*.old_[0-9]*"))
 
 
 def is_run(folder):

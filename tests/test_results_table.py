@@ -278,6 +278,20 @@ def test_without_names_the_outputs_here_are_read(two_seeds, monkeypatch, capsys)
     assert [row["alias"] for row in table["rows"]] == ["kqv", "kv", "mqa"]
 
 
+def test_a_run_put_aside_is_read_where_it_is_named(two_seeds, monkeypatch, capsys):
+    """--resume never moves the run before it to <output_dir>.old_N."""
+    write_run(two_seeds / "kv_1.old_1", "kv")
+    write_run(two_seeds / "outputs_mqa", "mqa")
+    write_run(two_seeds / "outputs_mqa.old_12", "mqa")
+    monkeypatch.chdir(two_seeds)
+    (table,) = tables(capsys=capsys)
+    assert [run["folder"] for run in table["runs"]] == ["outputs_mqa"]
+    (table,) = tables(two_seeds, capsys=capsys)
+    assert len(table["runs"]) == 5
+    (table,) = tables(two_seeds / "outputs_mqa.old_12", capsys=capsys)
+    assert [run["folder"] for run in table["runs"]] == ["outputs_mqa.old_12"]
+
+
 def test_every_format_holds_the_same_figures(two_seeds, capsys):
     text, markdown, sheet = (
         run(two_seeds, "--format", f, capsys=capsys)[1] for f in ("table", "markdown", "csv")
