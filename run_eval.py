@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import platform
+import sqlite3
 import sys
 import tempfile
 import warnings
@@ -299,7 +300,8 @@ def greedy_settings(settings, n_positions):
     if new >= n_positions:
         limit = f"n_positions, {n_positions} (or the seq_length of training, if shorter)"
         raise InputError(f"{new} new tokens leave no room for a prompt in {limit}")
-    return harness.handle_stop_sequences(settings["until"], eos=END_OF_TEXT), new
+    stops = [stop for stop in settings["until"] if stop is not None]  # until: null comes as [None]
+    return harness.handle_stop_sequences(stops, eos=END_OF_TEXT), new
 
 
 # -----------------------------------------------------------------------------
@@ -536,9 +538,13 @@ loaded_once = cache(load_tokenizer)  # for several checkpoints
 def open_tasks(names, include_path, num_fewshot, n_positions):
     """A TaskManager that knows all names; InputError for a task that is unknown, lacks data or cannot run."""
     manager = find_tasks(names, include_path)
+    owners = {}
     for name in names:
         try:
-            for task in manager.load([name])["tasks"].values():
+            for label, task in manager.load([name])["tasks"].items():
+                owner = name if name in manager.all_groups else label  # a tag is short for its tasks
+                if owners.setdefault(label, owner) != owner:  # the harness would refuse it once all is loaded
+                    raise InputError(f"holds {label}, which --tasks has already; leave one out")
                 check_task(task, num_fewshot, n_positions)
         except InputError as error:
             raise InputError(f"--tasks {name}: {error}") from error
@@ -553,7 +559,8 @@ def find_tasks(names, include_path):
     """A TaskManager that knows all names; InputError where one is unknown, or may be in a broken file."""
     manager = open_folder(include_path, include_defaults=False)
     missing = [name for name in names if name not in manager.task_index]
-    if not missing:
+    unsure = missing or [name for name in names if name in manager.all_groups]  # may name the harness's tasks
+    if not unsure:
         return manager
 
     # The harness passes over a file that it cannot read, and would take its own task of that name.
@@ -562,8 +569,9 @@ def find_tasks(names, include_path):
             try:
                 load_yaml(file, resolve_func=False)
             except Exception as error:  # of the syntax, an include, the encoding
-                place = f"not found in {include_path}, where {file} cannot be read"
-                raise InputError(f"--tasks {missing[0]}: {place}: {one_line(error)}") from error
+                found = "not found" if missing else "not certainly all found"
+                place = f"{found} in {include_path}, where {file} cannot be read"
+                raise InputError(f"--tasks {unsure[0]}: {place}: {one_line(error)}") from error
 
     manager = open_folder(include_path)
     for name in missing:
@@ -637,7 +645,27 @@ def prepare(options):
     if options.tasks and RANK == 0:
         n_positions = min(checkpoint.positions for checkpoint in checkpoints)
         manager = open_tasks(options.tasks, options.include_path, options.num_fewshot, n_positions)
+        for checkpoint in checkpoints if options.use_cache else ():
+            check_cache(Path(f"{cache_prefix(checkpoint, options)}_rank0.db"))  # as the harness calls it
     return device, checkpoints, manager
+
+
+def cache_prefix(checkpoint, options):
+    """Where the harness keeps the answers of a checkpoint; None without --use_cache."""
+    return options.use_cache and f"{options.use_cache}_{checkpoint.fingerprint(options.dtype)}"
+
+
+def check_cache(path):
+    """InputError where there is a cache and SQLite cannot read all of it, which would otherwise end the work."""
+    found = "ok"
+    if path.exists():
+        try:
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        except sqlite3.DatabaseError as error:
+            found = error
+    if found != "ok":
+        raise InputError(f"--use_cache: {path}: {one_line(found)}; delete it if it is damaged")
 
 
 def check_options(options, device):
@@ -711,7 +739,7 @@ def evaluate_checkpoint(checkpoint, options, device, manager):
             num_fewshot=options.num_fewshot,
             batch_size=lm.batch_size,
             device=str(device),
-            use_cache=options.use_cache and f"{options.use_cache}_{checkpoint.fingerprint(options.dtype)}",
+            use_cache=cache_prefix(checkpoint, options),
             limit=options.limit,
             task_manager=manager,
             log_samples=False,
@@ -922,6 +950,8 @@ def main(arguments=None):
     options = parse(arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each setting that is not its own
     show_what_the_terminal_can()
+    if "RANK" not in os.environ:
+        os.environ.pop("LOCAL_RANK", None)  # left over from another job; the harness would keep its results back
     if WORLD_SIZE > 1 and not dist.is_initialized():
         # gloo is enough for scores. No rank waits in vain: torchrun ends them all when one has ended.
         dist.init_process_group("gloo", timeout=timedelta(weeks=1))

@@ -258,6 +258,7 @@ STOPS = [
     {"until": "a", "max_gen_toks": 17},
     {"until": [], "max_gen_toks": 9, "temperature": 0.0},
 ]
+NO_STOPS = {"until": None, "max_gen_toks": 9}
 
 
 @pytest.mark.parametrize("settings", STOPS, ids=str)
@@ -269,6 +270,12 @@ def test_generation_is_that_of_hflm(settings):
     for batch_size in BATCH_SIZES:
         assert ours(model, batch_size).generate_until(requests("generate_until", asked)) == expected
     assert len(set(expected)) > 4
+
+
+def test_a_task_may_say_that_nothing_stops_its_generation():
+    asked = [requests("generate_until", [("Once", settings)]) for settings in (NO_STOPS, STOPS[3])]
+    lm = ours(build("kqv", n_positions=64))
+    assert lm.generate_until(asked[0]) == lm.generate_until(asked[1])
 
 
 def test_generation_stops_early(monkeypatch):
@@ -528,6 +535,29 @@ def test_answers_are_cached_for_each_checkpoint(tasks, checkpoints, tmp_path, mo
     assert capsys.readouterr().out == expected
 
 
+@pytest.mark.parametrize("damage, words", [(slice(100), "not a database"), (slice(4096, None), "")])
+def test_a_damaged_cache_is_named_before_the_work(damage, words, tasks, checkpoints, tmp_path, capsys, monkeypatch):
+    given = ["--model", "kv", "--checkpoint", checkpoints["kv"], "--include_path", tasks, "--limit", 2]
+    given += ["--tasks", "piqa", "--use_cache", tmp_path / "answers"]
+    command(*given)
+    capsys.readouterr()
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[damage] = b"\xff" * len(content[damage])
+    path.write_bytes(content)
+    monkeypatch.setattr(run_eval, "evaluate_checkpoint", None)
+    line = failure(capsys, *given)
+    assert line.startswith(f"--use_cache: {path}: ") and words in line
+    assert line.endswith("; delete it if it is damaged")
+
+
+def test_a_local_rank_left_over_from_another_job_costs_no_scores(tasks, checkpoints, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    given = ["--model", "kv", "--checkpoint", checkpoints["kv"], "--include_path", tasks, "--limit", 1]
+    command(*given, "--tasks", "piqa")
+    assert "piqa" in capsys.readouterr().out
+
+
 def test_perplexity_alone_needs_no_task(checkpoints, data_dir, capsys, monkeypatch):
     monkeypatch.setattr(run_eval, "TaskManager", None)
     command("--model", "kv", "--checkpoint", checkpoints["kv"], "--val_data", data_dir / "validation")
@@ -681,6 +711,39 @@ def test_a_broken_task_file_is_named(name, content, checkpoints, tmp_path, capsy
     assert line.startswith(f"--tasks {name}: {where}")
     write_task(tmp_path, name, [piqa(i) for i in range(19)], include=PIQA)
     command(*given, "--tasks", name, "--limit", 1)
+
+
+def test_a_group_may_name_the_harness_own_tasks(tasks, checkpoints, tmp_path, capsys, monkeypatch):
+    """Among which the other folder stands here. A file that cannot be read might be of a task in the group."""
+
+    def manager(include_path, include_defaults):
+        paths = [str(tasks), include_path] if include_defaults else include_path
+        return TaskManager(include_path=paths, include_defaults=False)
+
+    monkeypatch.setattr(run_eval, "TaskManager", manager)
+    (tmp_path / "group.yaml").write_text("group: mine\ntask: [piqa, own]", encoding="utf-8")
+    write_task(tmp_path, "own", [piqa(i) for i in range(19)], include=PIQA)
+    given = ["--model", "kv", "--checkpoint", checkpoints["kv"], "--include_path", tmp_path, "--tasks", "mine"]
+    command(*given, "--limit", 1)
+    assert {"piqa", "own"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines() if line}
+    (tmp_path / "broken.yaml").write_bytes(BROKEN["syntax"])
+    line = failure(capsys, *given)
+    where = f"not certainly all found in {tmp_path}, where {tmp_path / 'broken.yaml'} cannot be read: "
+    assert line.startswith(f"--tasks mine: {where}")
+
+
+def test_a_task_that_is_asked_for_twice_is_named(checkpoints, tmp_path, capsys, monkeypatch):
+    """By its name and by that of a group, or by two groups: the harness refuses it after the model is loaded."""
+    monkeypatch.setattr(run_eval, "TaskManager", local_manager)
+    monkeypatch.setattr(run_eval, "evaluate_checkpoint", None)
+    for name in ("own", "other"):
+        write_task(tmp_path, name, [piqa(i) for i in range(19)], include=PIQA, tag="both")
+    for group, members in (("one", "[own, other]"), ("two", "[other]")):
+        (tmp_path / f"{group}.yaml").write_text(f"group: {group}\ntask: {members}", encoding="utf-8")
+    given = ["--model", "kv", "--checkpoint", checkpoints["kv"], "--include_path", tmp_path, "--tasks"]
+    assert failure(capsys, *given, "own", "one") == "--tasks one: holds own, which --tasks has already; leave one out"
+    assert failure(capsys, *given, "one", "two").startswith("--tasks two: holds other, which --tasks has already")
+    assert failure(capsys, *given, "one", "own").startswith("--tasks own: holds own, which --tasks has already")
 
 
 def test_a_task_that_runs_code_of_the_model_is_refused(checkpoints, tmp_path, capsys):
