@@ -694,6 +694,8 @@ def check_options(options, device):
         if not options.val_data:
             raise InputError(f"--tasks {PERPLEXITY}: needs --val_data DIR, files of dataset_download.py")
         tasks.remove(PERPLEXITY)
+    if limit and not tasks:
+        raise InputError(f"--limit {limit:g}: does not go with {PERPLEXITY} alone, which is over all of --val_data")
     options.tasks = tasks
 
 
@@ -906,7 +908,7 @@ def parse(arguments):
     add("--tasks", nargs="+", metavar="TASK", help=tasks)
     add("--num_fewshot", type=int, default=5, help="solved examples before each question (default: 5)")
     add("--batch_size", default="auto", help="requests in a forward pass, or auto (default)")
-    add("--limit", type=float, help="the first N documents of each task, or a share below 1, for a trial")
+    add("--limit", type=float, help=f"the first N documents of each task but {PERPLEXITY}, or a share below 1")
     add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPUs")
     add("--tokenizer", help="gpt2, bytes or PATH.tiktoken (default: that of the training data, or else gpt2)")

@@ -653,6 +653,10 @@ WRONG = {
     "no task files": (["{given}", "--include_path", "nowhere"], "--include_path nowhere: no such folder"),
     "no token files": (["{given}", "--val_data", "nowhere"], "nowhere: no complete token files"),
     "perplexity of nothing": (["{given}", "--tasks", "perplexity"], "--tasks perplexity: needs --val_data"),
+    "some of its rows": (
+        ["{given}", "--val_data", "nowhere", "--limit", "3"],
+        "--limit 3: does not go with perplexity alone, which is over all of --val_data",
+    ),
     "no such tokenizer": (["{given}", "--tokenizer", "x"], "--tokenizer x: neither gpt2, bytes nor"),
     "device": (["{given}", "--device", "abacus"], "--device abacus: "),
     "no such GPU": (["{given}", "--device", "cuda:99"], "--device cuda:99: "),
