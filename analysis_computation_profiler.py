@@ -1064,6 +1064,8 @@ def complete(options):
         kind, defaults = f"--measure {options.measure}", DEFAULTS[options.measure, device.type]
     else:
         kind, defaults = "a run without --measure", DEFAULTS["accounts"]
+        if options.variants:  # no JSON is written, and its folder need not be writable
+            defaults = defaults | {"output_dir": None}
     for name, value in vars(options).items():
         if value is None:
             setattr(options, name, defaults.get(name))

@@ -612,6 +612,14 @@ def test_errors_take_one_line_before_any_work(arguments, message, tmp_path, monk
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("analysis_computation_profiler.py: error: ")
     assert message in err
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
+def test_a_folder_that_gets_no_file_need_not_be_writable(monkeypatch):
+    monkeypatch.chdir("/proc")
+    profiler.complete(profiler.command_line().parse_args(["--variants", "kqv"]))
+    with pytest.raises(profiler.InputError, match="cannot write there"):
+        profiler.complete(profiler.command_line().parse_args([]))
 
 
 def test_help_begins_with_the_docstring_and_four_commands(capsys):
