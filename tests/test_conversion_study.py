@@ -26,6 +26,7 @@ def imported(name):
 
 study = imported("study")
 slim = imported("slim_attention")
+resting_head = imported("resting_head")
 
 
 def write_run(folder, name, losses, finished=True):
@@ -89,7 +90,8 @@ def test_tables_hold_prices_gaps_and_intervals(results):
     text = (conversion / "results.md").read_text()
     sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
     mean = "+0.0200 ± 0.0248"
-    assert mean in sections["Conversion alone"] and "+0.1000 ± 0.0000" in sections["Conversion alone"]
+    alone = sections["Conversion alone"]
+    assert "+0.02000 ± 0.02484" in alone and "+0.1000 ± 0.0000" in alone
     assert "| 70 " in sections["Conversion alone, along the training"]
     half, row = sections["Converted and trained on"].splitlines()[-2:]
     ahead = [cell.strip() for cell in half.strip("|").split("|")][-2:]
@@ -134,6 +136,22 @@ def test_a_fit_costs_less_than_where_it_starts():
     before = cc.joint_svd(sums.covariance(), sums.metric(attention), 8)
     after = sums.fit(*before)
     assert cost(*after) < 0.99 * cost(*before)
+
+
+def test_a_head_is_made_to_rest_on_the_first_position(data_dir, tmp_path, capsys):
+    path = save("kqv", build("kqv", initializer_range=0.1), tmp_path / "source.pt")
+    model = script_of("kqv").load_model(path)
+    resting_head.make_head_rest(model, random_loader(n_rows=40))
+    (x,) = cc.inputs_of([model.h[1].attn], model, random_loader()[0][0])
+    q, k, v = (part[0, :, :8] for part in model.h[1].attn.c_attn(x).split(32, dim=-1))
+    attention = (q @ k.T / 8**0.5).masked_fill(torch.ones(32, 32).triu(1).bool(), -torch.inf).softmax(-1)
+    assert attention[:, 0].min() > 0.99
+    assert v[0].abs().max() < 0.1 * v.abs().max()
+
+    capsys.readouterr()  # what the preparation of the data printed
+    resting_head.main([str(path), "--data", str(data_dir)])
+    weightings = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert weightings == ["gradient", "gradient, only it", "activation"]
 
 
 def test_one_shot_goes_on_where_it_stopped(results, data_dir, tmp_path, monkeypatch):

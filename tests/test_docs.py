@@ -34,6 +34,16 @@ def anchors(path):
     return [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "results").rglob("*.md"))], ids=str)
+def test_every_row_of_a_table_has_as_many_cells_as_its_head(page):
+    """GitHub shows no table where the line below the head has another number."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for table in re.findall(r"(?:^ *\|.*\n)+", prose, re.MULTILINE):
+        lines = table.splitlines()
+        assert re.fullmatch(r" *\|[-:| ]+\|", lines[1])
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1, lines[0]
+
+
 @each_page
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8"))

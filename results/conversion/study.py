@@ -252,16 +252,16 @@ def read_one_shots(path):
 # Tables
 
 
-def of_seeds(by_seed):
+def of_seeds(by_seed, digits=4):
     """Two cells for a dict by seed: the mean, with its 95 % interval if there are three, and every value."""
     values = [by_seed[seed] for seed in sorted(by_seed)]
     if not values:
         return ["", ""]
-    mean = f"{statistics.fmean(values):+.4f}"
+    mean = f"{statistics.fmean(values):+.{digits}f}"
     if len(values) == 3:
         low, high = t_interval(values)
-        mean += f" ± {(high - low) / 2:.4f}"
-    return [mean, ", ".join(f"{value:+.4f}" for value in values)]
+        mean += f" ± {(high - low) / 2:.{digits}f}"
+    return [mean, ", ".join(f"{value:+.{digits}f}" for value in values)]
 
 
 def paired(curves, references, place=-1):
@@ -304,7 +304,7 @@ def alone_table(started, prices):
     for (alias, shape, n), by_step in prices.items():
         price = by_step[last_step(started, alias, shape, n)][json.dumps(DEFAULT)]
         gap = gap_of(started, alias, shape, n)
-        rows.append([PAPER[alias], f"d{shape}", n, *of_seeds(price), *of_seeds(gap)])
+        rows.append([PAPER[alias], f"d{shape}", n, *of_seeds(price, 5), *of_seeds(gap)])
     return ["source", "shape", "D/N", "price", "of the seeds", "gap from the start", "of the seeds"], rows
 
 
@@ -447,7 +447,7 @@ def draw_widths(started, prices, path):
                 ax.plot(*zip(*points, strict=True), ".-", color=colour, linewidth=1, label=label)
                 label = None
     ax.set_xscale("log")
-    ax.set_yscale("symlog", linthresh=1e-6)
+    ax.set_yscale("log")
     ax.set_xticks([12, 16, 24, 32, 48], ["12", "16", "24", "32", "48"], minor=False)
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("width of a head")
