@@ -190,8 +190,8 @@ class Moments:
     gradient     with g the gradient of the loss with respect to the keys and values of a position: the metric
                  is E[g g^T], the empirical Fisher information, and a position counts with |g|^2. Where nothing
                  looks there is no gradient, as at most positions of a head that rests on the first one; yet a
-                 key that is badly kept there would draw attention. So the metric is a tenth of activation's as
-                 well, by energy, and a position counts with a tenth of its row's mean |g|^2 more
+                 key that is badly kept there would draw attention. So a tenth of activation's metric is added,
+                 by energy, and to the weight of each position a tenth of its row's mean
     none         every number and every position counts alike
     """
 
