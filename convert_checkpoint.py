@@ -31,6 +31,7 @@ import math
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -238,6 +239,7 @@ class Moments:
         return self.of_unit_energy(self.fisher) + self.of_unit_energy(activation) / 10
 
     def activation_metric(self, attention):
+        """[blocks, n, n]: what an error in a key costs in the scores, and in a value in the output."""
         scores = self.queries / self.n_positions / self.heads.head_dim
         outputs = attention.output.mT @ attention.output
         # The query heads that share a KV head add up; heads in a block stand side by side.
@@ -245,6 +247,7 @@ class Moments:
         return torch.stack([torch.block_diag(*costs[block]) for block in self.heads.blocks])
 
     def of_unit_energy(self, metric):
+        """Scaled, so that the keys and values themselves cost 1 in every block."""
         energy = (metric @ self.covariance()).diagonal(dim1=1, dim2=2).sum(-1)
         return metric / energy.clamp(min=TINY)[:, None, None]
 
@@ -736,7 +739,8 @@ def main(arguments=None):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="to calibrate and evaluate on (default: %(default)s)")
     options = parser.parse_args(arguments)
-    sys.stdout.reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
+    with suppress(AttributeError):  # closed, or not a text stream
+        sys.stdout.reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
     errors = (ConversionError, OSError, *(script.RunError for script in SCRIPTS.values()))
     try:
         run(options)

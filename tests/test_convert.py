@@ -4,6 +4,7 @@ choice where they have more (numpy), the same as transformers' GPT-2, and one li
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -350,10 +351,10 @@ def test_a_head_that_rests_on_the_first_position_stays_there(weighting, size):
 
 
 @torch.no_grad()
-def attention_to_the_first(alias, model, input_ids):
-    """The mean over positions of how much head 0 of the first layer attends to position 0."""
-    ((x,),) = cc.inputs_of([model.h[0].attn], model, input_ids)
-    q, k = ((x @ weight.T + bias)[:, :8] for weight, bias in split_projections(alias, model, 0)[:2])
+def attention_to_the_first(alias, model, input_ids, number=0):
+    """The mean over positions of how much head 0 of a layer attends to position 0."""
+    ((x,),) = cc.inputs_of([model.h[number].attn], model, input_ids)
+    q, k = ((x @ weight.T + bias)[:, :8] for weight, bias in split_projections(alias, model, number)[:2])
     scores = (q @ k.T / 8**0.5).masked_fill(torch.ones(32, 32).triu(1).bool(), -torch.inf)
     return scores.softmax(-1)[1:, 0].mean()
 
@@ -792,6 +793,8 @@ def test_a_report_that_cannot_be_printed_costs_no_conversion(source, data_dir, t
     with open("/dev/full", "w") as full:
         assert subprocess.run(command, stdout=full, stderr=subprocess.DEVNULL).returncode == 2
     script_of("kv").load_model(tmp_path / "o.pt")
+    closed = f"{shlex.join(map(str, command))} >&-"
+    assert subprocess.run(closed, shell=True, capture_output=True).returncode == 0
 
 
 def test_a_disk_that_is_too_small_is_seen_before_the_work(refused, monkeypatch):
