@@ -29,10 +29,8 @@ figures, command line.
 
 import argparse
 import contextlib
-import csv
 import ctypes
 import gc
-import io
 import json
 import math
 import os
@@ -58,19 +56,29 @@ import yaml
 from pydantic import ByteSize, TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from dataset_download import InputError, Parser, show_what_the_terminal_can, write_atomically, write_text
+from common import ROOT, SIZES, VARIANTS, InputError, Parser, show_what_the_terminal_can, write_text
+from report import (
+    LOOKS,
+    amount,
+    as_json,
+    change,
+    giga,
+    integer,
+    panels,
+    pareto_front,
+    percent,
+    rate,
+    save_figure,
+    sheet,
+    view,
+)
 
-ROOT = Path(__file__).resolve().parent
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that, torch.profiler reports its every start and stop
 
-VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
-SIZES = ("300M", "1.2B")
-LOOKS = {alias: tuple(row["look"]) for alias, row in VARIANTS.items()}  # a colour and a marker in figures
 
 SEQUENCE_LENGTHS = (128, 512, 1024, 2048)
 PAPER_CONTEXTS = (2_048, 32_000, 128_000)
@@ -705,26 +713,6 @@ def measure(variants, options):
 # -----------------------------------------------------------------------------
 # Printing
 
-integer = "{:,.0f}".format
-percent = "{:.1f} %".format
-change = "{:+.1f} %".format
-
-
-def amount(value):
-    """Two decimals, and three digits below 1."""
-    return f"{value:,.2f}" if value >= 1 else f"{value:#.3g}"
-
-
-def giga(value):
-    """Bytes as GB."""
-    return amount(value / 1e9)
-
-
-def rate(value):
-    """A decimal below 1,000, none above."""
-    return f"{value:,.1f}" if value < 1000 else integer(value)
-
-
 # Each kind of record has views: a title, and columns of a header, the key in the record, and how to write it.
 NAME, TOKENS = ("", "variant", str), ("tokens", "context", integer)
 VIEWS = {
@@ -775,33 +763,6 @@ VIEWS = {
 }  # fmt: skip
 
 
-def cell(record, key, write):
-    """The text of a value, with its range where it has one; empty where the record has no such value."""
-    if record.get(key) is None:
-        return ""
-    text = write(record[key])
-    low, high = record.get(f"{key}_low"), record.get(f"{key}_high")
-    return text if low == high else f"{text} ({write(low)} to {write(high)})"
-
-
-def view(columns, records, style):
-    """A table of records, without columns that are empty throughout, such as a GPU's figures on a CPU."""
-    filled = []
-    for header, key, write in columns:
-        cells = [cell(record, key, write) for record in records]
-        if any(cells):
-            filled.append((header, cells))
-    headers = [header for header, _ in filled]
-    rows = zip(*(cells for _, cells in filled), strict=True)
-    return grid(headers, rows, style)
-
-
-def grid(headers, rows, style):
-    """A table in one of tabulate's styles: the first column to the left, the others to the right."""
-    alignment = ["left"] + ["right"] * (len(headers) - 1)
-    return tabulate(rows, headers, style, colalign=alignment, disable_numparse=True)
-
-
 def model_of(record):
     """How a heading names the model: its size, and what --set changed."""
     return " with ".join(record[key] for key in ("size", "set") if key in record)
@@ -824,26 +785,6 @@ def as_csv(records):
     return sheet([{"table": name} | record for name, of_name in records.items() for record in of_name])
 
 
-def sheet(rows):
-    """Records as comma-separated values; a list is written as its items."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        lists = {key: listed(value) for key, value in row.items() if isinstance(value, list)}
-        writer.writerow(row | lists)
-    return file.getvalue()
-
-
-def listed(values):
-    return ", ".join(map(str, values))
-
-
-def as_json(records):
-    """What there is, unrounded: lists of records by table, or the entries of a size by variant."""
-    return json.dumps(records, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 FORMATS = {
     "table": partial(as_tables, heading="", style="simple"),
     "markdown": partial(as_tables, heading="### ", style="pipe"),
@@ -856,43 +797,12 @@ FORMATS = {
 # Figures
 
 
-def panels(titles):
-    """A figure and its axes, one for each title, up to three side by side."""
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(titles))
-    rows = math.ceil(len(titles) / columns)
-    figure = Figure(figsize=(0.5 + 5.5 * columns, 4.5 * rows), layout="constrained", dpi=150)
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax in axes[len(titles) :]:
-        ax.remove()
-    axes = axes[: len(titles)]
-    for ax, title in zip(axes, titles, strict=True):
-        ax.set_title(title)
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def save_figure(path, figure):
-    write_atomically(path, partial(figure.savefig, format="png"))
-
-
 def context_axis(ax, contexts):
     """A logarithmic x axis with a tick at each context."""
     ax.set_xscale("log", base=2)
     ax.set_xticks(contexts, [integer(context) for context in contexts], rotation=30)
     ax.minorticks_off()
     ax.set_xlabel("context, tokens")
-
-
-def pareto_front(points):
-    """The (cost, loss) points that no other beats in one without losing in the other, by rising cost."""
-    front = []
-    for cost, loss in sorted(points):
-        if not front or loss < front[-1][1]:
-            front.append((cost, loss))
-    return front
 
 
 def pareto_figure(path, variants):

@@ -25,7 +25,6 @@ reporting, command line.
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import errno
 import hashlib
@@ -42,181 +41,32 @@ import sysconfig
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from tqdm import tqdm
 
+from common import (
+    InputError,
+    Parser,
+    Tokenizer,
+    first_line,
+    load_tokenizer,
+    rank_file,
+    tokenizer_name,
+    warn,
+    write_atomically,
+    write_text,
+)
+
 SPLITS = ("validation", "train")
 ROW_TOKENS = 2_048  # the paper's protocol: one document per row, truncated or padded to this length
 MAX_SKIPPED = 0.01  # of the rows of a split, or of 1,000 while it has had fewer
-
-
-class InputError(ValueError):
-    """Something the user can put right: an argument, a file, a source that cannot be reached."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose --help begins with a script's docstring."""
-
-    def __init__(self, script: str, description: str, **settings):
-        layout = argparse.RawDescriptionHelpFormatter
-        name = Path(script).name
-        super().__init__(prog=name, description=description, formatter_class=layout, **settings)
-
-    def error(self, message: object) -> NoReturn:
-        """Print one line and exit with status 2; argparse would print the usage before it."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def show_what_the_terminal_can() -> None:
-    """Print a ? for what it cannot encode, such as the dash of Q–K=V, and do not end with nothing printed."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def warn(text: str) -> None:
-    tqdm.write(f"WARNING: {text}", file=sys.stderr)
-
-
-def first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Tokenizers
-
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-MAX_VOCABULARY = 65_535
-LONG_TEXT = 500_000
-# Where no token of GPT-2 reaches across: before white space, and before the last character of a run of it.
-SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-CUT = re.compile(f"(?<=[^{SPACE}])[{SPACE}]|(?<=[{SPACE}])[{SPACE}](?=[^{SPACE}])")
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """Token bytes with their ranks (the token ids), and the function that encodes a batch of documents."""
-
-    name: str
-    ranks: dict[bytes, int]
-    encode: Callable[[list[str]], list[np.ndarray]]
-
-    @property
-    def eos_id(self) -> int:
-        return len(self.ranks)
-
-    @property
-    def sha256(self) -> str:
-        """Of the tokenizer.tiktoken that is stored beside the data."""
-        return hashlib.sha256(rank_file(self.ranks)).hexdigest()
-
-
-def tokenizer_name(argument: str) -> str:
-    """The name that metadata keeps. A rank file is known by its content: paths move, files are replaced."""
-    if argument in ("gpt2", "bytes"):
-        return argument
-    path = Path(argument)
-    if path.suffix != ".tiktoken" or not path.is_file():
-        raise InputError(f"--tokenizer {argument}: neither gpt2, bytes nor an existing .tiktoken file")
-    return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-
-
-def load_tokenizer(argument: str) -> Tokenizer:
-    """The tokenizer that --tokenizer names: gpt2, bytes, or a .tiktoken file of ranks under GPT-2's pattern.
-
-    Raises InputError for a name that is none, ranks that cannot be reached, and ranks that are unsound.
-    """
-    name = tokenizer_name(argument)
-    if argument == "bytes":
-        return Tokenizer(name, {bytes([value]): value for value in range(256)}, encode_bytes)
-    import tiktoken
-
-    if argument == "gpt2":
-        try:
-            encoding = tiktoken.get_encoding("gpt2")
-        except OSError as error:
-            raise InputError(
-                "the gpt2 ranks are out of reach: set TIKTOKEN_CACHE_DIR to a folder that holds them, or "
-                f"pass --tokenizer PATH.tiktoken ({first_line(error)})"
-            ) from error
-        ranks = encoding._mergeable_ranks  # tiktoken has no public name for them
-    else:
-        ranks = read_ranks(Path(argument))
-        encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    return Tokenizer(name, ranks, gpt2_encoder(encoding))
-
-
-def read_ranks(path: Path) -> dict[bytes, int]:
-    """Parse a .tiktoken file. Raises InputError for a broken line, missing ranks, or over 65,535 ids."""
-    ranks = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number}: not base64, a space and a rank") from error
-    # A larger id would wrap around in uint16, and nothing would say so.
-    if len(ranks) + 1 > MAX_VOCABULARY:
-        raise InputError(f"{path}: a vocabulary of {len(ranks) + 1:,}, and the limit is {MAX_VOCABULARY:,}")
-    bytes_missing = any(bytes([value]) not in ranks for value in range(256))
-    if bytes_missing or sorted(ranks.values()) != list(range(len(ranks))):
-        raise InputError(f"{path}: the ranks must be 0, 1, 2, ... and cover each of the 256 bytes")
-    return ranks
-
-
-def rank_file(ranks: dict[bytes, int]) -> bytes:
-    """The content of a .tiktoken file, as read_ranks reads it."""
-    by_rank = sorted(ranks, key=ranks.__getitem__)
-    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(by_rank))
-
-
-def gpt2_encoder(encoding) -> Callable[[list[str]], list[np.ndarray]]:
-    """Encode a batch on all cores, in tasks of 16 documents: threads that meet more often only wait."""
-    pool = ThreadPoolExecutor(os.cpu_count())
-
-    def encode_group(texts: list[str]) -> list[np.ndarray]:
-        encoded = []
-        for text in texts:
-            parts = [np.asarray(encoding.encode_ordinary(part), np.uint16) for part in split_long_text(text)]
-            encoded.append(np.concatenate(parts))
-        return encoded
-
-    def encode(texts: list[str]) -> list[np.ndarray]:
-        groups = (texts[start : start + 16] for start in range(0, len(texts), 16))
-        return list(chain.from_iterable(pool.map(encode_group, groups)))
-
-    return encode
-
-
-def split_long_text(text: str) -> list[str]:
-    """Parts with the tokens of the whole: a million characters of white space overflow tiktoken's stack."""
-    parts = []
-    start = 0
-    while len(text) - start > LONG_TEXT and (match := CUT.search(text, start + LONG_TEXT)):
-        parts.append(text[start : match.start()])
-        start = match.start()
-    return [*parts, text[start:]]
-
-
-def encode_bytes(texts: list[str]) -> list[np.ndarray]:
-    return [np.frombuffer(utf8(text), np.uint8).astype(np.uint16) for text in texts]
-
-
-def utf8(text: str) -> bytes:
-    """UTF-8 of a document. Surrogate pairs are joined and lone ones become U+FFFD, as in tiktoken."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -758,27 +608,6 @@ class Metadata(BaseModel):
     finished: bool
     chunks: list[ChunkEntry]
     resume: dict | None = None  # while unfinished: a place in the source, and the rows to skip from there
-
-
-def write_atomically(path: Path, write: Callable) -> str:
-    """Let `write` fill a temporary file, then give it its name. Returns the SHA-256 of the content."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w+b") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
-
-
-def write_text(path: Path, text: str) -> str:
-    """As write_atomically, for a text in UTF-8."""
-    return write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_array(path: Path, values: np.ndarray) -> str:

@@ -29,7 +29,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
 
-from dataset_download import GPT2_PATTERN, InputError, Tokenizer, load_tokenizer, read_metadata
+from common import GPT2_PATTERN, InputError, Tokenizer, load_tokenizer
+from dataset_download import read_metadata
 from modeling_qkv import QKVConfig, QKVForCausalLM
 
 ROOT = Path(__file__).resolve().parent

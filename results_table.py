@@ -38,9 +38,11 @@ import torch
 import yaml
 
 import analysis_computation_profiler as profiler
+import report
 import transformer_KQV_300_M as script  # what the training scripts share
-from analysis_computation_profiler import SIZES, VARIANTS, Variant, listed
-from dataset_download import InputError, Parser, show_what_the_terminal_can, write_text
+from analysis_computation_profiler import Variant
+from common import SIZES, VARIANTS, InputError, Parser, show_what_the_terminal_can, write_text
+from report import listed
 
 RECORDED = ("variant", "train_data", "val_data", "init_from", "changes")  # in run.yaml and checkpoints
 TABLES = {"300M": ["300M (Table 4)"], "1.2B": ["1.2B (Table 10)"]}
@@ -446,7 +448,7 @@ def grid(columns, records, style):
     """A table of records by columns such as RESULTS, in one of tabulate's styles."""
     headers = [header for header, *_ in columns]
     rows = [[cell(record, *how) for _, *how in columns] for record in records]
-    return profiler.grid(headers, rows, style)
+    return report.grid(headers, rows, style)
 
 
 def document(tables, heading, style, bullet):
@@ -477,12 +479,12 @@ def as_csv(tables):
     rows = []
     for table in tables:
         rows += [{"table": ", ".join(table["title"])} | record for record in table["rows"]]
-    return profiler.sheet(rows)
+    return report.sheet(rows)
 
 
 def as_json(tables):
     """Everything, unrounded."""
-    return profiler.as_json([table | {"runs": [run.record() for run in table["runs"]]} for table in tables])
+    return report.as_json([table | {"runs": [run.record() for run in table["runs"]]} for table in tables])
 
 
 FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_json}
@@ -494,11 +496,11 @@ FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_
 
 def figure(path, titles, draw):
     """A PNG with a panel for each title; draw(axes) fills them."""
-    figure, axes = profiler.panels(titles)
+    figure, axes = report.panels(titles)
     for ax in axes:
         ax.title.set_fontsize("medium")
     draw(axes)
-    profiler.save_figure(path, figure)
+    report.save_figure(path, figure)
 
 
 def table_figure(path, tables, draw):
@@ -515,7 +517,7 @@ def curves(ax, table):
     """Validation loss of the text against tokens, a line for each run; the untrained model is left out."""
     named = set()
     for run in table["runs"]:
-        colour, marker = profiler.LOOKS[run.alias]
+        colour, marker = report.LOOKS[run.alias]
         points = [(e["tokens"] / 1e6, e["text_loss"]) for e in run.evaluations if e["step"]]
         name = run.variant.paper
         look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
@@ -532,10 +534,10 @@ def pareto(ax, table):
     for row in table["rows"]:
         if row["text_loss_vs_qkv"] is not None or row["variant"] == "QKV":
             points.append((row["cache_bytes_per_token"], row["text_loss_vs_qkv"] or 0.0, row))
-    front = profiler.pareto_front((size, loss) for size, loss, _ in points)
+    front = report.pareto_front((size, loss) for size, loss, _ in points)
     ax.plot(*zip(*front, strict=True), color="0.7", zorder=1)
     for size, loss, row in points:
-        colour, marker = profiler.LOOKS[row["alias"]]
+        colour, marker = report.LOOKS[row["alias"]]
         look = {"color": colour, "marker": marker, "markersize": 8, "capsize": 3}
         ax.errorbar(size, loss, row["text_loss_vs_qkv_spread"], **look)
         ax.annotate(row["variant"], (size, loss), (7, 5), textcoords="offset points")

@@ -50,19 +50,9 @@ from tabulate import tabulate
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from dataset_download import (
-    InputError,
-    Parser,
-    Tokenizer,
-    load_tokenizer,
-    network_errors,
-    read_metadata,
-    show_what_the_terminal_can,
-    write_text,
-)
+from common import ROOT, VARIANTS, InputError, Parser, Tokenizer, load_tokenizer, show_what_the_terminal_can, write_text
+from dataset_download import network_errors, read_metadata
 
-ROOT = Path(__file__).resolve().parent
-VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
 RANK = int(os.environ.get("RANK", 0))
 # without RANK, a WORLD_SIZE is left over from another job
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1

@@ -29,8 +29,9 @@ from statistics import fmean, stdev
 import numpy as np
 
 import analysis_computation_profiler as profiler
-from analysis_computation_profiler import VARIANTS, listed
-from dataset_download import InputError
+from common import VARIANTS, InputError
+from report import LOOKS, listed, sheet
+from report import as_json as unrounded
 from results_table import (
     Run,
     command_line,
@@ -656,13 +657,13 @@ def as_csv(reports):
     rows = []
     for report in reports:
         rows += [{"study": report["title"]} | record for record in report["gaps"]]
-    return profiler.sheet(rows)
+    return sheet(rows)
 
 
 def as_json(reports):
     """Everything, unrounded."""
     hidden = ("cells", "main")  # runs, which the records summarise
-    return profiler.as_json([{key: report[key] for key in report if key not in hidden} for report in reports])
+    return unrounded([{key: report[key] for key in report if key not in hidden} for report in reports])
 
 
 FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_json}
@@ -730,7 +731,7 @@ def gap_figures(folder, report):
     def other_variants(ax):
         for alias in others:
             points = [(cell.tokens_per_parameter, cell.gaps(alias, "own")) for cell in smallest]
-            gap_line(ax, points, (*profiler.LOOKS[alias], "-"), paper_name(cells, alias))
+            gap_line(ax, points, (*LOOKS[alias], "-"), paper_name(cells, alias))
 
     def panel(name, title, fill):
         def draw(axes):
@@ -767,7 +768,7 @@ def loss_figure(path, report):
                         losses = cell.losses(alias, cell.best_rate(alias))
                         points.append((cell.tokens / 1e6, list(losses.values())))
                 label = f"{VARIANTS[alias]['paper']}, {size}"
-                seed_line(ax, points, profiler.LOOKS[alias][0], marker, line, label)
+                seed_line(ax, points, LOOKS[alias][0], marker, line, label)
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         ax.yaxis.set_minor_locator(NullLocator())
@@ -815,7 +816,7 @@ def rate_figure(path, report):
                 rates = sorted(cell.runs.get(alias, ()))
                 points = [(1000 * rate, list(cell.losses(alias, rate).values())) for rate in rates]
                 if points:
-                    seed_line(ax, points, *profiler.LOOKS[alias], "-", paper_name(swept, alias))
+                    seed_line(ax, points, *LOOKS[alias], "-", paper_name(swept, alias))
             ticks = [1000 * rate for rates in cell.runs.values() for rate in rates]
             finish(ax, ticks, "peak learning rate, x 1e-3", "text loss, nats per token")
 

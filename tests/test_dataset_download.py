@@ -23,6 +23,7 @@ from conftest import GPT2_RANKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import common
 import dataset_download
 from dataset_download import main
 
@@ -965,7 +966,7 @@ def test_long_texts_are_cut_where_no_token_reaches_across(text, part, gpt2):
 
 @pytest.fixture(scope="module")
 def gpt2():
-    return dataset_download.load_tokenizer(str(GPT2_RANKS)), gpt2_encoding()
+    return common.load_tokenizer(str(GPT2_RANKS)), gpt2_encoding()
 
 
 @pytest.mark.skipif(not GPT2_RANKS.exists(), reason="no GPT-2 ranks on this machine")

@@ -31,7 +31,7 @@ from transformers import (
 
 import convert_checkpoint
 import export_hf
-from dataset_download import load_tokenizer
+from common import load_tokenizer
 from modeling_qkv import QKVForCausalLM
 
 FILES = {"README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_qkv.py"}

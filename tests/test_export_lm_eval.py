@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from test_export import export, modules, save  # noqa: F401
 from test_run_eval import FIVE, harness, tasks  # noqa: F401
 
-from dataset_download import load_tokenizer
+from common import load_tokenizer
 from run_eval import CheckpointLM
 
 

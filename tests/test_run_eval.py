@@ -28,7 +28,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import dataset_download
 import run_eval
-from dataset_download import load_tokenizer
+from common import load_tokenizer
 
 HARNESS_TASKS = Path(lm_eval.__file__).parent / "tasks"
 PIQA = str(HARNESS_TASKS / "piqa/piqa.yaml")

@@ -30,7 +30,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 import convert_checkpoint as cc  # noqa: E402
-from analysis_computation_profiler import LOOKS  # noqa: E402
+from report import LOOKS  # noqa: E402
 from scaling_table import t_interval  # noqa: E402
 
 FROM_THE_START = re.compile(r"(\w+?)_d(\w+?)_n(\d+)_lr([\d.]+)e-3_T256_(?:packed|padded)_seed(\d+)")

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
-from dataset_download import load_tokenizer  # noqa: E402
+from common import load_tokenizer  # noqa: E402
 from run_eval import CheckpointLM  # noqa: E402
 from transformer_KV_1_300_M import GPT_QKV_KEqualsV, ModelConfig  # noqa: E402
 

@@ -24,7 +24,8 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from dataset_download import encode_rows, load_tokenizer  # noqa: E402
+from common import load_tokenizer  # noqa: E402
+from dataset_download import encode_rows  # noqa: E402
 
 
 def documents(count):
