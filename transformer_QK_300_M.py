@@ -11,16 +11,10 @@ KV cache     K and V of every head: 2 x 20 layers x 1,024 numbers a token, 81,92
     python transformer_QK_300_M.py                          # one process: one GPU, or the CPU
     python transformer_QK_300_M.py --output_dir outputs_kv_masked score_padding=false seed=43
 
-Contents: attention, model, data, evaluation, training, output folder, logging, configuration, command line.
+Contents: attention, model, configuration, data, evaluation, output folder, log, processes, training, main.
 """
 
 from __future__ import annotations
-
-import signal
-
-# Until train() handles signals, Ctrl-C ends the run without a traceback, imports included.
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import base64
@@ -29,14 +23,12 @@ import hashlib
 import json
 import math
 import os
-import re
-import resource
+import signal
 import sys
 import time
 import zipfile
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import count, islice
 from pathlib import Path
@@ -48,10 +40,9 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 from pydantic.dataclasses import dataclass
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -69,8 +60,7 @@ N_KV_GROUPS = None  # KV heads of the grouped variants; None: one for each query
 OUTPUT_DIR = "outputs_kv"
 # [end of variant]
 
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun
-# without RANK, a WORLD_SIZE is left over from another job
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun, as WORLD_SIZE is
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 # -----------------------------------------------------------------------------
@@ -117,12 +107,8 @@ def causal_attention(q, k, v, config):
     if T == 1:
         # decode: one query sees every position. The query heads that share a KV head become several queries
         # of that head, so that each cached number is read once for all of them.
-        n_rep = n_head // n_kv_head
-        q = q.reshape(B, n_kv_head, n_rep, head_dim)
-        if n_rep == 1 and q.dtype == torch.bfloat16 and q.device.type == "cpu":
-            q = q.repeat(1, 1, 2, 1)  # in bf16 on a CPU, two rows take SDPA half the time of one
-        y = F.scaled_dot_product_attention(q, k, v)[:, :, :n_rep]
-        return y.reshape(B, n_head, 1, head_dim)
+        q = q.reshape(B, n_kv_head, n_head // n_kv_head, head_dim)
+        return F.scaled_dot_product_attention(q, k, v).reshape(B, n_head, 1, head_dim)
     # is_causal aligns the first query with the first key; after a past (S > T) the last ones must align
     mask = None if T == S else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=T == S, enable_gqa=n_kv_head < n_head)
@@ -130,167 +116,33 @@ def causal_attention(q, k, v, config):
 class KVCache:
     """The past of every layer: one [B, n_kv_head, max_length, head_dim] tensor for each name in CACHED.
 
-    `length` positions are filled; the model advances it once per forward pass, after all layers.
+    A layer's tensors are allocated with its first tokens, in their dtype and on their device. `length`
+    positions are filled; the model advances it after all layers of a forward pass, and it may be set back.
     """
 
-    def __init__(self, config: ModelConfig, batch_size: int, max_length: int, dtype, device):
-        n_kv_head = config.n_kv_groups or config.n_head
-        shape = (batch_size, n_kv_head, max_length, config.n_embd // config.n_head)
-        self.layers = []
-        for _ in range(config.n_layer):
-            self.layers.append([torch.empty(shape, dtype=dtype, device=device) for _ in CACHED])
-        self.batch_size = batch_size
+    def __init__(self, max_length: int):
         self.max_length = max_length
-        self.length = 0  # positions filled so far
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+        self.length = 0
+        self.layers = {}  # the tensors of each layer, by its number
 
     def append(self, layer, *new):
         """Write T new positions of a layer, [B, n_kv_head, T, head_dim] each; return all positions so far."""
-        end = self.length + new[0].shape[2]
-        for stored, tensor in zip(self.layers[layer], new, strict=True):
-            stored[:, :, self.length : end] = tensor
-        return [stored[:, :, :end].to(new[0].dtype) for stored in self.layers[layer]]
+        B, n_kv_head, T, head_dim = new[0].shape
+        if layer not in self.layers:
+            self.layers[layer] = [x.new_empty(B, n_kv_head, self.max_length, head_dim) for x in new]
+        end = self.length + T
+        for stored, x in zip(self.layers[layer], new, strict=True):
+            stored[:, :, self.length : end] = x
+        return [stored[:, :, :end] for stored in self.layers[layer]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensors in self.layers.values() for tensor in tensors)
 
 # -----------------------------------------------------------------------------
 # Model
 
 LOSS_CHUNK = 2048  # positions in each chunk of logits
-
-@contextmanager
-def eval_mode(model):
-    """Switch dropout off, and restore the previous mode even after an error."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
-        self.c_proj = nn.Linear(config.n_inner, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
-
-class Block(nn.Module):
-    def __init__(self, config, layer):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
-
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
-        x = x + self.mlp(self.ln_2(x))
-        return x
-
-class GPT_KV(nn.Module):
-    """GPT-2 style decoder: learned positions, pre-LayerNorm, output embedding tied to the input embedding."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.apply(self._init_weights)
-
-    def _init_weights(self, module):
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-
-    def forward(self, input_ids, labels=None, cache: KVCache | None = None):
-        """int64 [B, T] -> (logits [B, T, vocab_size], None), or (None, mean loss in nats) given labels.
-
-        Labels are the inputs, shifted here; -100 is not scored. With a cache (inference only) the T tokens
-        follow those in it and join them. ValueError if they do not fit n_positions or the cache.
-        """
-        hidden = self.hidden_states(input_ids, cache)
-        if labels is None:
-            return F.linear(hidden, self.wte.weight), None
-        hidden, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        loss_sum = ChunkedCrossEntropy.apply(hidden, self.wte.weight, targets)
-        return None, loss_sum / (targets != -100).sum().clamp(min=1)
-
-    def hidden_states(self, input_ids, cache=None):
-        """The output of the final LayerNorm, [B, T, C]."""
-        B, T = input_ids.shape
-        past = cache.length if cache else 0
-        if past + T > self.config.n_positions:
-            raise ValueError(f"{past + T} tokens do not fit n_positions, {self.config.n_positions}")
-        if cache and (cache.batch_size != B or past + T > cache.max_length):
-            raise ValueError(f"{B} x {past + T} tokens in a cache of {cache.batch_size} x {cache.max_length}")
-        x = self.wte(input_ids) + self.wpe(torch.arange(past, past + T, device=input_ids.device))
-        for block in self.h:
-            x = block(x, cache)
-        if cache:
-            cache.length += T
-        return self.ln_f(x)
-
-    def token_losses(self, hidden, labels):
-        """Cross-entropy in nats of each token but the first: [B, T - 1], 0 where the label is -100."""
-        x, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-        losses = []
-        for x_chunk, target in zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-            logits = F.linear(x_chunk, self.wte.weight).float()
-            losses.append(F.cross_entropy(logits, target, reduction="none"))
-        return torch.cat(losses).view(len(labels), -1)
-
-    def make_cache(self, batch_size: int, max_length: int | None = None, dtype=None) -> KVCache:
-        """An empty cache, by default for n_positions tokens and in the dtype of the forward pass."""
-        device = self.wte.weight.device
-        max_length = self.config.n_positions if max_length is None else max_length
-        if batch_size < 1 or max_length < 1:
-            raise ValueError(f"expected at least one row and one position, got {batch_size} x {max_length}")
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else self.wte.weight.dtype
-        return KVCache(self.config, batch_size, max_length, dtype, device)
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
-        """Continue the prompts, int64 [B, T], to [B, T + max_new_tokens]; temperature 0 is greedy.
-
-        Beyond n_positions the model sees the last n_positions tokens. There each step moves every token to
-        another learned position, which invalidates the cache, so the window is recomputed.
-        """
-        B, T = idx.shape
-        window = self.config.n_positions
-        if T == 0 or not temperature >= 0 or (top_k is not None and top_k < 1):  # NaN is refused too
-            given = f"a prompt of {T} tokens, temperature {temperature}, top_k {top_k}"
-            raise ValueError(f"expected a prompt of some tokens, temperature >= 0, top_k > 0; got {given}")
-        tokens = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], dim=1)
-        cache = self.make_cache(B, min(T + max_new_tokens, window)) if use_cache else None
-        # on a CPU, a product with one row in fp32 takes half the time if the embedding is stored by columns
-        head = self.wte.weight
-        if head.device.type == "cpu" and head.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-            head = head.t().contiguous().t()
-        with eval_mode(self):
-            for end in range(T, T + max_new_tokens):
-                if cache and end <= window:  # prefill first, then decode one token at a time
-                    hidden = self.hidden_states(tokens[:, cache.length : end], cache)
-                else:
-                    hidden = self.hidden_states(tokens[:, max(0, end - window) : end])
-                logits = F.linear(hidden[:, -1], head).float()
-                if temperature == 0:
-                    tokens[:, end] = logits.argmax(dim=-1)
-                    continue
-                if top_k is not None:
-                    kth_largest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits[logits < kth_largest] = -math.inf
-                tokens[:, end] = torch.multinomial((logits / temperature).softmax(dim=-1), 1)[:, 0]
-        return tokens
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of the logits x [N, C] @ weight.T [C, V]; targets [N] of -100 are not scored.
@@ -323,25 +175,208 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad_output, grad_weight * grad_output, None
 
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None):
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+class GPT_KV(nn.Module):
+    """GPT-2 style decoder: learned positions, pre-LayerNorm, output embedding tied to the input embedding."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def forward(self, input_ids, labels=None, cache=None):
+        """int64 [B, T] -> (logits [B, T, vocab_size], None), or (None, mean loss in nats) given labels.
+
+        Labels are the inputs, shifted here; -100 is not scored. With a KVCache (inference only) the T tokens
+        follow those in it and join them. ValueError if they do not fit n_positions or the cache.
+        """
+        hidden = self.hidden_states(input_ids, cache)
+        if labels is None:
+            return F.linear(hidden, self.wte.weight), None
+        hidden, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        loss_sum = ChunkedCrossEntropy.apply(hidden, self.wte.weight, targets)
+        return None, loss_sum / (targets != -100).sum().clamp(min=1)
+
+    def hidden_states(self, input_ids, cache=None):
+        """The output of the final LayerNorm, [B, T, C]."""
+        past, T = cache.length if cache else 0, input_ids.shape[1]
+        limit = min(self.config.n_positions, cache.max_length) if cache else self.config.n_positions
+        if past + T > limit:
+            raise ValueError(f"{past + T} tokens do not fit {limit} positions")
+        x = self.wte(input_ids) + self.wpe(torch.arange(past, past + T, device=input_ids.device))
+        for block in self.h:
+            x = block(x, cache)
+        if cache:
+            cache.length += T
+        return self.ln_f(x)
+
+    def token_losses(self, hidden, labels):
+        """Cross-entropy in nats of each token but the first: [B, T - 1], 0 where the label is -100."""
+        x, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        losses = []
+        for x_chunk, target in zip(x.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
+            logits = F.linear(x_chunk, self.wte.weight).float()
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+        return torch.cat(losses).view(len(labels), -1)
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, use_cache=True):
+        """Continue the prompts, int64 [B, T], to [B, T + max_new_tokens]; temperature 0 is greedy.
+
+        Beyond n_positions the model sees the last n_positions tokens. There each step moves every token to
+        another learned position, which invalidates the cache, so the window is recomputed.
+        """
+        window = self.config.n_positions
+        cache = KVCache(min(window, idx.shape[1] + max_new_tokens)) if use_cache else None
+        with eval_mode(self):
+            for _ in range(max_new_tokens):
+                if cache and idx.shape[1] <= window:  # prefill first, then decode one token at a time
+                    hidden = self.hidden_states(idx[:, cache.length :], cache)
+                else:
+                    hidden = self.hidden_states(idx[:, -window:])
+                logits = F.linear(hidden[:, -1], self.wte.weight).float()
+                if top_k is not None:
+                    kth_largest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits[logits < kth_largest] = -math.inf
+                if temperature == 0:
+                    token = logits.argmax(dim=-1, keepdim=True)
+                else:
+                    token = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
+                idx = torch.cat([idx, token], dim=1)
+        return idx
+
+@contextmanager
+def eval_mode(model):
+    """Switch dropout off, and restore the previous mode even after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
 # -----------------------------------------------------------------------------
-# Data, and the errors that end a run
+# Configuration: the settings of configs/*.yaml
 
 class RunError(ValueError):
     """Ends a run with one line instead of a traceback: what is wrong, where, and what to do about it."""
 
-    def __init__(self, message):
-        super().__init__(" ".join(message.split()))  # libraries explain themselves in paragraphs
-
-class OneRankError(RunError):
-    """Raised on one rank while the others may know nothing of it; whoever raises it prints it."""
+    def __str__(self):
+        return " ".join(super().__str__().split())  # libraries explain themselves in paragraphs
 
 def require(condition, message):
     if not condition:
         raise RunError(message)
 
-def sha256_of(path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+CHECKS = {"extra": "forbid", "allow_inf_nan": False}
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+@dataclass(kw_only=True, config=CHECKS)
+class ModelConfig:
+    vocab_size: PositiveInt = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128
+    n_positions: PositiveInt = 2048  # context length; positions are learned
+    n_embd: PositiveInt  # width, C
+    n_layer: PositiveInt
+    n_head: PositiveInt  # query heads; head_dim is n_embd / n_head
+    n_inner: PositiveInt | None = None  # width of the MLP; null: 4 n_embd
+    n_kv_groups: PositiveInt | None = N_KV_GROUPS  # KV heads of the grouped variants
+    dropout: Fraction = 0.1  # on the outputs of attention and MLP
+    layer_norm_epsilon: PositiveFloat = 1e-5
+    initializer_range: PositiveFloat = 0.02  # standard deviation of the initial weights
+    use_flash_attention: bool = True  # flash-attn, if it is installed and fits: CUDA, bf16
+
+    def __post_init__(self):
+        self.n_inner = self.n_inner or 4 * self.n_embd
+        require(self.n_embd % self.n_head == 0, f"n_embd: expected a multiple of n_head, {self.n_head}")
+        grouped = N_KV_GROUPS not in (None, 1) and self.n_kv_groups and self.n_head % self.n_kv_groups == 0
+        fits = grouped or self.n_kv_groups == N_KV_GROUPS
+        require(fits, f"n_kv_groups: {PAPER_NAME} with {self.n_head} heads cannot have {self.n_kv_groups}")
+
+@dataclass(kw_only=True, config=CHECKS)
+class TrainingConfig:
+    train_data: str  # folder of a split that dataset_download.py wrote
+    val_data: str  # folder of the split to evaluate on
+    sequence: Literal["padded", "packed"]  # padded: a document a row; packed: full rows
+    score_padding: bool  # score the padding in the training loss, as published
+    seq_length: Annotated[int, Field(ge=2)]  # tokens in a row
+    micro_batch_size: PositiveInt  # rows in one forward and backward pass
+    gradient_accumulation: PositiveInt  # passes of each GPU in a step
+    num_gpus: PositiveInt  # GPUs of the published run; any world size shares its batch
+    target_tokens: PositiveInt  # tokens to train on, padding included
+    learning_rate: PositiveFloat  # at the end of the warm-up
+    min_lr: NonNegativeFloat  # where the decay ends
+    lr_scheduler: Literal["cosine", "linear", "constant"]  # from learning_rate to min_lr
+    warmup_steps: NonNegativeInt  # steps of linear warm-up
+    weight_decay: NonNegativeFloat  # of AdamW, on every parameter
+    beta1: Fraction
+    beta2: Fraction
+    grad_clip: PositiveFloat  # gradients of a larger norm are scaled down to it
+    skip_grad_norm: PositiveFloat  # an update with a larger gradient norm is skipped
+    seed: NonNegativeInt  # of weights, order of the data and dropout
+    precision: Literal["bf16", "fp32"]  # bf16: autocast, the weights stay fp32
+    compile: Literal["auto"] | bool  # torch.compile; auto: on CUDA
+    log_interval: PositiveInt  # steps between train records
+    eval_interval: PositiveInt  # steps between evaluations
+    eval_batches: PositiveInt | None  # batches of an evaluation; null: all
+    save_interval: PositiveInt  # steps between checkpoints
+    keep_checkpoints: PositiveInt | None  # how many of the newest to keep; null: all
+    sample_tokens: NonNegativeInt  # length of the samples beside each checkpoint; 0: none
+    wandb: Literal["disabled", "offline", "online"]  # log to Weights & Biases too
+
+    def __post_init__(self):
+        self.rows_per_step = self.micro_batch_size * self.gradient_accumulation * self.num_gpus
+        self.tokens_per_step = self.rows_per_step * self.seq_length
+        self.total_steps = self.target_tokens // self.tokens_per_step
+        require(self.total_steps, f"target_tokens: less than one step of {self.tokens_per_step} tokens")
+        require(self.warmup_steps <= self.total_steps, f"warmup_steps: more than all {self.total_steps}")
+        require(self.min_lr <= self.learning_rate, "min_lr: more than learning_rate")
+
+def load_config(cls, path, settings):
+    """A config from a YAML file and from those {key: value} settings that are fields of it."""
+    settings = {key: value for key, value in settings.items() if key in cls.__annotations__}
+    try:
+        return cls(**yaml.safe_load(Path(path).read_text(encoding="utf-8")) | settings)
+    except ValidationError as error:
+        first = error.errors()[0]  # of a key, or of __post_init__, where values do not go together
+        place = "command line" if set(first["loc"]) & settings.keys() else path
+        key = f"{first['loc'][0]}, {first['input']!r:.40}" if first["loc"] else "together"
+        raise RunError(f"{place}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{path}: expected lines of 'key: value': {error}") from error
+
+# -----------------------------------------------------------------------------
+# Data
 
 class TokenDataset(Dataset):
     """Rows (input_ids int64 [T], is_text bool [T]) of one split of dataset_download.py, memory-mapped.
@@ -352,68 +387,34 @@ class TokenDataset(Dataset):
     """
 
     def __init__(self, data_path, seq_length: int, sequence: str = "padded"):
-        if sequence not in ("padded", "packed"):
-            raise ValueError(f"sequence: expected padded or packed, got {sequence!r}")
-        if seq_length < 1:
-            raise ValueError(f"seq_length: expected at least 1, got {seq_length}")
-        self.path = Path(data_path)
-        self.seq_length = seq_length
-        self.packed = sequence == "packed"
+        self.path, self.seq_length, self.packed = Path(data_path), seq_length, sequence == "packed"
         self.tokens, self.offsets = [], []  # an array of each for every chunk
         sizes = []  # of the chunks, in rows
-        name = "metadata.json"  # the file being read, for the message
         try:
-            metadata = json.loads((self.path / name).read_text(encoding="utf-8"))
-            done = metadata["finished"] and metadata["documents"] > 0 and metadata["chunks"]
-            require(done, "the preparation is not finished, or found no documents")
-            self.chunks, self.eos_id = metadata["chunks"], metadata["eos_id"]
-            self.vocab_size = metadata["vocab_size"]
-            hashes = metadata.get("tokenizer_sha256", {})
-            digest = hashes.get("tokenizer.tiktoken")
-            self.tokenizer = {"name": metadata["tokenizer"], "vocab_size": self.vocab_size, "sha256": digest}
-
-            name = "token_bytes.npy"
-            self.token_bytes = np.load(self.path / name).astype(np.int64)  # UTF-8 bytes of each token
-            require(self.token_bytes.shape == (self.vocab_size,), f"expected {self.vocab_size} numbers")
-            same = hashes.get(name) in (None, sha256_of(self.path / name))
-            require(same, "changed since it was prepared")
-
+            metadata = json.loads((self.path / "metadata.json").read_text(encoding="utf-8"))
+            require(metadata["finished"] and metadata["documents"], "not finished, or without documents")
+            self.eos_id, self.vocab_size = metadata["eos_id"], metadata["vocab_size"]
+            self.token_bytes = np.load(self.path / "token_bytes.npy").astype(np.int64)  # UTF-8 bytes of each
+            self.chunks = metadata["chunks"]
             for chunk in self.chunks:
-                n_documents = int(chunk["documents"])
-                n_tokens = chunk["tokens"] + n_documents  # with their end-of-text tokens
-                name = f"{chunk['name']}.tokens.npy"
-                tokens = np.load(self.path / name, mmap_mode="r")
-                require(tokens.shape != (chunk["tokens"],), "an older format; delete it and prepare it again")
-                whole = tokens.shape == (n_tokens,) and tokens.dtype == np.uint16
-                require(whole, f"expected {n_tokens} numbers in uint16, found {tokens.shape}")
-                require(tokens[-1] == self.eos_id, f"ends in token {tokens[-1]}, and eos_id is {self.eos_id}")
-                name = f"{chunk['name']}.offsets.npy"
-                offsets = np.load(self.path / name, mmap_mode="r")
-                fits = offsets.shape == (n_documents + 1,) and offsets.dtype == np.int64
-                fits = fits and offsets[0] == 0 and offsets[-1] == n_tokens and (np.diff(offsets) > 0).all()
-                require(fits, f"expected {n_documents + 1} int64 that rise from 0 to {n_tokens}")
+                tokens = np.load(self.path / f"{chunk['name']}.tokens.npy", mmap_mode="r")
+                offsets = np.load(self.path / f"{chunk['name']}.offsets.npy", mmap_mode="r")
+                whole = len(offsets) == chunk["documents"] + 1 and offsets[-1] == len(tokens)
+                require(whole, f"{chunk['name']} has another length than its metadata say")
                 self.tokens.append(tokens)
                 self.offsets.append(offsets)
-                sizes.append(math.ceil(n_tokens / seq_length) if self.packed else n_documents)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
+                sizes.append(math.ceil(len(tokens) / seq_length) if self.packed else chunk["documents"])
+            digest = metadata.get("tokenizer_sha256", {}).get("tokenizer.tiktoken")
+            self.tokenizer = {"name": metadata["tokenizer"], "vocab_size": self.vocab_size, "sha256": digest}
+        except (OSError, ValueError, LookupError) as error:
             how = f"run dataset_download.py --output_dir {self.path.parent}"
-            raise RunError(f"{self.path}: no complete token files: {name}: {error}; {how}") from error
+            raise RunError(f"{self.path}: no complete token files: {error}; {how}") from error
         self.first_rows = np.cumsum([0, *sizes])  # where each chunk starts; the last entry counts all rows
-
-    def verify(self):
-        """Check the SHA-256 of every chunk: 20 GB at 10B tokens, half a minute from a local disk."""
-        for chunk in self.chunks:
-            for kind in ("tokens", "offsets"):
-                path = self.path / f"{chunk['name']}.{kind}.npy"
-                same = sha256_of(path) == chunk.get(f"{kind}_sha256")
-                require(same, f"{path}: changed since it was prepared")
 
     def __len__(self):
         return int(self.first_rows[-1])
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
         chunk = bisect_right(self.first_rows, i) - 1
         row = i - self.first_rows[chunk]
         tokens, offsets = self.tokens[chunk], self.offsets[chunk]
@@ -421,9 +422,6 @@ class TokenDataset(Dataset):
             ids = tokens[row * self.seq_length : (row + 1) * self.seq_length]
         else:  # without its end-of-text token
             ids = tokens[offsets[row] : offsets[row + 1] - 1][: self.seq_length]
-        if len(ids) and ids.max() >= self.vocab_size:
-            name = f"{self.path}/{self.chunks[chunk]['name']}.tokens.npy"
-            raise OneRankError(f"{name}: a token beyond the vocabulary")
         input_ids = np.full(self.seq_length, self.eos_id, dtype=np.int64)
         input_ids[: len(ids)] = ids
         return torch.from_numpy(input_ids), torch.arange(self.seq_length) < len(ids)
@@ -434,15 +432,15 @@ class TokenDataset(Dataset):
         pieces = {int(i): base64.b64decode(piece) for piece, i in map(bytes.split, lines)}
         return b"".join(pieces.get(i, b"<|endoftext|>") for i in token_ids).decode("utf-8", errors="replace")
 
-def shuffled_batches(n_rows, batch_size, seed, rows_seen, rank, world_size):
-    """Endless micro batches of row numbers for one rank, from row `rows_seen` of the run on.
+def shuffled_batches(n_rows, batch_size, seed, rows_seen):
+    """Endless micro batches of row numbers for this rank, from row `rows_seen` of the run on.
 
     Epoch e reads the rows in a permutation that depends on (seed, e) alone, and ranks take micro batches in
     turn. So neither the world size nor a resume changes the global batch of a step. Positions count the rows
     of the whole run, over all epochs.
     """
     epoch = None
-    for first in count(rows_seen + rank * batch_size, world_size * batch_size):
+    for first in count(rows_seen + RANK * batch_size, WORLD_SIZE * batch_size):
         batch = []
         for position in range(first, first + batch_size):
             if position // n_rows != epoch:
@@ -451,441 +449,122 @@ def shuffled_batches(n_rows, batch_size, seed, rows_seen, rank, world_size):
             batch.append(int(permutation[position % n_rows]))
         yield batch
 
-def get_dataloader(data_path, batch_size, seq_length, sequence="padded", seed=None, rows_seen=0,
-                   rank=RANK, world_size=WORLD_SIZE) -> DataLoader:
+def get_dataloader(data_path, batch_size, seq_length, sequence="padded", seed=None, rows_seen=0):
     """This rank's batches (input_ids int64 [B, T], is_text bool [B, T]) of TokenDataset's rows.
 
     Without a seed: every row once, in order. With one: shuffled and endless, from row `rows_seen` of the run.
-    ValueError for an unknown `sequence`, a size or rank out of range, or data that cannot be read.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank: expected 0 to {world_size - 1}, got {rank}")
     dataset = TokenDataset(data_path, seq_length, sequence)
     if seed is None:
-        firsts = range(rank * batch_size, len(dataset), world_size * batch_size)
+        firsts = range(RANK * batch_size, len(dataset), WORLD_SIZE * batch_size)
         batches = [range(first, min(first + batch_size, len(dataset))) for first in firsts]
     else:
-        batches = shuffled_batches(len(dataset), batch_size, seed, rows_seen, rank, world_size)
+        batches = shuffled_batches(len(dataset), batch_size, seed, rows_seen)
     return DataLoader(dataset, batch_sampler=batches, pin_memory=torch.cuda.is_available())
 
 # -----------------------------------------------------------------------------
 # Evaluation
 
+STOP = []  # signals to stop; the step in hand is finished and saved first
+
 @torch.no_grad()
-def evaluate(model, val_loader, max_batches: int | None = None, received=()) -> dict | None:
+def evaluate(model, val_loader, max_batches: int | None = None) -> dict | None:
     """Evaluate on val_loader, or on its first max_batches batches. Autocast is up to the caller.
 
     Each rank scores its share and the sums are added, so the world size does not change the result. Returns
     loss, perplexity: nats per token over all positions, padding included (the paper's protocol), and its exp;
     text_loss, text_perplexity: over text only; bits_per_byte: of its UTF-8; padding_fraction: of positions.
-    None if a signal arrives meanwhile. RunError if there is nothing to score, ValueError for wrong arguments.
+    None if a signal to stop arrives meanwhile.
     """
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches: expected at least 1, got {max_batches}")
-    if max_batches is None and isinstance(getattr(val_loader, "batch_sampler", None), Iterator):
-        raise ValueError("max_batches: expected a number for a shuffled loader, which is endless")
-    dataset = val_loader.dataset
-    size, limit = len(dataset.token_bytes), model.config.vocab_size
-    if size > limit:
-        raise ValueError(f"vocab_size: {size} tokens in the data, {limit} in the model")
-
     # max_batches counts those of all ranks, which take them in turn
     share = None if max_batches is None else len(range(RANK, max_batches, WORLD_SIZE))
-    token_bytes = torch.from_numpy(dataset.token_bytes)
-    device = model.wte.weight.device
+    token_bytes = torch.from_numpy(val_loader.dataset.token_bytes)
     sums = torch.zeros(7, dtype=torch.float64)  # as unpacked below
     with eval_mode(model):
         for input_ids, is_text in islice(val_loader, share):
-            if received:  # signals to stop
+            if STOP:
                 break
-            inputs = input_ids.to(device)
+            inputs = input_ids.to(model.wte.weight.device)
             losses = model.token_losses(model.hidden_states(inputs), inputs).cpu().double()
             text = is_text[:, 1:]  # the first token of a row has none before it
             text_bytes = (token_bytes[input_ids[:, 1:]] * text).sum()
             counts = losses.numel(), text.sum(), text_bytes, (~is_text).sum(), is_text.numel()
             sums += torch.tensor([losses.sum(), (losses * text).sum(), *counts], dtype=torch.float64)
-    parts = all_gather(None if received else sums)
+    parts = all_gather(None if STOP else sums)
     if any(part is None for part in parts):
         return None
     nats, text_nats, positions, text_positions, text_bytes, padding, total = sum(parts).tolist()
-    require(text_positions, f"{dataset.path}: no document of two tokens or more, nothing to score")
-    loss = nats / positions
-    text_loss = text_nats / text_positions
+    require(text_bytes, f"{val_loader.dataset.path}: no document of two tokens or more, nothing to score")
+    loss, text_loss = nats / positions, text_nats / text_positions
     results = {"loss": loss, "perplexity": float(np.exp(loss))}
     results |= {"text_loss": text_loss, "text_perplexity": float(np.exp(text_loss))}
-    results["bits_per_byte"] = text_nats / math.log(2) / text_bytes if text_bytes else math.nan
+    results["bits_per_byte"] = text_nats / math.log(2) / text_bytes
     return results | {"padding_fraction": padding / total}
 
 # -----------------------------------------------------------------------------
-# Training
+# Output folder: one folder is one run, which goes on from its newest checkpoint
 
-LOWER_RATE = "Lower learning_rate and resume with --accept_changes."
-
-def get_lr(step: int, config: TrainingConfig) -> float:
-    """The rate of update number `step`, from 0 on: linear warm-up, then from learning_rate to min_lr."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
-    decay = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1}
-    return config.min_lr + decay[config.lr_scheduler] * (config.learning_rate - config.min_lr)
-
-def train(model_config, config, output_dir, resume="auto", init_from=None, accept_changes=False) -> int:
-    """Train to the last step, or until a signal asks to stop; returns 0, or the number of that signal."""
-    device = init_distributed()
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-    # data and output folder: what does not fit together is refused before anything is written
-    with errors_on_all_ranks():
-        accumulation_steps = accumulation_for(config, WORLD_SIZE)
-        loader_args = (config.micro_batch_size, config.seq_length, config.sequence)
-        train_set = TokenDataset(config.train_data, config.seq_length, config.sequence)
-        val_loader = get_dataloader(config.val_data, *loader_args)
-        run = describe_run(model_config, config, train_set, val_loader.dataset, init_from)
-    require_same_on_all_ranks("settings and data", run)
-    with errors_on_all_ranks():
-        found = [] if resume == "never" else checkpoints(output_dir)
-        start = find_start(output_dir, resume, run, config.total_steps, accept_changes) if RANK == 0 else None
-    path, evaluated_at, saved_at, run = all_gather(start)[0]  # rank 0 decides
-
-    # the checkpoint to start from: this run's, or another's for its weights; the same file on all ranks
-    source = path or init_from
-    if source:
-        with errors_on_all_ranks():
-            checkpoint = read_checkpoint(source, to_resume=path is not None)
-            recorded = checkpoint.get("tokenizer")  # released checkpoints do not say
-            digest = recorded.get("sha256") if isinstance(recorded, dict) else None
-            same = digest in (None, train_set.tokenizer["sha256"])
-            require(same, f"{source}: was trained with another tokenizer than that of {config.train_data}")
-            parts = [(part.filename, part.CRC) for part in zipfile.ZipFile(source).infolist()]
-        require_same_on_all_ranks(source, parts)
-
-    # model and optimizer; one parameter group, since the published recipe decays biases and LayerNorms too
-    with errors_on_all_ranks():
-        torch.manual_seed(config.seed)
-        model = GPT_KV(model_config).to(device)
-        recipe = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **recipe)
-        step = checkpoint["step"] if path else 0
-        if source:
-            load_weights(model, checkpoint, source)
-        if path:
-            train_set.verify()
-            val_loader.dataset.verify()
-            load_optimizer(optimizer, checkpoint, path)
-            optimizer.param_groups[0].update(recipe)  # over the recorded one: a change may be accepted
-        checkpoint = None  # or its file would stay mapped to memory
-        rows_seen = step * config.rows_per_step
-        batches = iter(get_dataloader(config.train_data, *loader_args, config.seed, rows_seen))
-
-    # from here on the folder is this run's: rank 0 keeps others out
-    with errors_on_all_ranks():
-        lock = lock_output_dir(output_dir, resume == "never") if RANK == 0 else nullcontext()
-
-    # compile if asked to, and print what will run
-    if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
-        model.compile()
-    n_parameters = sum(p.numel() for p in model.parameters())
-    print0(f"{PAPER_NAME}: {n_parameters:,} parameters, {config.precision} on {device}")
-    batch = f"{config.micro_batch_size} rows x {accumulation_steps} accumulation steps x {WORLD_SIZE} ranks"
-    print0(f"{config.total_steps:,} steps of {batch}, {config.tokens_per_step:,} tokens")
-    if path:
-        print0(f"resuming from {path} at step {step} of {config.total_steps}")
-    elif init_from:
-        print0(f"starting at step 0 with the weights of {init_from}")
-
-    score_padding = config.sequence == "padded" and config.score_padding
-    stopping = False
-    skipped_in_a_row = 0
-    seconds, timed_steps, skipped = 0.0, 0, 0  # since the last train record
-    with lock, stop_signals() as received:
-        with errors_on_all_ranks():
-            # another run may have saved between the first look and the lock
-            same = RANK > 0 or checkpoints(output_dir) == found
-            require(same, f"{output_dir}: another run has just saved there; start again")
-            finished = config.total_steps == step == evaluated_at == saved_at
-            log = Logger(output_dir, run, config, step, finished)
-        while True:  # the last iteration only evaluates and saves
-            last_step = step == config.total_steps
-
-            # once in a while, and at the end: evaluate
-            if (last_step or step % config.eval_interval == 0) and step != evaluated_at and not stopping:
-                with autocast:
-                    results = evaluate(model, val_loader, config.eval_batches, received)
-                stopping = results is None
-                if results:
-                    finite = math.isfinite(results["loss"])
-                    require(finite, f"step {step}: the validation loss is {results['loss']}. {LOWER_RATE}")
-                    log("final" if last_step else "val", step, results)
-                    evaluated_at = step
-
-            # once in a while, at the end and when told to stop: save
-            complete = last_step and not stopping
-            if (complete or stopping or step % config.save_interval == 0) and step != saved_at:
-                finite = all(p.isfinite().all() for p in model.parameters())
-                require(finite, f"step {step}: weights are not finite, and not saved. {LOWER_RATE}")
-                if RANK == 0:
-                    progress = {"step": step, "epoch": rows_seen // len(train_set)}
-                    save_checkpoint(output_dir, run | progress, model, optimizer, config, complete)
-                    if config.sample_tokens and not stopping:
-                        write_samples(output_dir, step, model, val_loader.dataset, config, autocast)
-                saved_at = step
-            if complete or stopping:
-                all_gather(None)  # torchrun ends all ranks soon after the first: wait for rank 0 to save
-                break
-
-            # forward and backward over this rank's share of the global batch; gradients of the summed loss
-            t0 = time.perf_counter()
-            loss_sum, n_scored = torch.zeros(2, device=device)
-            for micro_step in range(accumulation_steps):
-                input_ids, is_text = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-                labels = input_ids if score_padding else input_ids.masked_fill(~is_text, -100)
-                # dropout is seeded by the micro batch's first row, and so does not depend on the world size
-                row = rows_seen + (micro_step * WORLD_SIZE + RANK) * config.micro_batch_size
-                torch.manual_seed(int(np.random.SeedSequence((config.seed, row)).generate_state(1)[0]))
-                with autocast:
-                    _, loss = model(input_ids, labels)
-                n = (labels[:, 1:] != -100).sum()
-                (loss * n).backward()
-                loss_sum += loss.detach() * n
-                n_scored += n
-
-            # sum over the ranks, once a step, and divide by the scored tokens of the global batch; a signal
-            # to one rank stops all of them
-            totals = torch.stack([loss_sum, n_scored, loss_sum.new_tensor(len(received))])
-            if dist.is_initialized():
-                for tensor in [totals, *(p.grad for p in model.parameters())]:
-                    dist.all_reduce(tensor)
-            for p in model.parameters():
-                p.grad.mul_(1 / totals[1])
-            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            loss_sum, n_scored, stopped, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # host sync
-            require(n_scored, f"step {step + 1}: nothing to score in a global batch of {config.train_data}")
-            loss = loss_sum / n_scored
-            stopping = stopped > 0
-            require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}. {LOWER_RATE}")
-
-            # update, unless the gradient norm is too large or not a number
-            lr = get_lr(step, config)
-            optimizer.param_groups[0]["lr"] = lr
-            if grad_norm <= config.skip_grad_norm:
-                optimizer.step()
-                skipped_in_a_row = 0
-            else:
-                print0(f"warning: step {step + 1}: update skipped, its gradient norm is {grad_norm}")
-                skipped += 1
-                skipped_in_a_row += 1
-                require(skipped_in_a_row < 10, f"step {step + 1}: 10 updates skipped in a row. {LOWER_RATE}")
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            rows_seen += config.rows_per_step
-
-            # once in a while: log
-            seconds += time.perf_counter() - t0
-            timed_steps += 1
-            if step % config.log_interval == 0 or step == config.total_steps:
-                speed = timed_steps * config.tokens_per_step / seconds
-                results = {"loss": loss, "perplexity": float(np.exp(loss)), "learning_rate": lr}
-                results |= {"grad_norm": grad_norm, "tokens_per_second": speed}
-                if skipped:
-                    results["skipped_updates"] = skipped
-                log("train", step, results | mfu(model, config, device, speed))
-                seconds, timed_steps, skipped = 0.0, 0, 0
-    log.close(model, step, device, complete)
-    if complete:
-        return 0
-    return received[0] if received else signal.SIGTERM  # another rank received it
-
-def accumulation_for(config, world_size) -> int:
-    """Gradient accumulation steps of each process; every world size shares the same global batch."""
-    total = config.gradient_accumulation * config.num_gpus
-    if total % world_size:
-        sizes = ", ".join(str(n) for n in range(1, total + 1) if total % n == 0)
-        raise RunError(f"{world_size} ranks cannot share {total} micro batches; use {sizes}")
-    return total // world_size
-
-def mfu(model, config, device, tokens_per_second) -> dict:
-    """Model FLOPs utilisation: the share of the dense bf16 peak of all GPUs, if it is known."""
-    # dense bf16 TFLOP/s; the first match wins, so the longer names come first
-    peaks = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((1e12 * peak for name, peak in peaks.items() if name in gpu), None)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    flops = 6 * n_parameters + 12 * model.config.n_layer * model.config.n_embd * config.seq_length
-    return {"mfu": flops * tokens_per_second / (peak * WORLD_SIZE)} if peak else {}
-
-# -----------------------------------------------------------------------------
-# Output folder: what it holds decides whether a run may start there; checkpoints
-
-MAY_CHANGE = (  # on a resume: text, global batch and recipe stay the same
+MAY_CHANGE = (  # when a run is resumed: text, global batch and recipe stay the same
     "micro_batch_size", "gradient_accumulation", "num_gpus", "train_data", "val_data", "use_flash_attention",
     "compile", "log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints",
     "sample_tokens", "wandb",
 )
-ARCHITECTURE = {  # what weights are tied to
-    "variant", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "n_kv_groups",
-    "layer_norm_epsilon",
-}
-NEVER_CHANGES = ARCHITECTURE | {"init_from", "training text", "validation text", "seq_length", "global batch"}
-WAYS_ON = "use another --output_dir, or --resume never to move the old run aside"
 
-def describe_run(model_config, config, train_set, val_set, init_from) -> dict:
-    """What a run is, as its files record it; RunError if model and data do not go together."""
-    length, longest = config.seq_length, model_config.n_positions
-    require(length <= longest, f"seq_length: expected at most n_positions ({longest}), got {length}")
-    size, limit = train_set.vocab_size, model_config.vocab_size
-    require(size <= limit, f"vocab_size: expected at least {size} for {train_set.path}, got {limit}")
-    same = val_set.tokenizer == train_set.tokenizer
-    require(same, f"{val_set.path}: its tokenizer is not that of {train_set.path}; prepare both alike")
-    if val_set.chunks == train_set.chunks:
-        print0("warning: val_data is the text of train_data, so its perplexity is of text seen in training")
-    run = {"variant": VARIANT, "model_config": asdict(model_config), "train_config": asdict(config)}
-    if N_KV_GROUPS is None:  # as in the release
-        del run["model_config"]["n_kv_groups"]
-    data = {"train_data": train_set.chunks, "val_data": val_set.chunks, "tokenizer": train_set.tokenizer}
-    return run | data | {"init_from": init_from and str(Path(init_from)), "changes": []}
+def identity_of_run(model_config, config, train_set, val_set, init_from) -> dict:
+    """All that can change the result of a run, flat; run.yaml records it, and a resume has to repeat it."""
+    identity = {"variant": VARIANT, "init_from": init_from, "global batch": config.rows_per_step}
+    for name, data in {"training text": train_set, "validation text": val_set}.items():
+        hashes = json.dumps(data.chunks, sort_keys=True).encode()  # they cover the SHA-256 of every file
+        identity[name] = hashlib.sha256(hashes).hexdigest()[:12]
+    identity["tokenizer"] = f"{train_set.tokenizer['name']} sha256:{str(train_set.tokenizer['sha256'])[:8]}"
+    settings = asdict(model_config) | asdict(config)
+    return identity | {key: value for key, value in settings.items() if key not in MAY_CHANGE}
 
-def facts_of(run) -> dict:
-    """All that can change the result of a run."""
-    config = run["model_config"] | run["train_config"]
-    facts = {key: value for key, value in config.items() if key not in MAY_CHANGE}
-    for name, split in {"training text": "train_data", "validation text": "val_data"}.items():
-        facts[name] = "sha256 " + hashlib.sha256(json.dumps(run[split]).encode()).hexdigest()[:8]
-    rows = config["micro_batch_size"] * config["gradient_accumulation"] * config["num_gpus"]
-    return facts | {"variant": run["variant"], "init_from": run["init_from"], "global batch": rows}
-
-def find_start(output_dir, resume, run, total_steps, accept_changes):
-    """(the checkpoint's path or None, its step if evaluated, its step if saved, the run to record).
-
-    RunError if output_dir holds a run that these settings would not continue as it began. Writes nothing.
-    """
-    path, recorded = find_checkpoint(output_dir, resume)
-    if recorded is None:
-        return None, None, 0, run  # step 0, where there is nothing to save
-    step = recorded["step"] if path else 0
-    require(step <= total_steps, f"{path}: at step {step}, these settings end at {total_steps}; {WAYS_ON}")
-    if path and not run["init_from"]:  # it need not be given again
-        run = run | {"init_from": recorded.get("init_from")}
-    changes = changes_since(recorded, run, path or output_dir, accept_changes)
-    here = path is None or path.parent.resolve() == output_dir.resolve()
-    held = None if here else find_checkpoint(output_dir, "auto")[1]
-    if held is not None:  # the checkpoint is from elsewhere, and this folder holds a run of its own
-        changes_since(held, run, output_dir, accept_changes=False)
-
-    # what is done of this step, by the log and by the files
-    kind = "final" if step == total_steps else "val"
-    records = read_metrics(output_dir / "metrics.jsonl") if path else []  # at step 0 the log starts again
-    evaluated = (kind, step) in [(record["kind"], record["step"]) for record in records]
-    saved = here and step < total_steps
-    if here and step == total_steps:
-        with suppress(RunError):  # final_model.pt may be missing, damaged, or of a shorter run
-            saved = read_checkpoint(output_dir / "final_model.pt").get("step") == step
-
-    history = recorded.get("changes") or []
-    if changes:
-        complete = step == total_steps and evaluated and saved
-        require(not complete, f"{output_dir}: complete at step {step}, too late for {changes}; {WAYS_ON}")
-        history = [*history, f"step {step}: {changes}"]
-    return path, step if evaluated else None, step if saved else None, run | {"changes": history}
-
-def changes_since(recorded, run, place, accept_changes) -> str:
-    """What a run changes in the settings that were recorded; RunError if that is not accepted."""
-    try:
-        before = facts_of(recorded)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise RunError(f"{place}: does not record its settings ({error}); {WAYS_ON}") from error
-    now = facts_of(run)
-    changed = {key for key in now.keys() & before.keys() if before[key] != now[key]}
-    changes = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in sorted(changed))
-    ways_on = WAYS_ON
-    if not changed & (ARCHITECTURE | {"init_from"}):
-        ways_on += ", or start there from its weights with --init_from"
-    if not changed & NEVER_CHANGES:
-        ways_on += ", or resume despite them with --accept_changes"
-    accepted = not changed or (accept_changes and not changed & NEVER_CHANGES)
-    require(accepted, f"{place}: a run with other settings, {changes}; {ways_on}")
-    return changes
-
-def find_checkpoint(output_dir, resume):
-    """(path, contents) of the checkpoint to resume: the newest whole one (auto), or the one `resume` names.
-
-    (None, its run.yaml) for a run that ended before its first checkpoint; (None, None) for no run, or never.
-    """
-    if resume == "never":
-        return None, None
-    if resume != "auto":
-        contents = read_checkpoint(resume, to_resume=True)
-        later = [path.name for step, path in checkpoints(output_dir) if step > contents["step"]]
-        require(not later, f"{output_dir}: holds {', '.join(later)}, beyond {resume}; {WAYS_ON}")
-        return Path(resume), contents
-    for _, path in checkpoints(output_dir):
-        try:
-            return path, read_checkpoint(path, to_resume=True)
-        except RunError as error:
-            print0(f"warning: skipping {error}")
-    unusable = checkpoints(output_dir) or (output_dir / "final_model.pt").exists()
-    require(not unusable, f"{output_dir}: holds a run and no checkpoint to resume it from; {WAYS_ON}")
-    return None, read_run(output_dir)
-
-def read_run(output_dir):
-    """The run.yaml of a folder; None if it has none."""
-    try:
-        return yaml.safe_load((output_dir / "run.yaml").read_text(encoding="utf-8")) or {}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{output_dir}/run.yaml: cannot be read ({error}); {WAYS_ON}") from error
-
-def lock_output_dir(output_dir, move_aside):
-    """Keep other runs out of the folder; the kernel releases the lock when this process ends."""
+def claim(output_dir, identity, accept_changes):
+    """Lock the folder and return the lock; RunError if another run has it, or has left other work there."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(output_dir / "run.lock", "w")  # noqa: SIM115
+    lock = open(output_dir / "run.lock", "w")  # noqa: SIM115, the kernel releases it with the process
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RunError(f"{output_dir}: another run is writing to it; use another --output_dir") from error
     except OSError as error:
-        raise RunError(f"{output_dir}: the file system has no locks: {error}") from error
-    if not move_aside or os.listdir(output_dir) == ["run.lock"]:
-        return lock
-    aside = next(path for n in count(1) if not (path := Path(f"{output_dir}.old_{n}")).exists())
-    output_dir.rename(aside)
-    print0(f"moved the run in {output_dir} to {aside}")
-    return lock_output_dir(output_dir, move_aside=False)  # a new folder under the old name
+        raise RunError(f"{output_dir}: another run is writing to it ({error})") from error
+
+    record = output_dir / "run.yaml"
+    if record.exists():
+        recorded = yaml.safe_load(record.read_text(encoding="utf-8")) or {}
+        keys = [key for key in identity if identity[key] != recorded.get(key)]
+        changes = ", ".join(f"{key} {recorded.get(key)} -> {identity[key]}" for key in keys)
+        ways_on = "use another --output_dir, or resume despite the changes with --accept_changes"
+        require(not changes or accept_changes, f"{output_dir}: a run with {changes}; {ways_on}")
+    resumable = record.exists() and checkpoints(output_dir)
+    unknown = f"{output_dir}: holds weights and no run to resume; use another --output_dir"
+    require(resumable or not [*output_dir.glob("*.pt")], unknown)
+    return lock
 
 def checkpoints(output_dir) -> list:
-    """(step, path) of each checkpoint in a folder, the newest first."""
-    names = (re.fullmatch(r"checkpoint_step_(\d+)\.pt", path.name) for path in output_dir.glob("*.pt"))
-    return sorted(((int(name[1]), output_dir / name[0]) for name in names if name), reverse=True)
+    """The checkpoints in a folder, the newest last."""
+    found = output_dir.glob("checkpoint_step_[0-9]*.pt")
+    return sorted(found, key=lambda path: int(path.stem.rpartition("_")[2]))
 
-def save_checkpoint(output_dir, contents, model, optimizer, config, complete):
-    """Write checkpoint_step_N.pt, at the end final_model.pt too; drop all but the newest keep_checkpoints."""
-    step = contents["step"]
-    final = contents | {"model_state_dict": model.state_dict(), "tokens_seen": step * config.tokens_per_step}
+def newest_checkpoint(output_dir):
+    """(path, contents) of the newest whole checkpoint; (None, None) if there is none at all."""
+    for path in reversed(checkpoints(output_dir)):
+        try:
+            return path, read_checkpoint(path)
+        except RunError as error:
+            print0(f"warning: passed over {error}")
+    require(not checkpoints(output_dir), f"{output_dir}: no checkpoint is whole; use another --output_dir")
+    return None, None
+
+def save_checkpoint(output_dir, contents, optimizer, keep, complete):
+    """Write checkpoint_step_N.pt, at the end final_model.pt too; drop all but the newest `keep`."""
     if complete:
-        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(final, file))
-    rows_seen = step * config.rows_per_step
-    resumable = final | {"rows_seen": rows_seen, "optimizer_state_dict": optimizer.state_dict()}
-    write_atomically(output_dir / f"checkpoint_step_{step}.pt", lambda file: torch.save(resumable, file))
-    if config.keep_checkpoints:
-        saved = [path for at, path in checkpoints(output_dir) if at <= step]  # a damaged one may be later
-        for path in saved[config.keep_checkpoints :]:
-            path.unlink()
-
-def write_samples(output_dir, step, model, val_set, config, autocast):
-    """Continue the beginnings of three rows of the validation data through the KV cache."""
-    torch.manual_seed(config.seed)
-    try:
-        prompts = torch.stack([val_set[len(val_set) * third // 3][0][:32] for third in range(3)])
-        T = prompts.shape[1]
-        with autocast:
-            idx = model.generate(prompts.to(model.wte.weight.device), config.sample_tokens, 0.8, top_k=50)
-        texts = [f"{val_set.decode(row[:T])} [...] {val_set.decode(row[T:])}\n" for row in idx.tolist()]
-        path, text = output_dir / f"samples_step_{step}.txt", "\n".join(texts)
-        write_atomically(path, lambda file: file.write(text.encode()))
-    except Exception as error:  # the checkpoint is saved: a failed sample must not end the run
-        print0(f"warning: no samples at step {step}: {error}")
+        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(contents, file))
+    contents = contents | {"optimizer_state_dict": optimizer.state_dict()}
+    path = output_dir / f"checkpoint_step_{contents['step']}.pt"
+    write_atomically(path, lambda file: torch.save(contents, file))
+    for old in checkpoints(output_dir)[:-keep] if keep else []:
+        old.unlink()
 
 def write_atomically(path, write):
     """Write to a temporary file, flush it to disk and rename it: `path` never holds half a file."""
@@ -901,142 +580,46 @@ def write_atomically(path, write):
     finally:
         partial.unlink(missing_ok=True)
 
-def read_checkpoint(path, to_resume=False) -> dict:
-    """The contents of a checkpoint or final_model.pt, ours or a released one; RunError if it is damaged.
-
-    Its bytes are checked against the CRCs in the file. To resume, it must hold the place in the data.
-    """
+def read_checkpoint(path) -> dict:
+    """The contents of a checkpoint or final_model.pt; RunError if it is damaged or of another variant."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # about 3 GB a second
+        damaged = zipfile.ZipFile(path).testzip()  # checks the CRCs, about 3 GB a second
         require(damaged is None, f"the CRC of {damaged} is wrong")
-        contents = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        # released checkpoints carry DDP's prefix, and the causal mask of each layer
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # released checkpoints carry DDP's prefix and the causal masks, and do not say their variant
         weights = {name.removeprefix("module."): w for name, w in contents["model_state_dict"].items()}
         contents["model_state_dict"] = {n: w for n, w in weights.items() if not n.endswith(".attn.bias")}
+        contents["model_config"], variant = dict(contents["model_config"]), contents.get("variant", VARIANT)
     except Exception as error:  # a file of another kind can fail in any way
-        raise RunError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
-    variant = contents.get("variant", VARIANT)  # released checkpoints do not say
+        raise RunError(f"{path}: not a whole checkpoint: {error}") from error
     script = Path(__file__).name.replace(f"_{VARIANT}_", f"_{variant}_")
-    require(variant == VARIANT or to_resume, f"{path}: not a checkpoint of {PAPER_NAME}, but of {script}")
-    whole = not to_resume or {"rows_seen", "optimizer_state_dict"} <= contents.keys()
-    require(whole, f"{path}: holds weights and no place in the data; start from them with --init_from")
-    step = contents.get("step")
-    require(not to_resume or (isinstance(step, int) and step >= 0), f"{path}: its step is {step!r}")
+    require(variant == VARIANT, f"{path}: not a checkpoint of {PAPER_NAME}, but of {script}")
     return contents
 
 def load_weights(model, contents, path):
-    """Copy the weights of a checkpoint into the model; RunError if it was made with another configuration."""
-    recorded = contents.get("model_config")
-    require(isinstance(recorded, dict), f"{path}: records no model_config")
-    for key, value in asdict(model.config).items():
-        saved = recorded.get(key)
-        fits = saved in (None, value) or key not in ARCHITECTURE  # released checkpoints leave out defaults
-        require(fits, f"{path}: made with {key} {saved}, and the configuration asks for {value}")
+    """Copy the weights of a checkpoint into the model; RunError if it was made with another architecture."""
+    for key in ("n_head", "layer_norm_epsilon"):  # what the shapes do not tell
+        asked = getattr(model.config, key)
+        saved = contents["model_config"].get(key, asked)  # released checkpoints leave out defaults
+        require(asked == saved, f"{path}: made with {key} {saved}, and the configuration asks for {asked}")
     try:
         model.load_state_dict(contents["model_state_dict"])
     except RuntimeError as error:
-        raise RunError(f"{path}: not the weights of {PAPER_NAME} in this configuration") from error
-
-def load_optimizer(optimizer, contents, path):
-    """Restore AdamW's state from a checkpoint; RunError if it does not fit the model."""
-    try:
-        optimizer.load_state_dict(contents["optimizer_state_dict"])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path}: its optimizer_state_dict does not fit the model: {error!r}") from error
+        raise RunError(f"{path}: not the weights of {PAPER_NAME} in this configuration: {error}") from error
 
 def load_model(path, device="cpu") -> GPT_KV:
     """The model in a checkpoint or final_model.pt, ours or a released one, in eval mode.
 
-    RunError, a ValueError, if the file is damaged or of another variant; it names the right script.
+    RunError, a ValueError, if the file is damaged or of another variant.
     """
     contents = read_checkpoint(path)
-    try:
-        config = {k: v for k, v in contents["model_config"].items() if k in ModelConfig.__annotations__}
-        with torch.device("meta"):  # allocates nothing: the weights come out of the file
-            model = GPT_KV(ModelConfig(**config))
-    except (KeyError, AttributeError, ValueError) as error:
-        raise RunError(f"{path}: its model_config is not one of {PAPER_NAME}: {error}") from error
-    load_weights(model.to_empty(device=device), contents, path)
-    return model.eval()
+    settings = {k: v for k, v in contents["model_config"].items() if k in ModelConfig.__annotations__}
+    model = GPT_KV(ModelConfig(**settings))
+    load_weights(model, contents, path)
+    return model.to(device).eval()
 
 # -----------------------------------------------------------------------------
-# Logging and processes
-
-class Logger:
-    """Rank 0's logging: settings as YAML, metrics.jsonl, the progress bar, and wandb if asked."""
-
-    def __init__(self, output_dir, run, config, step, finished):
-        self.config = config
-        self.path = output_dir / "metrics.jsonl"
-        self.wandb = None
-        hidden = RANK > 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=config.total_steps, initial=step, unit="step", disable=hidden)
-        if RANK > 0 or finished:
-            return
-        for name in ("checkpoint_step_*.pt", "final_model.pt", "samples_step_*.txt"):
-            for leftover in output_dir.glob(f"{name}.tmp"):  # of a killed run
-                leftover.unlink()
-        # a killed run has logged steps beyond its last checkpoint; they are taken, and logged, again
-        records = read_metrics(self.path) if step else []
-        kept = [json.dumps(record) + "\n" for record in records if record["step"] <= step]
-        texts = {"metrics.jsonl": "".join(kept), "run.yaml": yaml.safe_dump(run, sort_keys=False)}
-        for name in ("model_config", "train_config"):
-            texts[f"{name}.yaml"] = yaml.safe_dump(run[name], sort_keys=False)
-        for name, text in texts.items():
-            write_atomically(output_dir / name, lambda file, text=text: file.write(text.encode()))
-        if config.wandb != "disabled":
-            try:  # a failure of wandb must not end the run
-                import wandb
-
-                options = {"name": output_dir.name, "dir": output_dir, "mode": config.wandb, "config": run}
-                options["settings"] = wandb.Settings(init_timeout=30)
-                self.wandb = wandb.init(project="qkv-variants", **options)
-            except Exception as error:
-                print0(f"warning: wandb disabled: {error}")
-
-    def __call__(self, kind, step, results):
-        """Add a train, val or final record."""
-        if RANK > 0:
-            return
-        record = {"kind": kind, "step": step, "tokens": step * self.config.tokens_per_step} | results
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        try:
-            if self.wandb:
-                self.wandb.log({f"{kind}/{key}": value for key, value in results.items()}, step=step)
-        except Exception as error:
-            print0(f"warning: wandb disabled: {error}")
-            self.wandb = None
-        self.bar.update(step - self.bar.n)
-        if kind == "train":
-            speed = results["tokens_per_second"]
-            left = (self.config.total_steps - step) * self.config.tokens_per_step / speed
-            text = f"loss {results['loss']:.4f}, {speed:,.0f} tokens/s"
-            self.bar.set_postfix_str(text)  # the bar itself shows the time left
-            text += f", {tqdm.format_interval(left)} left"
-        else:
-            text = f"perplexity {results['perplexity']:.3f}, over text only {results['text_perplexity']:.3f}"
-        if kind != "train" or self.bar.disable:
-            print0(f"step {step} of {self.config.total_steps}, {kind}: {text}")
-
-    def close(self, model, step, device, complete):
-        """Print the final summary."""
-        self.bar.close()
-        if not complete:
-            return print0(f"stopped at step {step}; start again to resume")
-        evaluations = [record for record in read_metrics(self.path) if record["kind"] != "train"]
-        unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-        print0(f"{PAPER_NAME}, complete after {step} steps, in {self.path.parent}")
-        for record in evaluations[:: max(1, len(evaluations) - 1)]:  # the first and the last
-            print0(f"text perplexity  {record['text_perplexity']:.2f} at step {record['step']}")
-        print0(f"peak memory      {peak / 1e9:.2f} GB of rank 0 on {device.type}")
-        c = model.config
-        nbytes = model.make_cache(1, 1, torch.bfloat16).nbytes * c.n_positions
-        qkv = 2 * 2 * c.n_layer * c.n_positions * c.n_embd  # K and V, two bytes a number
-        print0(f"KV cache         {nbytes:,} bytes for {c.n_positions:,} tokens in bf16; QKV takes {qkv:,}")
+# Log
 
 def print0(text):
     """Print on rank 0, above the progress bar; a closed pipe or a full disk there never ends a run."""
@@ -1048,29 +631,75 @@ def print0(text):
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 def read_metrics(path) -> list[dict]:
-    """The records of a metrics.jsonl, without lines that a kill cut short."""
-    records = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            records.append(json.loads(line))
-    return [r for r in records if isinstance(r, dict) and "kind" in r and isinstance(r.get("step"), int)]
+    """The records of a metrics.jsonl, without a last line that a kill cut short."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+class Log:
+    """Rank 0's log: settings as YAML, metrics.jsonl, the terminal, and wandb if asked for."""
+
+    def __init__(self, output_dir, identity, model_config, config, step):
+        self.path, self.config, self.wandb = output_dir / "metrics.jsonl", config, None
+        # a killed run has logged steps beyond its last checkpoint; they are taken, and logged, again, and so
+        # is the evaluation of the checkpoint's own step
+        records = read_metrics(self.path)
+        kept = [r for r in records if r["step"] < step or (r["step"] == step and r["kind"] == "train")]
+        texts = {"metrics.jsonl": "".join(json.dumps(record) + "\n" for record in kept)}
+        settings = {"run": identity, "model_config": asdict(model_config), "train_config": asdict(config)}
+        texts |= {f"{name}.yaml": yaml.safe_dump(settings[name], sort_keys=False) for name in settings}
+        for name, text in texts.items():
+            write_atomically(output_dir / name, lambda file, text=text: file.write(text.encode()))
+        if config.wandb != "disabled":
+            try:
+                import wandb
+
+                options = {"dir": output_dir, "mode": config.wandb, "config": identity}
+                self.wandb = wandb.init(project="qkv-variants", name=output_dir.name, **options)
+            except Exception as error:  # a failure of wandb must not end a run
+                print0(f"warning: no wandb: {error}")
+
+    def __call__(self, kind, step, results):
+        """Add a train, val or final record, and print what a reader wants of it."""
+        record = {"kind": kind, "step": step, "tokens": step * self.config.tokens_per_step} | results
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        text = f"{kind} loss {results['loss']:.4f}"
+        if kind == "train":
+            speed = results["tokens_per_second"]
+            seconds_left = (self.config.total_steps - step) * self.config.tokens_per_step / speed
+            text += f", {speed:,.0f} tokens/s, {tqdm.format_interval(seconds_left)} left"
+        else:
+            text += f", perplexity {results['perplexity']:.3f}, of the text {results['text_perplexity']:.3f}"
+        print0(f"step {step} of {self.config.total_steps}: {text}")
+        try:
+            if self.wandb:
+                self.wandb.log({f"{kind}/{key}": value for key, value in results.items()}, step=step)
+        except Exception as error:
+            print0(f"warning: no wandb from step {step} on: {error}")
+            self.wandb = None
+
+def write_samples(output_dir, step, model, val_set, config):
+    """Continue the beginnings of three rows of the validation data through the KV cache."""
+    torch.manual_seed(config.seed)
+    try:
+        prompts = torch.stack([val_set[len(val_set) * third // 3][0][:32] for third in range(3)])
+        idx = model.generate(prompts.to(model.wte.weight.device), config.sample_tokens, 0.8, top_k=50)
+        text = "\n\n".join(val_set.decode(row) for row in idx.tolist())
+        (output_dir / f"samples_step_{step}.txt").write_text(text, encoding="utf-8")
+    except Exception as error:  # the checkpoint is saved: samples must not end the run
+        print0(f"warning: no samples at step {step}: {error}")
+
+# -----------------------------------------------------------------------------
+# Processes
 
 def init_distributed() -> torch.device:
     """Join the other processes of torchrun, if there are any; returns the device of this one."""
-    n_gpus = torch.cuda.device_count()
-    n_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")  # mps: not tried
+    device, n_gpus = torch.device("cpu"), torch.cuda.device_count()
     if n_gpus:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % n_gpus)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        if 0 < n_gpus < n_processes:
-            print0(f"warning: {n_processes} processes share {n_gpus} GPU; start one process for each GPU")
-        try:
-            dist.init_process_group("nccl" if n_gpus >= n_processes else "gloo")
-        except (ValueError, RuntimeError) as error:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise OneRankError(f"the processes could not meet at {address}: {error}") from error
+        dist.init_process_group("nccl" if n_gpus >= int(os.environ["LOCAL_WORLD_SIZE"]) else "gloo")
     return device
 
 def all_gather(value) -> list:
@@ -1080,212 +709,238 @@ def all_gather(value) -> list:
         dist.all_gather_object(values, value)
     return values
 
-def require_same_on_all_ranks(name, value):
-    """RunError if the value differs, as when a path leads to another file on another node."""
-    values = all_gather(value)
-    others = [rank for rank in range(WORLD_SIZE) if values[rank] != values[0]]
-    require(not others, f"{name}: rank {others} differs from rank 0; do all nodes see the same files?")
-
 @contextmanager
 def errors_on_all_ranks():
-    """An error of one rank is raised on all of them, so that none hangs and it is printed once."""
-    own = None
+    """What one rank cannot read or write ends all of them in one line, and none waits for it forever."""
+    message = None
     try:
         yield
-    except Exception as error:
-        own = error
-    failed = [message for message in all_gather(own and (str(own) or repr(own))) if message]
-    if own and not isinstance(own, OSError | MemoryError | RuntimeError | RunError):
-        raise own  # an error of the program keeps its traceback
-    if failed:
-        raise RunError(failed[0]) from own
-
-@contextmanager
-def stop_signals():
-    """Collect SIGTERM, SIGHUP (a closed terminal) and Ctrl-C in a list, so that a step can end first."""
-    received, handlers = [], {}
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            handlers[number] = signal.signal(number, lambda n, _: received.append(n))
-    try:
-        yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    except (RunError, OSError) as error:
+        message = str(error)
+    messages = [message for message in all_gather(message) if message]
+    if messages:
+        raise RunError(messages[0])
 
 # -----------------------------------------------------------------------------
-# Configuration
+# Training
 
-CHECKS = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
-PositiveInt = Annotated[int, Field(gt=0, lt=2**60)]  # larger sizes overflow in torch
+LOWER_RATE = " Lower learning_rate and resume with --accept_changes."
 
-@dataclass(kw_only=True, config=CHECKS)
-class ModelConfig:
-    vocab_size: PositiveInt = Field(50304, description="GPT-2's 50,257 tokens, padded to a multiple of 128")
-    n_positions: PositiveInt = Field(2048, description="context length; positions are learned")
-    n_embd: PositiveInt = Field(description="width, C")
-    n_layer: PositiveInt = Field(description="layers")
-    n_head: PositiveInt = Field(description="query heads; head_dim is n_embd / n_head")
-    n_inner: PositiveInt | None = Field(None, description="width of the MLP; null: 4 n_embd")
-    n_kv_groups: PositiveInt | None = Field(N_KV_GROUPS, description="KV heads of the grouped variants")
-    dropout: NonNegativeFloat = Field(0.1, lt=1, description="on the outputs of attention and MLP")
-    layer_norm_epsilon: PositiveFloat = Field(1e-5, description="of every LayerNorm")
-    initializer_range: PositiveFloat = Field(0.02, description="standard deviation of the initial weights")
-    use_flash_attention: bool = Field(True, description="flash-attn, if it is installed and fits: CUDA, bf16")
+def get_lr(step: int, config: TrainingConfig) -> float:
+    """The rate of update number `step`, from 0 on: linear warm-up, then from learning_rate to min_lr."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps)
+    decay = {"cosine": (1 + math.cos(math.pi * progress)) / 2, "linear": 1 - progress, "constant": 1}
+    return config.min_lr + decay[config.lr_scheduler] * (config.learning_rate - config.min_lr)
 
-    def __post_init__(self):
-        self.n_inner = self.n_inner or 4 * self.n_embd
-        C, n_head = self.n_embd, self.n_head
-        require(C % n_head == 0, f"n_embd: expected a multiple of n_head ({n_head}), got {C}")
-        fits, expected = self.n_kv_groups == N_KV_GROUPS, N_KV_GROUPS or "null"
-        if N_KV_GROUPS not in (None, 1):
-            fits = self.n_kv_groups and n_head % self.n_kv_groups == 0
-            expected = f"a divisor of n_head ({n_head})"
-        require(fits, f"n_kv_groups: expected {expected} for {PAPER_NAME}, got {self.n_kv_groups}")
+def mfu(n_parameters, model_config, config, device, tokens_per_second) -> dict:
+    """Model FLOPs utilisation: the share of the dense bf16 peak of all GPUs, where it is known."""
+    # TFLOP/s; the first match wins, so the longer names come first
+    peaks = {"A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((1e12 * peak for name, peak in peaks.items() if name in gpu), None)
+    flops = 6 * n_parameters + 12 * model_config.n_layer * model_config.n_embd * config.seq_length
+    return {"mfu": flops * tokens_per_second / (peak * WORLD_SIZE)} if peak else {}
 
-@dataclass(kw_only=True, config=CHECKS)
-class TrainingConfig:
-    train_data: str = Field(description="folder of a split that dataset_download.py wrote")
-    val_data: str = Field(description="folder of the split to evaluate on")
-    sequence: Literal["padded", "packed"] = Field(description="padded: a document a row; packed: full rows")
-    score_padding: bool = Field(description="score the padding in the training loss, as published")
-    seq_length: PositiveInt = Field(ge=2, description="tokens in a row")
-    micro_batch_size: PositiveInt = Field(description="rows in one forward and backward pass")
-    gradient_accumulation: PositiveInt = Field(description="passes of each GPU in a step")
-    num_gpus: PositiveInt = Field(description="GPUs of the published run; any world size shares its batch")
-    target_tokens: PositiveInt = Field(description="tokens to train on, padding included")
-    learning_rate: PositiveFloat = Field(description="at the end of the warm-up")
-    min_lr: NonNegativeFloat = Field(description="where the decay ends")
-    lr_scheduler: Literal["cosine", "linear", "constant"] = Field(description="from learning_rate to min_lr")
-    warmup_steps: NonNegativeInt = Field(description="steps of linear warm-up")
-    weight_decay: NonNegativeFloat = Field(description="of AdamW, on every parameter")
-    beta1: NonNegativeFloat = Field(lt=1, description="of AdamW")
-    beta2: NonNegativeFloat = Field(lt=1, description="of AdamW")
-    grad_clip: PositiveFloat = Field(description="gradients of a larger norm are scaled down to it")
-    skip_grad_norm: PositiveFloat = Field(description="an update with a larger gradient norm is skipped")
-    seed: NonNegativeInt = Field(lt=2**63, description="of weights, order of the data and dropout")
-    precision: Literal["bf16", "fp32"] = Field(description="bf16: autocast, the weights stay fp32")
-    compile: Literal["auto"] | bool = Field(description="torch.compile; auto: on CUDA")
-    log_interval: PositiveInt = Field(description="steps between train records")
-    eval_interval: PositiveInt = Field(description="steps between evaluations")
-    eval_batches: PositiveInt | None = Field(description="batches of an evaluation; null: all")
-    save_interval: PositiveInt = Field(description="steps between checkpoints")
-    keep_checkpoints: PositiveInt | None = Field(description="how many of the newest to keep; null: all")
-    sample_tokens: NonNegativeInt = Field(description="length of the samples beside each checkpoint; 0: none")
-    wandb: Literal["disabled", "offline", "online"] = Field(description="log to Weights & Biases too")
+def train(model_config, config, output_dir, init_from=None, accept_changes=False) -> bool:
+    """Train to the last step, or until a signal asks to stop; returns whether the run is complete."""
+    device = init_distributed()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
-    def __post_init__(self):
-        self.rows_per_step = self.micro_batch_size * self.gradient_accumulation * self.num_gpus
-        self.tokens_per_step = self.rows_per_step * self.seq_length
-        self.total_steps = steps = self.target_tokens // self.tokens_per_step
-        one = f"one step ({self.tokens_per_step} tokens) at least"
-        require(steps, f"target_tokens: expected {one}, got {self.target_tokens}")
-        lr, warmup = self.learning_rate, self.warmup_steps
-        require(self.min_lr <= lr, f"min_lr: expected at most learning_rate ({lr}), got {self.min_lr}")
-        require(warmup <= steps, f"warmup_steps: expected at most {steps}, the whole run, got {warmup}")
+    # data and folder: what does not fit together is refused here, on all ranks
+    with errors_on_all_ranks():
+        rows = (config.micro_batch_size, config.seq_length, config.sequence)
+        val_loader = get_dataloader(config.val_data, *rows)
+        train_set, val_set = TokenDataset(config.train_data, *rows[1:]), val_loader.dataset
+        require(config.seq_length <= model_config.n_positions, "seq_length: more than n_positions")
+        require(train_set.vocab_size <= model_config.vocab_size, f"vocab_size: below {train_set.vocab_size}")
+        require(train_set.tokenizer == val_set.tokenizer, "train_data and val_data: two tokenizers")
+        accumulation_steps, rest = divmod(config.gradient_accumulation * config.num_gpus, WORLD_SIZE)
+        require(not rest, f"{WORLD_SIZE} ranks cannot share gradient_accumulation x num_gpus micro batches")
+        identity = identity_of_run(model_config, config, train_set, val_set, init_from)
+        lock = claim(output_dir, identity, accept_changes) if RANK == 0 else None  # noqa: F841
 
-def load_config(cls, path, overrides):
-    """A config from a YAML file and from those KEY=VALUE overrides that are fields of it.
+    # weights and optimizer: of the newest checkpoint, of another run, or new
+    with errors_on_all_ranks():
+        path, checkpoint = newest_checkpoint(output_dir)
+        resumed = path is not None
+        if not resumed and init_from is not None:
+            path, checkpoint = init_from, read_checkpoint(init_from)
+        torch.manual_seed(config.seed)
+        model = GPT_KV(model_config).to(device)
+        # one parameter group, since the published recipe decays biases and LayerNorms too
+        recipe = {"betas": (config.beta1, config.beta2), "weight_decay": config.weight_decay}
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **recipe)
+        if checkpoint:
+            recorded = checkpoint.get("tokenizer") or train_set.tokenizer  # released checkpoints do not say
+            same = recorded in (train_set.tokenizer, train_set.tokenizer["name"])  # older ones say its name
+            require(same, f"{path}: was trained with another tokenizer than that of {train_set.path}")
+            load_weights(model, checkpoint, path)
+        if resumed:
+            optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
+            optimizer.param_groups[0].update(recipe)  # over the recorded one: a change may be accepted
+        start = step = checkpoint["step"] if resumed else 0
+        require(step <= config.total_steps, f"{path}: beyond the last step of these settings")
+        checkpoint = None  # or its file would stay mapped to memory
+        complete = step == config.total_steps and (output_dir / "final_model.pt").exists()
+    starts = all_gather((identity, step, complete))
+    require(starts.count(starts[0]) == WORLD_SIZE, "the ranks see different settings, data or checkpoints")
 
-    RunError names the file or the command line, the key, what was expected and what was found.
-    """
-    load = YAML(typ="safe", pure=True).load  # YAML 1.2: 2e-4 is a number, 010 is ten, a key twice an error
-    place, typed = path, {}
-    try:
-        values = dict(load(Path(path).read_text(encoding="utf-8")))
-        for override in overrides:
-            key, _, value = override.partition("=")
-            if key in cls.__annotations__:
-                place = f"command line: {key}"
-                typed[key] = load(value)
-        place = path
-        return cls(**values | typed)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "value_error":  # of __post_init__: values that do not go together
-            place = f"{path} and command line" if typed else path
-            raise RunError(f"{place}: {first['ctx']['error']}") from error
-        key = first["loc"][0]
-        place = "command line" if key in typed else path
-        types = [e["msg"].removeprefix("Input should be ") for e in error.errors() if e["loc"][0] == key]
-        expected = f"expected {' or '.join(types)}, got {first['input']!r}"
-        if first["type"] == "missing":
-            expected = "missing, expected a value"
-        if first["type"] == "unexpected_keyword_argument":
-            expected = f"unknown key; expected one of {', '.join(cls.__annotations__)}"
-        raise RunError(f"{place}: {key}: {expected}") from error
-    except (OSError, ValueError, TypeError, RecursionError, YAMLError) as error:
-        expected = "YAML, a file of 'key: value' lines" if place == path else "a YAML value"
-        raise RunError(f"{place}: expected {expected}: {error}") from error
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print0(f"{PAPER_NAME}: {n_parameters:,} parameters, {config.precision}, {WORLD_SIZE} ranks on {device}")
+    print0(f"step {step} of {config.total_steps} in {output_dir}, from {path or 'initial weights'}")
+    if complete:
+        return True
+    with errors_on_all_ranks():
+        log = Log(output_dir, identity, model_config, config, step) if RANK == 0 else lambda *record: None
+    if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
+        model.compile()
+    ddp = model
+    if dist.is_initialized():
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # DDP lays out its buckets anew after its first backward pass, and three ranks or more then sum in
+        # another order. A pass that is thrown away brings this forward: every step of a run sums alike, and
+        # a resumed run ends in the bits of an uninterrupted one.
+        ids = torch.zeros(config.micro_batch_size, config.seq_length, dtype=torch.int64, device=device)
+        with autocast:
+            _, loss = ddp(ids, ids)
+        loss.backward()
+        optimizer.zero_grad(set_to_none=True)
 
-def settings_help() -> str:
-    """A line for every setting of the two configs."""
-    lines = []
-    for cls, kind in ((ModelConfig, "model"), (TrainingConfig, "training")):
-        lines.append(f"\n{kind} settings, KEY=VALUE: type, default if there is one, meaning")
-        for key, field in cls.__pydantic_fields__.items():
-            default = "" if field.is_required() else f" = {field.default}"
-            lines.append(f"  {key}: {cls.__annotations__[key]}{default}: {field.description}")
-    return "\n".join(lines)
+    rows_seen = step * config.rows_per_step
+    batches = iter(get_dataloader(config.train_data, *rows, config.seed, rows_seen))
+    score_padding = config.sequence == "padded" and config.score_padding
+    bar = tqdm(total=config.total_steps, initial=step, disable=RANK > 0 or None)  # None: if not on a terminal
+    stopping = False
+    skipped_in_a_row = 0
+    seconds, timed_steps = 0.0, 0  # since the last train record
+    while True:  # the last iteration only evaluates and saves
+        last_step = step == config.total_steps
+
+        # once in a while, and at the end: evaluate
+        if (last_step or step % config.eval_interval == 0) and not stopping:
+            with autocast:
+                results = evaluate(model, val_loader, config.eval_batches)
+            stopping = results is None
+            if results:
+                require(math.isfinite(results["loss"]), f"step {step}: validation loss not finite.{LOWER_RATE}")
+                log("final" if last_step else "val", step, results)
+
+        # once in a while, at the end and when told to stop: save
+        complete = last_step and not stopping
+        due = step > start and (stopping or step % config.save_interval == 0)
+        if RANK == 0 and (complete or due):
+            contents = {"variant": VARIANT, "step": step, "epoch": rows_seen // len(train_set)}
+            contents |= {"tokens_seen": step * config.tokens_per_step, "tokenizer": train_set.tokenizer}
+            contents |= {"model_config": asdict(model_config), "train_config": asdict(config)}
+            contents["model_state_dict"] = model.state_dict()
+            save_checkpoint(output_dir, contents, optimizer, config.keep_checkpoints, complete)
+            if config.sample_tokens and not stopping:
+                with autocast:
+                    write_samples(output_dir, step, model, val_set, config)
+        if complete or stopping:
+            all_gather(None)  # torchrun ends all ranks soon after the first: wait for rank 0 to save
+            bar.close()
+            return complete
+
+        # forward and backward over this rank's share of the global batch; gradients of the summed loss
+        t0 = time.perf_counter()
+        loss_sum, n_scored = torch.zeros(2, device=device)
+        for micro_step in range(accumulation_steps):
+            ddp.require_backward_grad_sync = micro_step == accumulation_steps - 1  # once a step
+            input_ids, is_text = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            labels = input_ids if score_padding else input_ids.masked_fill(~is_text, -100)
+            # dropout is seeded by the micro batch's first row, and so does not depend on the world size
+            row = rows_seen + (micro_step * WORLD_SIZE + RANK) * config.micro_batch_size
+            torch.manual_seed(int(np.random.SeedSequence((config.seed, row)).generate_state(1)[0]))
+            with autocast:
+                _, loss = ddp(input_ids, labels)
+            n = (labels[:, 1:] != -100).sum()
+            (loss * n).backward()
+            loss_sum += loss.detach() * n
+            n_scored += n
+
+        # from DDP's mean over the ranks to the mean over the scored tokens of the global batch
+        totals = torch.stack([loss_sum, n_scored, loss_sum.new_tensor(len(STOP))])
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        for p in model.parameters():
+            p.grad.mul_(WORLD_SIZE / totals[1])
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        loss_sum, n_scored, stops, grad_norm = torch.stack([*totals, grad_norm]).tolist()  # host sync
+        stopping = stops > 0  # a signal to one rank stops all of them
+        require(n_scored, f"step {step + 1}: nothing to score in a global batch of {config.train_data}")
+        loss = loss_sum / n_scored
+        require(math.isfinite(loss), f"step {step + 1}: the loss is {loss}.{LOWER_RATE}")
+
+        # update, unless the gradient norm is too large or not a number
+        lr = optimizer.param_groups[0]["lr"] = get_lr(step, config)
+        if grad_norm <= config.skip_grad_norm:
+            optimizer.step()
+            skipped_in_a_row = 0
+        else:
+            skipped_in_a_row += 1
+            print0(f"warning: step {step + 1}: update skipped, its gradient norm is {grad_norm}")
+            require(skipped_in_a_row < 10, f"step {step + 1}: 10 updates skipped in a row.{LOWER_RATE}")
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        rows_seen += config.rows_per_step
+        bar.update()
+
+        # once in a while: log
+        seconds += time.perf_counter() - t0
+        timed_steps += 1
+        if step % config.log_interval == 0 or step == config.total_steps:
+            speed = timed_steps * config.tokens_per_step / seconds
+            results = {"loss": loss, "perplexity": float(np.exp(loss)), "learning_rate": lr}
+            results |= {"grad_norm": grad_norm, "tokens_per_second": speed}
+            log("train", step, results | mfu(n_parameters, model_config, config, device, speed))
+            seconds, timed_steps = 0.0, 0
 
 # -----------------------------------------------------------------------------
 # Command line
 
-def main(arguments=None):
-    """Exit status 0: complete; 2: failed, the last line says why; 128 + n: saved, stopped by signal n."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started the script
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        with suppress(AttributeError):  # not a text stream
-            getattr(sys, name).reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
+def setting(text):
+    """(key, value) of a KEY=VALUE on the command line; the value is YAML, as in the files."""
+    key, equals, value = text.partition("=")
+    if not equals or key not in ModelConfig.__annotations__ | TrainingConfig.__annotations__:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected KEY=VALUE, with a KEY of configs/*.yaml")
+    return key, yaml.safe_load(value)
 
+def main(arguments=None):
+    """Exit status 0: complete; 1: stopped by a signal, and saved; 2: failed, the last line says why."""
     configs = Path(__file__).resolve().parent / "configs"
     layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=settings_help(), formatter_class=layout)
-    parser.add_argument("--model_config", default=configs / f"model_config_{SIZE}.yaml")
-    parser.add_argument("--train_config", default=configs / f"train_config_{SIZE}.yaml")
-    parser.add_argument("--output_dir", default=OUTPUT_DIR, type=Path)
-    parser.add_argument("--resume", default="auto", help="auto (the newest checkpoint), never, or a path")
-    parser.add_argument("--init_from", help="begin at step 0 with the weights of another run")
+    where = "Every setting is explained in the files in configs/, which KEY=VALUE overrides."
+    parser = argparse.ArgumentParser(description=__doc__, epilog=where, formatter_class=layout)
+    parser.add_argument("--model_config", default=configs / f"model_config_{SIZE}.yaml", help="architecture")
+    parser.add_argument("--train_config", default=configs / f"train_config_{SIZE}.yaml", help="the recipe")
+    parser.add_argument("--output_dir", default=OUTPUT_DIR, type=Path, help=f"default: {OUTPUT_DIR}")
+    parser.add_argument("--init_from", help="begin at step 0 with the weights of this checkpoint")
     parser.add_argument("--accept_changes", action="store_true", help="resume although settings have changed")
-    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="overrides the configs")
-    options = parser.parse_intermixed_args(arguments)
+    parser.add_argument("settings", nargs="*", type=setting, metavar="KEY=VALUE", help="override the files")
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda n, _: STOP.append(n))
     try:
+        options = parser.parse_intermixed_args(arguments)
         init_distributed()
         with errors_on_all_ranks():
-            require(options.init_from != "", "--init_from: expected the path of a checkpoint, got nothing")
-            known = [*ModelConfig.__annotations__, *TrainingConfig.__annotations__]
-            expected = f"KEY=VALUE with a KEY out of {', '.join(known)}"
-            for setting in options.settings:
-                key, equals, _ = setting.partition("=")
-                require(equals and key in known, f"command line: {setting}: expected {expected}")
-            model_config = load_config(ModelConfig, options.model_config, options.settings)
-            config = load_config(TrainingConfig, options.train_config, options.settings)
-        start = (options.resume, options.init_from, options.accept_changes)
-        number = train(model_config, config, options.output_dir, *start)
-    except (RunError, OSError, RuntimeError) as error:
-        sys.exit(explain(error, options.output_dir))
+            model_config = load_config(ModelConfig, options.model_config, dict(options.settings))
+            config = load_config(TrainingConfig, options.train_config, dict(options.settings))
+        complete = train(model_config, config, options.output_dir, options.init_from, options.accept_changes)
+    except (RunError, OSError, yaml.YAMLError, torch.OutOfMemoryError) as error:
+        if RANK == 0 or not isinstance(error, RunError):  # which all ranks raise, or rank 0 alone
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            hint = "; halve micro_batch_size and double gradient_accumulation" if out_of_memory else ""
+            print(f"{Path(__file__).name}: error: {error}{hint}", file=sys.stderr)
+        sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
-    if number:
-        sys.exit(128 + number)
-
-def explain(error, output_dir) -> int:
-    """Print one line about what ended the run, return the exit status; raise errors of the program again."""
-    on_one_rank = isinstance(error, OneRankError) or not isinstance(error, RunError)
-    message = str(error)
-    if isinstance(error, OSError) and not error.filename:
-        message = f"{output_dir}: {error}"
-    elif isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in message:  # on a CPU
-        message += " Halve micro_batch_size, double gradient_accumulation: the global batch is the same."
-    elif isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in message):
-        message = f"lost another process of this run; start again to resume ({error})"
-        on_one_rank = False
-    elif isinstance(error, RuntimeError):
-        raise error
-    if on_one_rank or RANK == 0:  # what all ranks raise is printed once
-        print(f"{Path(__file__).name}: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    if not complete:
+        print0("stopped and saved; start again to resume")
+        sys.exit(1)
 
 if __name__ == "__main__":
     main()
