@@ -25,7 +25,7 @@ demo: .venv/installed  ## prepare a small corpus, train Q–K=V on it, evaluate 
 	@echo "  what the cache saves  $(BIN)/python analysis_computation_profiler.py --measure --contexts 4096 --variants kqv kv"
 	@echo "  use it elsewhere      $(BIN)/python export_hf.py --model kv --checkpoint outputs_demo/final_model.pt --output_dir hf_demo"
 
-test: .venv/installed  ## run the test suite (about 8 minutes on 2 cores, no network, no GPU)
+test: .venv/installed  ## run the test suite (about 7 minutes on 2 cores, no network, no GPU)
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed  ## run the long tests alone
