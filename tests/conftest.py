@@ -159,6 +159,13 @@ def start(*command, ranks=None, **options):
     return subprocess.Popen([sys.executable, *launch, *map(str, command)], **options)
 
 
+def start_ranks(*commands, folders=None):
+    """Ranks with a command line each, and folders to start in, in less time than torchrun takes."""
+    folders = folders or [ROOT] * len(commands)
+    ranks = [(str(folder), [*map(str, command)]) for folder, command in zip(folders, commands, strict=True)]
+    return start(ROOT / "tests/forked_ranks.py", json.dumps(ranks))
+
+
 def completed(process):
     """What a process wrote to stdout, once it has ended well."""
     output, errors = process.communicate(timeout=PATIENCE)
