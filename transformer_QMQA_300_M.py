@@ -406,7 +406,7 @@ class TokenDataset(Dataset):
                 sizes.append(math.ceil(len(tokens) / seq_length) if self.packed else chunk["documents"])
             digest = metadata.get("tokenizer_sha256", {}).get("tokenizer.tiktoken")
             self.tokenizer = {"name": metadata["tokenizer"], "vocab_size": self.vocab_size, "sha256": digest}
-        except (OSError, ValueError, LookupError) as error:
+        except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
             how = f"run dataset_download.py --output_dir {self.path.parent}"
             raise RunError(f"{self.path}: no complete token files: {error}; {how}") from error
         self.first_rows = np.cumsum([0, *sizes])  # where each chunk starts; the last entry counts all rows
@@ -558,11 +558,11 @@ def newest_checkpoint(output_dir):
 
 def save_checkpoint(output_dir, contents, optimizer, keep, complete):
     """Write checkpoint_step_N.pt, at the end final_model.pt too; drop all but the newest `keep`."""
+    whole = contents | {"optimizer_state_dict": optimizer.state_dict()}
+    path = output_dir / f"checkpoint_step_{contents['step']}.pt"
+    write_atomically(path, lambda file: torch.save(whole, file))
     if complete:
         write_atomically(output_dir / "final_model.pt", lambda file: torch.save(contents, file))
-    contents = contents | {"optimizer_state_dict": optimizer.state_dict()}
-    path = output_dir / f"checkpoint_step_{contents['step']}.pt"
-    write_atomically(path, lambda file: torch.save(contents, file))
     for old in checkpoints(output_dir)[:-keep] if keep else []:
         old.unlink()
 
@@ -783,7 +783,8 @@ def train(model_config, config, output_dir, init_from=None, accept_changes=False
         start = step = checkpoint["step"] if resumed else 0
         require(step <= config.total_steps, f"{path}: beyond the last step of these settings")
         checkpoint = None  # or its file would stay mapped to memory
-        complete = step == config.total_steps and (output_dir / "final_model.pt").exists()
+        final = output_dir / "final_model.pt"  # it may be of a shorter run
+        complete = step == config.total_steps and final.exists() and read_checkpoint(final)["step"] == step
     starts = all_gather((identity, step, complete))
     require(starts.count(starts[0]) == WORLD_SIZE, "the ranks see different settings, data or checkpoints")
 

@@ -1,11 +1,14 @@
 """Shared fixtures. The hubs are switched off before any library that would reach for them is imported."""
 
 import atexit
+import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import time
 from importlib import import_module
 from pathlib import Path
 
@@ -32,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+import torch  # noqa: E402
 import yaml  # noqa: E402
 
 import dataset_download  # noqa: E402
@@ -94,6 +98,103 @@ def prepare(folder, texts, validation_tokens=1500):
         "--validation_tokens", str(validation_tokens), "--output_dir", str(folder / "data"),
     ])  # fmt: skip
     return [f"train_data={folder / 'data/train'}", f"val_data={folder / 'data/validation'}"]
+
+
+# -----------------------------------------------------------------------------
+# Runs of the tiny model, in this process or in others
+
+SCRIPT = ROOT / "transformer_KV_1_300_M.py"
+ENDLESS = "target_tokens=1000000000000"  # a run that no signal can come too late for
+PATIENCE = 120  # seconds to an end, the start of the processes on a busy machine included
+
+
+def arguments(data, output_dir, *settings):
+    """The command line of a run of eight steps, with a checkpoint after every second."""
+    configs = [f"--{kind}_config={ROOT}/configs/{kind}_config_demo.yaml" for kind in ("model", "train")]
+    return [*configs, f"--output_dir={output_dir}", *TINY_MODEL, *TINY_RUN, *data, *settings]
+
+
+def metrics(output_dir):
+    """The records of a run, without the one field that no two runs share."""
+    lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model_state_dict"]
+
+
+def assert_same_weights(left, right):
+    expected, found = weights(left), weights(right)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected), (left, right)
+
+
+def assert_same_run(left, right):
+    """Bit-identical weights at the end and in every checkpoint, and the same log."""
+    assert metrics(left) == metrics(right)
+    for name in ["final_model.pt", *(path.name for path in left.glob("checkpoint_step_*.pt"))]:
+        assert_same_weights(left / name, right / name)
+
+
+def failing_run(args, capsys, script):
+    """The one line with which the script says why it cannot go on."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(args)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{script.__name__}.py: error: "), lines
+    return lines[0]
+
+
+def to_a_moment(moment, action, args):
+    """The command line of SCRIPT, to be killed or held at a moment; see to_a_moment.py."""
+    return [str(ROOT / "tests/to_a_moment.py"), moment, str(action), str(SCRIPT), *args]
+
+
+def start(*command, ranks=None, **options):
+    """A script in a process of its own, or in the ranks of torchrun."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    return subprocess.Popen([sys.executable, *launch, *map(str, command)], **options)
+
+
+def start_ranks(*commands, folders=None):
+    """Ranks with a command line each, and folders to start in, in less time than torchrun takes."""
+    folders = folders or [ROOT] * len(commands)
+    ranks = [(str(folder), [*map(str, command)]) for folder, command in zip(folders, commands, strict=True)]
+    return start(ROOT / "tests/forked_ranks.py", json.dumps(ranks))
+
+
+def completed(process):
+    """What a process wrote to stdout, once it has ended well."""
+    output, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, errors
+    return output
+
+
+def wait_until_held(process, file):
+    """Returns once the process has come to its moment."""
+    while not file.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def whole_run(data, tmp_path_factory):
+    """The folder of an uninterrupted run with dropout."""
+    output_dir = tmp_path_factory.mktemp("whole") / "run"
+    script_of("kv").main(arguments(data, output_dir, "dropout=0.1"))
+    return output_dir
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """main() keeps the signals that it has taken over."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,16 @@ def rows_of(documents, seq_length, sequence, eos=EOS, chunks=None):
     return np.stack(rows), is_text
 
 
+def documents_in(folder):
+    """The documents of a prepared split, and how many of them each chunk has."""
+    documents, chunks = [], []
+    for path in sorted(folder.glob("*.offsets.npy")):
+        tokens, offsets = np.load(path.with_name(path.name.replace("offsets", "tokens"))), np.load(path)
+        documents += [tokens[start : end - 1] for start, end in zip(offsets, offsets[1:], strict=False)]
+        chunks.append(len(offsets) - 1)
+    return documents, chunks
+
+
 def read(loader):
     """All that a loader without a seed gives."""
     batches = list(loader)
