@@ -913,7 +913,7 @@ def setting(text):
 def main(arguments=None):
     """Exit status 0: complete; 1: stopped by a signal, and saved; 2: failed, the last line says why."""
     configs = Path(__file__).resolve().parent / "configs"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.epilog = "Every setting is explained in the files in configs/, which KEY=VALUE overrides."
     parser.add_argument("--model_config", default=configs / f"model_config_{SIZE}.yaml", help="architecture")
     parser.add_argument("--train_config", default=configs / f"train_config_{SIZE}.yaml", help="the recipe")
