@@ -39,7 +39,6 @@ from results_table import (
     folders,
     grid,
     mean,
-    recorded_notes,
     refuse_twice,
     shape,
     write_texts,
@@ -117,21 +116,20 @@ class Converted:
 
 
 def converted(run):
-    """The run after its conversion, with the text loss from conversion.txt; None where there is no such file.
+    """The run after its conversion, with the text loss that convert_checkpoint.py printed; None without one.
 
-    InputError where the file is of another model, or cannot be read.
+    InputError where the output is of another model, or cannot be read.
     """
-    path = run.folder / "conversion.txt"
-    if not path.exists():
+    if "conversion" not in run.about:
         return None
-    found = CONVERSION.search(path.read_text(encoding="utf-8", errors="replace"))
+    found = CONVERSION.search(run.about["conversion"])
     if not found:
-        raise InputError(f"{path}: expected what convert_checkpoint.py prints, with the text perplexities")
+        raise InputError(f"{run.name}: expected what convert_checkpoint.py prints, with the text perplexities")
     before, after = map(float, found.groups())
     own = run.final["text_perplexity"]
     if abs(before / own - 1) > 1e-3:
         other = f"text perplexity {before:.4f}, not {own:.4f} as in this run"
-        raise InputError(f"{path}: of another model: {other}")
+        raise InputError(f"{run.name}: converted was another model: {other}")
     return Converted(run, {"text_loss": run.final["text_loss"] + math.log(after / before)})
 
 
@@ -328,7 +326,6 @@ def report(runs):
             "notes": study_notes(settings, found[0][0], cells),
         }
         reports.append(one)
-    reports[0]["notes"] += recorded_notes(runs)
     incomplete = [run for run in runs if not run.final]
     if incomplete:
         reports[0]["notes"].append(f"Incomplete, and left out: {folders(incomplete)}.")

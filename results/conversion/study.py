@@ -30,6 +30,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 
 import convert_checkpoint as cc  # noqa: E402
+import results_table  # noqa: E402
 from report import LOOKS  # noqa: E402
 from scaling_table import t_interval  # noqa: E402
 
@@ -43,12 +44,8 @@ PAPER = {alias: row["paper"] for alias, row in cc.VARIANTS.items()}
 # Runs
 
 
-def evaluations(folder):
+def evaluations(records):
     """(tokens, text loss) of each evaluation of a run, or None where it has no final one."""
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return None
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if not any(record["kind"] == "final" for record in records):
         return None
     return [(record["tokens"], record["text_loss"]) for record in records if record["kind"] != "train"]
@@ -56,17 +53,17 @@ def evaluations(folder):
 
 def read_runs(folders):
     """Evaluations of runs from the start, [alias, shape, n][rate][seed], and of those trained on,
-    [alias, shape, n, at, how, percent][seed], in the folders.
+    [alias, shape, n, at, how, percent][seed], in the runs.jsonl of the folders.
     """
     started, trained_on = defaultdict(lambda: defaultdict(dict)), defaultdict(dict)
-    for path in sorted(path for folder in folders for path in folder.glob("*/")):
-        curve = evaluations(path)
+    for record in (record for folder in folders for record in results_table.read_runs(folder)):
+        curve = evaluations(record["metrics"])
         if curve is None:
             continue
-        if match := FROM_THE_START.fullmatch(path.name):
+        if match := FROM_THE_START.fullmatch(record["name"]):
             alias, shape, n, rate, seed = match.groups()
             started[alias, shape, int(n)][float(rate)][int(seed)] = curve
-        elif match := TRAINED_ON.fullmatch(path.name):
+        elif match := TRAINED_ON.fullmatch(record["name"]):
             alias, shape, n, at, how, percent, seed = match.groups()
             trained_on[alias, shape, int(n), int(at), how, int(percent)][int(seed)] = curve
     return started, trained_on
