@@ -505,10 +505,12 @@ def write_texts(folder, name, what, forms):
 
 def write_all(folder, tables):
     write_texts(folder, "results_table", tables, FORMATS)
-    table_figure(folder / "validation_curves.png", tables, curves)
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    table_figure(figures / "validation_curves.png", tables, curves)
     compared = [t for t in tables if any(row["text_loss_vs_qkv"] is not None for row in t["rows"])]
     if compared:
-        table_figure(folder / "pareto.png", compared, pareto)
+        table_figure(figures / "pareto.png", compared, pareto)
 
 
 def command_line(file, description, report, forms, write, arguments):

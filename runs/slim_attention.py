@@ -1,10 +1,9 @@
 """Slim attention (arXiv 2503.05840): plain QKV with keys alone in its cache, exactly, and what that costs.
 
-    python results/conversion/slim_attention.py                              # decode time, 300M, 2,048 tokens
-    python results/conversion/slim_attention.py --checkpoint outputs_kqv/final_model.pt # how exact it is
+    python runs/slim_attention.py                              # decode time, 300M, 2,048 tokens
+    python runs/slim_attention.py --checkpoint outputs_kqv/final_model.pt # how exact it is
 """
 
-import argparse
 import math
 import statistics
 import sys
@@ -15,10 +14,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import transformer_KQV_300_M as qkv_script
 import transformer_KV_1_300_M as kv_script
+from common import Parser
 
 
 class SlimAttention(nn.Module):
@@ -93,8 +93,9 @@ def time_decode(shape, context, rounds):
     for _ in range(rounds):
         for name, model in models.items():
             script = qkv_script if name == "QKV" else kv_script
-            cache = script.KVCache(model.config, 1, context, torch.float32, "cpu")
-            for layer in cache.layers:
+            cache = script.KVCache(context)
+            model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
+            for layer in cache.layers.values():
                 for tensor in layer:
                     tensor.normal_()
             cache.length = context - n_steps
@@ -110,8 +111,7 @@ def time_decode(shape, context, rounds):
 
 
 def main():
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = Parser(__file__, __doc__)
     parser.add_argument("--checkpoint", help="of QKV: show exactness")
     parser.add_argument("--n_embd", type=int, default=1024)
     parser.add_argument("--n_layer", type=int, default=20)

@@ -1,12 +1,11 @@
 """What conversion costs where a head rests on the first position, as many heads of large models do.
 
-    python results/conversion/resting_head.py PATH.pt --data scaling_data
+    python runs/resting_head.py PATH.pt --data scaling_data
 
 One head of a trained QKV is made to do so: its queries are a constant, and its keys find a direction that the
 embedding of the first position is given. The model is then converted in three ways.
 """
 
-import argparse
 import sys
 from functools import partial
 from itertools import islice
@@ -14,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import study  # noqa: E402
+from one_shot import DEFAULT, convert_by
 
-import convert_checkpoint as cc  # noqa: E402
+import convert_checkpoint as cc
+from common import Parser, script_of
 
 LAYER = 1
 STRENGTH = 20  # of the new direction, and of the score that it gives
-WAYS = [study.DEFAULT, study.DEFAULT | {"weighting": "gradient, only it"}, study.DEFAULT | {"weighting": "activation"}]
+WAYS = [DEFAULT, DEFAULT | {"weighting": "gradient, only it"}, DEFAULT | {"weighting": "activation"}]
 
 
 @torch.no_grad()
@@ -55,8 +54,7 @@ def make_head_rest(model, loader):
 
 
 def main(arguments=None):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=Path(__file__).name, description=__doc__, formatter_class=layout)
+    parser = Parser(__file__, __doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     options = parser.parse_args(arguments)
@@ -66,11 +64,11 @@ def main(arguments=None):
         config = cc.target_config(alias, model.config, "kv", None)
         make_head_rest(model, cc.open_data(options.data / "train", contents, config, seed=1))
         val_loader = cc.open_data(options.data / "validation", contents, config, batch_tokens=4096)
-        before = cc.SCRIPTS[alias].evaluate(model, val_loader)["text_loss"]
+        before = script_of(alias).evaluate(model, val_loader)["text_loss"]
         calibration = partial(cc.open_data, options.data / "train", contents, config, seed=42)
-        target = cc.SCRIPTS["kv"].GPT_QKV_KEqualsV(config)
-        target.load_state_dict(study.convert_by(way, model, "kv", config, calibration))
-        price = cc.SCRIPTS["kv"].evaluate(target.eval(), val_loader)["text_loss"] - before
+        target = script_of("kv").GPT_QKV_KEqualsV(config)
+        target.load_state_dict(convert_by(way, model, "kv", config, calibration))
+        price = script_of("kv").evaluate(target.eval(), val_loader)["text_loss"] - before
         print(f"{way['weighting']}: {before:.4f} before, {price:+.4f} nats after")
 
 

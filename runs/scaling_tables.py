@@ -1,7 +1,7 @@
 """Runs over sizes, tokens, learning rates and rows -> the gap to QKV: its slope, its cost, and its figures.
 
-    python scaling_table.py results/scaling --output_dir results/scaling
-    python scaling_table.py outputs_scaling --format markdown
+    python runs/scaling_tables.py results/scaling --output_dir results/scaling
+    python runs/scaling_tables.py outputs_scaling --format markdown
 
 The complete runs of the folders are read as one grid, which results/scaling/README.md defines.
 
@@ -22,11 +22,15 @@ Contents: the grid, slopes, reports, printing, plotting, command line.
 import contextlib
 import math
 import re
+import sys
 from dataclasses import dataclass
 from itertools import cycle, product
+from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import analysis_computation_profiler as profiler
 from common import VARIANTS, InputError
@@ -853,11 +857,13 @@ def length_figure(path, report):
 
 def write_all(folder, reports):
     write_texts(folder, "scaling_table", reports, FORMATS)
-    gap_figures(folder, reports[0])
-    loss_figure(folder / "losses.png", reports[0])
-    progress_figure(folder / "gap_by_loss.png", reports[0])
-    rate_figure(folder / "rates.png", reports[0])
-    length_figure(folder / "lengths.png", reports[0])
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    gap_figures(figures, reports[0])
+    loss_figure(figures / "losses.png", reports[0])
+    progress_figure(figures / "gap_by_loss.png", reports[0])
+    rate_figure(figures / "rates.png", reports[0])
+    length_figure(figures / "lengths.png", reports[0])
 
 
 def main(arguments=None):
