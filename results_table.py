@@ -2,11 +2,10 @@
 
     python results_table.py                      # the outputs_* folders here: a table for each kind of run
     python results_table.py outputs_kqv outputs_gqa --format markdown
-    python results_table.py outputs_replicate --output_dir results/reduced_scale
+    python results_table.py results/reduced_scale            # its runs.jsonl, which runs/gather.py wrote
 
-A folder of runs is searched one level deep, leaving out the *.old_N that --resume never puts aside. A table
-holds runs of one shape and one data protocol; a row of it, those of one variant that differ in the seed alone.
-A row marked * was trained with other settings than QKV, which the lines below the table name.
+A table holds runs of one shape and one data protocol; a row of it, those of one variant that differ in the seed
+alone. A row marked * was trained with other settings than QKV, which the lines below the table name.
 
     perplexity        of the final evaluation, over all positions, padding included: the paper's protocol. A
                       model that was trained with the padding masked never learned to predict padding; for it
@@ -16,8 +15,7 @@ A row marked * was trained with other settings than QKV, which the lines below t
     vs QKV            from runs of the same seed, which read the same data in the same order
 
 Incomplete runs are listed below the table and enter no mean. --output_dir writes results_table.md,
-results_table.json, validation_curves.png and pareto.png. For runs over sizes, tokens and learning rates, see
-scaling_table.py.
+results_table.json and figures/. For runs over sizes, tokens and learning rates, see runs/scaling_tables.py.
 
 Contents: reading, comparing, printing, plotting, command line.
 """
@@ -28,7 +26,6 @@ from dataclasses import asdict
 from functools import cache, cached_property
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import yaml
@@ -36,7 +33,7 @@ import yaml
 import analysis_computation_profiler as profiler
 import report
 from analysis_computation_profiler import Variant
-from common import SIZES, VARIANTS, InputError, Parser, first_line, script_of, show_what_the_terminal_can, write_text
+from common import SIZES, VARIANTS, InputError, Parser, first_line, script_of, show_what_the_terminal_can
 from report import listed
 
 IDENTITY = ("variant", "init_from", "training text", "validation text", "tokenizer")  # of run.yaml
@@ -295,15 +292,9 @@ def row_record(row, reference, size):
         for seed in paired:
             ours, qkv = finals[seed][key], of_qkv[seed][key]
             changes.append(100 * (ours / qkv - 1) if "perplexity" in key else ours - qkv)
-        record |= mean(key, [final[key] for final in finals.values()])
-        record |= mean(f"{key}_vs_qkv", changes)
+        record |= report.mean(key, [final[key] for final in finals.values()])
+        record |= report.mean(f"{key}_vs_qkv", changes)
     return record
-
-
-def mean(name, values):
-    """Fields for the mean, and for half of the range as its spread, which one value does not have."""
-    spread = (max(values) - min(values)) / 2 if len(values) > 1 else None
-    return {name: fmean(values) if values else None, f"{name}_spread": spread}
 
 
 def differences(row, reference):
@@ -367,42 +358,16 @@ INCOMPLETE = [
 ]
 
 
-def cell(record, key, pattern, unit):
-    """The text of a value, with its spread or its interval where it has one; empty for None."""
-    value = record[key]
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return listed(f"{part:{pattern}}" for part in value)
-    if isinstance(value, dict):
-        return listed(f"{part:{pattern}}" for part in value.values())
-    text = f"{value:{pattern}}"
-    if record.get(f"{key}_spread") is not None:
-        text += f" ± {record[f'{key}_spread']:{pattern.lstrip('+')}}"
-    text += unit
-    if record.get(f"{key}_interval") is not None:
-        low, high = record[f"{key}_interval"]
-        text += f" [{low:{pattern}}, {high:{pattern}}]"
-    return text
-
-
-def grid(columns, records, style):
-    """A table of records by columns such as RESULTS, in one of tabulate's styles."""
-    headers = [header for header, *_ in columns]
-    rows = [[cell(record, *how) for _, *how in columns] for record in records]
-    return report.grid(headers, rows, style)
-
-
 def document(tables, heading, style, bullet):
     """Title, rows, incomplete runs and notes of every table."""
     texts = []
     for table in tables:
         texts.append(heading + ", ".join(table["title"]))
         columns = [(header.format(published=table["published"]), *how) for header, *how in RESULTS]
-        texts.append(grid(columns, table["rows"], style))
+        texts.append(report.table(columns, table["rows"], style))
         incomplete = [run.record() for run in table["runs"] if not run.final]
         if incomplete:
-            texts.append(grid(INCOMPLETE, incomplete, style))
+            texts.append(report.table(INCOMPLETE, incomplete, style))
         if table["notes"]:
             texts.append("\n".join(bullet + line for line in table["notes"]))
     return "\n\n".join(texts) + "\n"
@@ -436,23 +401,14 @@ FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_
 # Plotting
 
 
-def figure(path, titles, draw):
-    """A PNG with a panel for each title; draw(axes) fills them."""
-    figure, axes = report.panels(titles)
-    for ax in axes:
-        ax.title.set_fontsize("medium")
-    draw(axes)
-    report.save_figure(path, figure)
-
-
 def table_figure(path, tables, draw):
     """A panel for each table, which draw(ax, table) fills."""
 
-    def draw_all(axes):
+    def fill(axes):
         for ax, table in zip(axes, tables, strict=True):
             draw(ax, table)
 
-    figure(path, ["\n".join(table["title"]) for table in tables], draw_all)
+    report.draw(path, ["\n".join(table["title"]) for table in tables], fill)
 
 
 def curves(ax, table):
@@ -496,44 +452,28 @@ def pareto(ax, table):
 # Command line
 
 
-def write_texts(folder, name, what, forms):
-    """What was found, as <name>.md and <name>.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{name}.md", forms["markdown"](what))
-    write_text(folder / f"{name}.json", forms["json"](what))
-
-
 def write_all(folder, tables):
-    write_texts(folder, "results_table", tables, FORMATS)
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
+    figures = report.write_texts(folder, "results_table", as_markdown(tables), as_json(tables))
     table_figure(figures / "validation_curves.png", tables, curves)
     compared = [t for t in tables if any(row["text_loss_vs_qkv"] is not None for row in t["rows"])]
     if compared:
         table_figure(figures / "pareto.png", compared, pareto)
 
 
-def command_line(file, description, report, forms, write, arguments):
-    """The command of a script: read the runs in the folders named, report on them, write files, and print."""
+def main(arguments=None):
     show_what_the_terminal_can()
-    parser = Parser(file, description)
-    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs")
-    parser.add_argument("--format", choices=forms, default="table", help="of what is printed")
+    parser = Parser(__file__, __doc__)
+    parser.add_argument("runs", nargs="*", type=Path, help="runs.jsonl, output folders of runs, or folders of them")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="of what is printed")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write tables and figures there")
     options = parser.parse_args(arguments)
     try:
-        what = report(find_runs(options.folders))
+        tables = compare(find_runs(options.runs))
         if options.output_dir:
-            write(options.output_dir, what)
-    except ModuleNotFoundError as error:
-        parser.error(f"{error}; pip install -r requirements.txt")
+            write_all(options.output_dir, tables)
     except (InputError, OSError) as error:
         parser.error(error)
-    print(forms[options.format](what), end="")
-
-
-def main(arguments=None):
-    command_line(__file__, __doc__, compare, FORMATS, write_all, arguments)
+    print(FORMATS[options.format](tables), end="")
 
 
 if __name__ == "__main__":

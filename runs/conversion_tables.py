@@ -20,10 +20,9 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from one_shot import DEFAULT, SHARED, WAYS, read_one_shots
-from scaling_tables import t_interval
 
 from common import ROOT, VARIANTS, Parser, write_text
-from report import LOOKS, save_figure
+from report import LOOKS, save_figure, t_interval
 from results_table import read_runs
 
 FROM_THE_START = re.compile(r"(\w+?)_d(\w+?)_n(\d+)_lr([\d.]+)e-3_T256_(?:packed|padded)_seed(\d+)")

@@ -171,5 +171,5 @@ for model in outputs_scaling/kqv_*_T256_packed_seed*/final_model.pt; do
 done
 
 "$PYTHON" runs/gather.py outputs_scaling --to $RESULTS
-"$PYTHON" runs/scaling_tables.py $RESULTS --output_dir $RESULTS
+"$PYTHON" runs/scaling_tables.py $RESULTS
 exit $failed

@@ -1,107 +1,155 @@
-"""Runs over sizes, tokens, learning rates and rows -> the gap to QKV: its slope, its cost, and its figures.
+"""The runs of a grid over sizes, tokens, learning rates and rows -> the gap to QKV: its slope, its cost, its figures.
 
-    python runs/scaling_tables.py results/scaling --output_dir results/scaling
-    python runs/scaling_tables.py outputs_scaling --format markdown
+    python runs/scaling_tables.py results/scaling
 
-The complete runs of the folders are read as one grid, which results/scaling/README.md defines.
+The complete runs are read as one grid, which results/scaling/README.md defines.
 
     gap            text loss minus QKV's of the same seed; in percent, the change of perplexity it comes to
-    converted      QKV made Q–K=V by convert_checkpoint.py, without training (conversion.txt beside a run)
+    converted      QKV made Q–K=V by convert_checkpoint.py, without training
     common rate    both at the peak learning rate at which QKV is best
     own rate       each at the rate at which it is best
     intervals      in brackets, 95 % by a bootstrap over the seeds; of one cell with three, that is their range.
                    "t" is that of Student's t over the seeds, far wider; ± is half the range
     compute lost   the share of the variant's training compute that QKV does not need for the same loss
 
-Runs on other data, or with another recipe, are reported apart. --output_dir writes scaling_table.md,
-scaling_table.json, gap.png, losses.png, gap_by_loss.png, rates.png and lengths.png.
+Writes scaling_table.md, scaling_table.json and figures/ into the folder, or into --output_dir.
 
-Contents: the grid, slopes, reports, printing, plotting, command line.
+Contents: the grid, slopes, tables, figures, command line.
 """
 
 import contextlib
 import math
 import re
 import sys
-from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
+import pandas as pd
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import analysis_computation_profiler as profiler
-from common import VARIANTS, InputError
-from report import LOOKS, listed, sheet
-from report import as_json as unrounded
-from results_table import (
-    Run,
-    command_line,
-    figure,
-    folders,
-    grid,
-    mean,
-    refuse_twice,
-    shape,
-    write_texts,
-)
+from common import VARIANTS, InputError, Parser
+from report import LOOKS, as_json, bootstrap, draw, listed, mean, t_interval, table, write_texts
+from results_table import find_runs
 
 # What differs over the grid. A run starts from a file of initial weights, which its seed determines.
 SWEPT = {"learning_rate", "min_lr", "warmup_steps", "target_tokens", "rows a step", "init_from"}
-RESAMPLES = 10_000
 # The verdict on whether the gap widens from 5 to 80 tokens a parameter takes three seeds at both ends.
 ENDS = (5, 80)
 SEEDS_TO_DECIDE = 3
 MATTERS = 0.005  # nats, half a percent of perplexity
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5th percentile of t, by the number of seeds
 CONVERTED = "converted"  # stands among the aliases of the variants
 CONVERSION = re.compile(r"^text perplexity: ([\d.]+) before, ([\d.]+) after", re.MULTILINE)
+PAPER = {alias: row["paper"] for alias, row in VARIANTS.items()} | {CONVERTED: "QKV, converted to Q–K=V"}
+PLACE = ["parameters", "tokens", "protocol", "row", "size"]  # what the runs of a cell have in common
 
 
 # -----------------------------------------------------------------------------
 # The grid
 
 
-@dataclass
-class Cell:
-    """The complete runs of one size, number of tokens, length and content of the rows.
+def grid_of(runs):
+    """The complete runs, a row each, and a row for each conversion of QKV; InputError if they are no grid.
 
     parameters  N, of QKV's matrices in the layers, whatever the variant
     tokens      D, of training, padding included
-    runs        {alias: {peak learning rate: {seed: Run}}}
     """
+    rows, first = [], None
+    for run in runs:
+        if not run.final:
+            continue
+        first = first or run
+        for key, value in shared(run).items():
+            if value != shared(first)[key]:
+                both = f"{shared(first)[key]} in {first.name}, and {value} in {run.name}"
+                raise InputError(f"runs of two studies: {key} is {both}; name those of one")
+        model, c = run.variant.config, run.config
+        row = {
+            "alias": run.alias,
+            "variant": run.variant.paper,
+            "size": f"d{model.n_embd}",
+            "parameters": model.n_layer * model.n_embd * (4 * model.n_embd + 2 * model.n_inner),
+            "tokens": c.total_steps * c.tokens_per_step,
+            "row": c.seq_length,
+            "protocol": run.protocol,
+            "rate": c.learning_rate,
+            "seed": run.seed,
+            "loss": run.final["loss"],
+            "text_loss": run.final["text_loss"],
+            "padding": run.final["padding_fraction"],
+            "macs": profiler.theoretical_macs(run.variant, c.seq_length)["total"],
+        }
+        rows.append(row)
+        if run.alias == "kqv" and "conversion" in run.about:
+            after = {"alias": CONVERTED, "variant": PAPER[CONVERTED], "loss": math.nan}
+            rows.append(row | after | {"text_loss": row["text_loss"] + price(run)})
+    if not rows:
+        raise InputError("no complete runs among those named, so there is nothing to compare")
+    grid = pd.DataFrame(rows)
+    twice = grid[grid.duplicated([*PLACE, "alias", "rate", "seed"])]
+    if len(twice):
+        what = twice.iloc[0]
+        where = f"{what['variant']}, {what['size']}, {what['tokens']:,} tokens, rate {what['rate']:g}"
+        raise InputError(f"the same run twice: {where}, seed {what['seed']}")
+    return grid
 
-    size: str
-    parameters: int
-    tokens: int
-    row: int
-    protocol: str
-    runs: dict
+
+def shared(run):
+    """The settings that all runs of a grid share; what follows from the swept ones, as a share of them."""
+    c, model = run.config, run.variant.config
+    settings = {key: value for key, value in run.setup.items() if key not in SWEPT}
+    return settings | {
+        "tokens a step": c.tokens_per_step,
+        "warm-up, share of the steps": f"{c.warmup_steps / c.total_steps:.2f}",
+        "min_lr, share of the peak": f"{c.min_lr / c.learning_rate:.3g}",
+        "width for each layer": model.n_embd / model.n_layer,
+        "width of a head": model.n_embd // model.n_head,
+    }
+
+
+def price(run):
+    """What conversion cost, in nats, by what convert_checkpoint.py printed of the run's final model."""
+    found = CONVERSION.search(run.about["conversion"])
+    if not found:
+        raise InputError(f"{run.name}: expected what convert_checkpoint.py prints, with the text perplexities")
+    before, after = map(float, found.groups())
+    own = run.final["text_perplexity"]
+    if abs(before / own - 1) > 1e-3:
+        other = f"text perplexity {before:.4f}, not {own:.4f} as in this run"
+        raise InputError(f"{run.name}: converted was another model: {other}")
+    return math.log(after / before)
+
+
+class Cell:
+    """The runs of one size, number of tokens, length and content of the rows."""
+
+    def __init__(self, place, runs):
+        self.parameters, self.tokens, self.protocol, self.row, self.size = place
+        self.runs = runs
+        self.aliases = set(runs["alias"])
 
     @property
     def tokens_per_parameter(self):
         """To two digits: a run has whole steps, so 5 tokens for each parameter may be 4.996."""
         return float(f"{self.tokens / self.parameters:.2g}")
 
+    def of(self, alias, key="text_loss"):
+        """Final losses in nats a token, a row for each rate and a column for each seed."""
+        return self.runs[self.runs["alias"] == alias].pivot(index="rate", columns="seed", values=key)
+
     def best_rate(self, alias):
         """The rate of lowest mean text loss over the seeds that all rates have; None without such seeds."""
-        rates = self.runs.get(alias)
-        seeds = set.intersection(*map(set, rates.values())) if rates else ()
-        if not seeds:
-            return None
-        return min(rates, key=lambda rate: fmean(rates[rate][seed].final["text_loss"] for seed in seeds))
-
-    def at_edge(self, alias):
-        """Whether the best of several rates is the lowest or highest, so that a better one may lie beyond."""
-        rates = self.runs[alias]
-        return len(rates) > 1 and self.best_rate(alias) in (min(rates), max(rates))
+        losses = self.of(alias).dropna(axis=1)
+        return None if losses.empty else float(losses.mean(axis=1).idxmin())
 
     def losses(self, alias, rate, key="text_loss"):
-        """{seed: final loss in nats a token}, by seed in order."""
-        runs = self.runs.get(alias, {}).get(rate, {})
-        return {seed: runs[seed].final[key] for seed in sorted(runs) if key in runs[seed].final}
+        """{seed: loss} at a rate."""
+        losses = self.of(alias, key)
+        return losses.loc[rate].dropna().to_dict() if rate in losses.index else {}
 
     def gaps(self, alias, at, key="text_loss"):
         """{seed: loss - QKV's}, in nats a token; `at` is common (QKV's best rate for both) or own."""
@@ -111,107 +159,31 @@ class Cell:
         return {seed: loss - of_qkv[seed] for seed, loss in losses.items() if seed in of_qkv}
 
 
-@dataclass
-class Converted:
-    """A run of QKV whose model was made Q–K=V without training; stands in a Cell like a Run."""
-
-    run: Run
-    final: dict
+def cells_of(grid):
+    return [Cell(place, runs) for place, runs in grid.groupby(PLACE)]
 
 
-def converted(run):
-    """The run after its conversion, with the text loss that convert_checkpoint.py printed; None without one.
-
-    InputError where the output is of another model, or cannot be read.
-    """
-    if "conversion" not in run.about:
-        return None
-    found = CONVERSION.search(run.about["conversion"])
-    if not found:
-        raise InputError(f"{run.name}: expected what convert_checkpoint.py prints, with the text perplexities")
-    before, after = map(float, found.groups())
-    own = run.final["text_perplexity"]
-    if abs(before / own - 1) > 1e-3:
-        other = f"text perplexity {before:.4f}, not {own:.4f} as in this run"
-        raise InputError(f"{run.name}: converted was another model: {other}")
-    return Converted(run, {"text_loss": run.final["text_loss"] + math.log(after / before)})
+def main_cells(cells):
+    """The cells with the length and content of rows in which most sizes and numbers of tokens were run."""
+    kinds = [(cell.row, cell.protocol) for cell in cells]
+    most = max(kinds, key=lambda kind: (kinds.count(kind), kind))
+    return [cell for cell in cells if (cell.row, cell.protocol) == most]
 
 
-def studies(runs):
-    """Complete runs by the data and recipe they share: [(settings, cells)], most runs first."""
-    groups = {}
-    for run in runs:
-        if run.final:
-            groups.setdefault(tuple(unvaried(run).items()), []).append(run)
-    most_first = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return [(dict(settings), cells_of(here)) for settings, here in most_first]
+def compared(cells):
+    """The variants beside QKV, in the order of the paper, and QKV converted."""
+    trained = set().union(*(cell.aliases for cell in cells))
+    return [alias for alias in (*VARIANTS, CONVERTED) if alias in trained - {"kqv"}]
 
 
-def unvaried(run):
-    """The settings that all runs of a grid share; what follows from the swept ones, as a share of them."""
-    c = run.config
-    settings = {key: value for key, value in run.setup.items() if key not in SWEPT}
-    return settings | {
-        "tokens a step": c.tokens_per_step,
-        "warm-up, share of the steps": f"{c.warmup_steps / c.total_steps:.2f}",
-        "min_lr, share of the peak": f"{c.min_lr / c.learning_rate:.3g}",
-    }
-
-
-def cells_of(runs):
-    """The Cells of a study, by size, tokens, protocol and length of rows."""
-    sizes = size_names([run.variant.config for run in runs])
-    cells = {}
-    for run in runs:
-        model = run.variant.config
-        parameters = model.n_layer * model.n_embd * (4 * model.n_embd + 2 * model.n_inner)
-        tokens = run.config.total_steps * run.config.tokens_per_step
-        where = (sizes[depth_and_heads(model)], parameters, tokens, run.config.seq_length, run.protocol)
-        cell = cells.setdefault((*shape(model), *where), Cell(*where, {}))
-        seeds = cell.runs.setdefault(run.alias, {}).setdefault(run.config.learning_rate, {})
-        refuse_twice(run, seeds.values())
-        seeds[run.seed] = run
-        if run.alias == "kqv" and (after := converted(run)):
-            rates = cell.runs.setdefault(CONVERTED, {})
-            rates.setdefault(run.config.learning_rate, {})[run.seed] = after
-    return sorted(cells.values(), key=lambda cell: (cell.parameters, cell.tokens, cell.protocol, cell.row))
-
-
-def size_names(models):
-    """{(width, layers, heads, feed-forward): name}: d64, and all four where a width has several shapes."""
-    shapes = sorted(set(map(depth_and_heads, models)))
-    names = {}
-    for width, layers, heads, inner in shapes:
-        alone = [other[0] for other in shapes].count(width) == 1
-        details = "" if alone else f", {layers} layers, {heads} heads, feed-forward {inner}"
-        names[width, layers, heads, inner] = f"d{width}{details}"
-    return names
-
-
-def depth_and_heads(model):
-    return model.n_embd, model.n_layer, model.n_head, model.n_inner
+def paper_name(cells, alias):
+    """A variant as the paper writes it, with its number of groups."""
+    runs = next(cell.runs for cell in cells if alias in cell.aliases)
+    return runs[runs["alias"] == alias]["variant"].iloc[0]
 
 
 # -----------------------------------------------------------------------------
 # Slopes
-
-
-def bootstrap(samples, coefficients):
-    """95 % interval of the sum of coefficient x mean over samples, each resampled with replacement."""
-    random = np.random.default_rng(0)
-    total = np.zeros(RESAMPLES)
-    for values, coefficient in zip(samples, coefficients, strict=True):
-        drawn = random.choice(values, (RESAMPLES, len(values)))
-        total += coefficient * drawn.mean(axis=1)
-    return np.percentile(total, [2.5, 97.5]).tolist()
-
-
-def t_interval(values):
-    """95 % interval of the mean over seeds by Student's t; None for one seed, or more than the table has."""
-    if len(values) not in STUDENT:
-        return None
-    half = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values))
-    return [fmean(values) - half, fmean(values) + half]
 
 
 def slope_coefficients(groups, x, counts):
@@ -262,10 +234,9 @@ def slope(cells, alias, at, over):
     samples = [list(gap.values()) for gap in gaps]
     return {
         "slope": float(coefficients @ [fmean(values) for values in samples]),
-        # a cell of one seed has nothing to draw from
-        "slope_interval": bootstrap(samples, coefficients) if min(map(len, samples)) > 1 else None,
+        "slope_interval": bootstrap(samples, coefficients),
         "slope_by_seed": by_seed,
-        "slope_t": t_interval(list(by_seed.values())),
+        "slope_t": t_interval(by_seed.values()),
         "cells": len(gaps),
         "seeds_at_the_ends": min(seeds_at.values()),
     }
@@ -306,55 +277,25 @@ def tokens_for(loss, curve):
 
 
 # -----------------------------------------------------------------------------
-# Reports
+# Tables
 
 
 def report(runs):
-    """A report on every study among the runs: its gaps, slopes, rows of several lengths, rates and notes."""
-    found = studies(runs)
-    if not found:
-        raise InputError("no complete runs among those named, so there is nothing to compare")
-    reports = []
-    for number, (settings, cells) in enumerate(found, start=1):
-        main = main_cells(cells)
-        one = {
-            "title": f"Study {number}, training data {settings['train_data']}",
-            "settings": settings,
-            "cells": cells,
-            "main": main,
-            "gaps": gap_records(main),
-            "slopes": slope_records(main),
-            "lengths": length_records(cells),
-            "falls": fall_records(cells),
-            "rates": rate_records(main),
-            "notes": study_notes(settings, found[0][0], cells),
-        }
-        reports.append(one)
-    incomplete = [run for run in runs if not run.final]
+    """The parts of the tables, {name: records}, the notes, and the cells that the figures show."""
+    cells = cells_of(grid_of(runs))
+    main = main_cells(cells)
+    parts = {
+        "gaps": gap_records(main),
+        "slopes": slope_records(main),
+        "lengths": length_records(cells),
+        "falls": fall_records(cells),
+        "rates": rate_records(main),
+        "notes": notes(cells),
+    }
+    incomplete = [run.name for run in runs if not run.final]
     if incomplete:
-        reports[0]["notes"].append(f"Incomplete, and left out: {folders(incomplete)}.")
-    return reports
-
-
-def main_cells(cells):
-    """The cells with the length and content of rows in which most sizes and numbers of tokens were run."""
-    kinds = [(cell.row, cell.protocol) for cell in cells]
-    most = max(kinds, key=lambda kind: (kinds.count(kind), kind))
-    return [cell for cell in cells if (cell.row, cell.protocol) == most]
-
-
-def compared(cells):
-    """The variants beside QKV, in the order of the paper, and QKV converted."""
-    trained = set().union(*(cell.runs for cell in cells))
-    return [alias for alias in (*VARIANTS, CONVERTED) if alias in trained - {"kqv"}]
-
-
-def paper_name(cells, alias):
-    """A variant as the paper writes it, with its number of groups."""
-    if alias == CONVERTED:
-        return "QKV, converted to Q–K=V"
-    runs = next(cell.runs[alias] for cell in cells if alias in cell.runs)
-    return next(run.variant.paper for seeds in runs.values() for run in seeds.values())
+        parts["notes"].append(f"Incomplete, and left out: {listed(incomplete)}.")
+    return parts, main, cells
 
 
 def percent(nats):
@@ -364,16 +305,15 @@ def percent(nats):
 
 def gap_fields(gaps, name):
     """Fields for the mean of gaps, as a change of perplexity in percent, and for its two intervals."""
-    if not gaps:
-        return {name: None, f"{name}_interval": None, f"{name}_t": None}
     values = list(gaps.values())
-    by_bootstrap = bootstrap([values], [1]) if len(values) > 1 else ()
-    by_t = t_interval(values) or ()
-    return {
-        name: percent(fmean(values)),
-        f"{name}_interval": [percent(limit) for limit in by_bootstrap] or None,
-        f"{name}_t": [percent(limit) for limit in by_t] or None,
-    }
+    if not values:
+        return {name: None, f"{name}_interval": None, f"{name}_t": None}
+
+    def in_percent(interval):
+        return interval and [percent(limit) for limit in interval]
+
+    intervals = {f"{name}_interval": in_percent(bootstrap([values])), f"{name}_t": in_percent(t_interval(values))}
+    return {name: percent(fmean(values))} | intervals
 
 
 def gap_records(cells):
@@ -381,7 +321,7 @@ def gap_records(cells):
     records = []
     for alias in compared(cells):
         for cell in cells:
-            if alias not in cell.runs:
+            if alias not in cell.aliases:
                 continue
             own = cell.gaps(alias, "own")
             record = {
@@ -420,10 +360,7 @@ def compute_lost(cells, cell, alias):
     needed = tokens_for(dict(curve)[cell.tokens] + fmean(gaps.values()), curve)
     if needed is None:
         return None
-    macs = {}
-    for name in ("kqv", alias):
-        runs = next(iter(cell.runs[name].values()))
-        macs[name] = profiler.theoretical_macs(next(iter(runs.values())).variant, cell.row)["total"]
+    macs = cell.runs.groupby("alias")["macs"].first()
     return 100 * (1 - needed * macs["kqv"] / (cell.tokens * macs[alias]))
 
 
@@ -455,7 +392,7 @@ def length_groups(cells):
 
 def varied(group):
     """The variants that were trained with more than one kind of rows."""
-    return [alias for alias in compared(group) if sum(alias in cell.runs for cell in group) > 1]
+    return [alias for alias in compared(group) if sum(alias in cell.aliases for cell in group) > 1]
 
 
 def length_records(cells):
@@ -467,7 +404,7 @@ def length_records(cells):
                 gaps = cell.gaps(alias, "common")
                 if not gaps:
                     continue
-                finals = [run.final for run in cell.runs["kqv"][cell.best_rate("kqv")].values()]
+                padding = cell.losses("kqv", cell.best_rate("kqv"), "padding")
                 record = {
                     "variant": paper_name(group, alias),
                     "alias": alias,
@@ -476,7 +413,7 @@ def length_records(cells):
                     "row": cell.row,
                     "seeds": list(gaps),
                     "rate": cell.best_rate("kqv"),
-                    "padding_percent": 100 * finals[0]["padding_fraction"],
+                    "padding_percent": 100 * next(iter(padding.values())),
                 }
                 record |= gap_fields(cell.gaps(alias, "common", "loss"), "gap_all_positions")
                 record |= gap_fields(gaps, "gap_common")
@@ -504,7 +441,7 @@ def fall_records(cells):
                 falls = [100 * (before[seed] - after[seed]) for seed in before if seed in after]
                 record["seeds"] = len(falls) or record["seeds"]
                 record[name] = fmean(falls) if falls else None
-                record[f"{name}_interval"] = bootstrap([falls], [1]) if falls else None
+                record[f"{name}_interval"] = bootstrap([falls]) if falls else None
                 record[f"{name}_t"] = t_interval(falls)
             records.append(record)
     return records
@@ -513,52 +450,43 @@ def fall_records(cells):
 def rate_records(cells):
     """A row for every variant, size and number of tokens: the mean text loss at each rate."""
     records = []
-    for cell in cells:
-        for alias in VARIANTS:
-            for rate in sorted(cell.runs.get(alias, ())):
-                losses = cell.losses(alias, rate)
-                record = {
-                    "variant": paper_name(cells, alias),
-                    "alias": alias,
-                    "size": cell.size,
-                    "tokens_per_parameter": cell.tokens_per_parameter,
-                    "rate": rate,
-                    "seeds": list(losses),
-                    "best": "best" if rate == cell.best_rate(alias) else None,
-                }
-                records.append(record | mean("text_loss", list(losses.values())))
+    for cell, alias in product(cells, VARIANTS):
+        for rate in cell.of(alias).index:
+            losses = cell.losses(alias, rate)
+            record = {
+                "variant": paper_name(cells, alias),
+                "alias": alias,
+                "size": cell.size,
+                "tokens_per_parameter": cell.tokens_per_parameter,
+                "rate": rate,
+                "seeds": list(losses),
+                "best": "best" if rate == cell.best_rate(alias) else None,
+            }
+            records.append(record | mean("text_loss", losses.values()))
     return records
 
 
-def study_notes(settings, of_first, cells):
-    """Lines about what sets a study apart from the first, and about rates that were hardly searched."""
-    lines = []
-    alone = []
-    for key, value in settings.items():
-        if value != of_first[key]:
-            lines.append(f"Not to be compared with study 1: {key} is {of_first[key]} there, {value} here.")
-    for cell in cells:
-        for alias in VARIANTS:
-            rates = sorted(cell.runs.get(alias, ()))
-            if not rates:
-                continue
-            where = f"{cell.size}, {cell.tokens_per_parameter:g} tokens per parameter, rows of {cell.row}"
-            who = f"{paper_name(cells, alias)}, {where}, {cell.protocol}"
-            if len(rates) == 1:
-                alone.append(who)
-            elif cell.best_rate(alias) is None:
-                lines.append(f"{who}: no seed was run at all of its rates, so it has no best rate and no gap.")
-            elif cell.at_edge(alias):
-                tried = listed(f"{rate:g}" for rate in rates)
-                best = f"the best rate, {cell.best_rate(alias):g}, is at the edge of those tried"
-                lines.append(f"{who}: {best}: {tried}.")
+def notes(cells):
+    """Lines about rates that were hardly searched."""
+    lines, alone = [], []
+    for cell, alias in product(cells, VARIANTS):
+        rates = list(cell.of(alias).index)
+        if not rates:
+            continue
+        where = f"{cell.size}, {cell.tokens_per_parameter:g} tokens per parameter, rows of {cell.row}"
+        who = f"{paper_name(cells, alias)}, {where}, {cell.protocol}"
+        best = cell.best_rate(alias)
+        if len(rates) == 1:
+            alone.append(who)
+        elif best is None:
+            lines.append(f"{who}: no seed was run at all of its rates, so it has no best rate and no gap.")
+        elif best in (rates[0], rates[-1]):
+            tried = listed(f"{rate:g}" for rate in rates)
+            lines.append(f"{who}: the best rate, {best:g}, is at the edge of those tried: {tried}.")
     if alone:
         lines.append(f"At one rate alone: {'; '.join(alone)}.")
     return lines
 
-
-# -----------------------------------------------------------------------------
-# Printing
 
 GAPS = [  # header, key, and how a number is written: its pattern and its unit
     ("", "variant", "", ""),
@@ -628,50 +556,19 @@ LEGEND = (
 )
 
 
-def document(reports, heading, style, bullet):
-    """The parts of every report that have something in them, and its notes."""
+def as_markdown(parts):
+    """The parts that have something in them, and the notes."""
     texts = []
-    for report in reports:
-        if len(reports) > 1:
-            texts.append(heading + report["title"])
-        for key, title, columns in PARTS:
-            if report[key]:
-                texts.append(heading + title)
-                if key == "gaps":
-                    texts.append(LEGEND)
-                texts.append(grid(columns, report[key], style))
-        if report["notes"]:
-            texts.append("\n".join(bullet + line for line in report["notes"]))
+    for key, title, columns in PARTS:
+        if parts[key]:
+            texts += [f"### {title}", *([LEGEND] if key == "gaps" else []), table(columns, parts[key], "pipe")]
+    if parts["notes"]:
+        texts.append("\n".join(f"- {line}" for line in parts["notes"]))
     return "\n\n".join(texts) + "\n"
 
 
-def as_text(reports):
-    return document(reports, "", "plain", "")
-
-
-def as_markdown(reports):
-    return document(reports, "### ", "pipe", "- ")
-
-
-def as_csv(reports):
-    """The gaps, unrounded; `study` says which data they are from."""
-    rows = []
-    for report in reports:
-        rows += [{"study": report["title"]} | record for record in report["gaps"]]
-    return sheet(rows)
-
-
-def as_json(reports):
-    """Everything, unrounded."""
-    hidden = ("cells", "main")  # runs, which the records summarise
-    return unrounded([{key: report[key] for key in report if key not in hidden} for report in reports])
-
-
-FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_json}
-
-
 # -----------------------------------------------------------------------------
-# Plotting
+# Figures
 
 SIZE_LOOKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", ":"), ("#CC79A7", "D", "-."))
 
@@ -684,7 +581,7 @@ def seed_line(ax, points, colour, marker, line, label, shaded=False):
     x = [x for x, _ in points]
     ax.plot(x, [fmean(values) for _, values in points], color=colour, linestyle=line)
     if shaded:
-        intervals = [bootstrap([values], [1]) for _, values in points]
+        intervals = [bootstrap([values]) or [values[0]] * 2 for _, values in points]
         ax.fill_between(x, *zip(*intervals, strict=True), color=colour, alpha=0.15, linewidth=0)
     for position, values in points:
         ax.scatter([position] * len(values), values, s=16, color=colour, marker=marker, zorder=3)
@@ -709,14 +606,13 @@ def finish(ax, ticks, xlabel, ylabel):
         ax.legend(frameon=False)
 
 
-def gap_figures(folder, report):
+def gap_figures(folder, cells):
     """Q–K=V's gap against tokens per parameter, a line for each size: gap.png at own rates, gap_common_rate.png
     at QKV's; gap_other_variants.png has the others at the smallest size, where they make a line.
     """
-    cells = report["main"]
     sizes = list(dict.fromkeys(cell.size for cell in cells))
     smallest = [cell for cell in cells if cell.size == sizes[0]]
-    lines = [alias for alias in compared(cells) if sum(alias in cell.runs for cell in smallest) > 1]
+    lines = [alias for alias in compared(cells) if sum(alias in cell.aliases for cell in smallest) > 1]
     others = [alias for alias in lines if alias not in ("kv", CONVERTED)]
 
     def trained_and_converted(ax, at):
@@ -735,7 +631,7 @@ def gap_figures(folder, report):
             gap_line(ax, points, (*LOOKS[alias], "-"), paper_name(cells, alias))
 
     def panel(name, title, fill):
-        def draw(axes):
+        def show(axes):
             (ax,) = axes
             fill(ax)
             ax.axhline(0, color="0.6", linewidth=0.8)
@@ -743,7 +639,7 @@ def gap_figures(folder, report):
             ticks = [cell.tokens_per_parameter for cell in cells]
             finish(ax, ticks, "tokens per parameter, D / N", "text perplexity beyond QKV's, %")
 
-        figure(folder / name, [title], draw)
+        draw(folder / name, [title], show)
 
     panel("gap.png", "Q–K=V, each at its own best rate", lambda ax: trained_and_converted(ax, "own"))
     title = "Q–K=V, both at QKV's best rate"
@@ -752,14 +648,11 @@ def gap_figures(folder, report):
         panel("gap_other_variants.png", f"other variants at {sizes[0]}, own rates", other_variants)
 
 
-def loss_figure(path, report):
+def loss_figure(path, cells):
     """Text loss against tokens, log-log: QKV and Q–K=V at own rates, a line a size, every seed a dot."""
-    from matplotlib.ticker import MaxNLocator, NullLocator  # if it is installed, as the other figures say
-
-    cells = report["main"]
     sizes = list(dict.fromkeys(cell.size for cell in cells))
 
-    def draw(axes):
+    def show(axes):
         (ax,) = axes
         for alias in ("kqv", "kv"):
             for size, (_, marker, line) in zip(sizes, cycle(SIZE_LOOKS), strict=False):
@@ -780,15 +673,15 @@ def loss_figure(path, report):
         finish(ax, ticks, "training tokens D, millions (log scale)", "text loss, nats per token (log scale)")
         ax.set_xlim(min(tokens) / 1.2, max(tokens) * 1.2)
 
-    figure(path, ["each at its own best rate"], draw)
+    draw(path, ["each at its own best rate"], show)
 
 
-def progress_figure(path, report):
+def progress_figure(path, cells):
     """Q–K=V's gap against QKV's text loss, each at its own best rate: every seed a dot, every size a look."""
-    cells = [cell for cell in report["main"] if cell.gaps("kv", "own")]
+    cells = [cell for cell in cells if cell.gaps("kv", "own")]
     sizes = list(dict.fromkeys(cell.size for cell in cells))
 
-    def draw(axes):
+    def show(axes):
         (ax,) = axes
         for size, (colour, marker, _) in zip(sizes, cycle(SIZE_LOOKS), strict=False):
             points = []
@@ -804,40 +697,40 @@ def progress_figure(path, report):
         ax.legend(frameon=False)
 
     if cells:
-        figure(path, ["each at its own best rate"], draw)
+        draw(path, ["each at its own best rate"], show)
 
 
-def rate_figure(path, report):
+def rate_figure(path, cells):
     """Text loss against the peak learning rate, a panel for each size and number of tokens that was swept."""
-    swept = [cell for cell in report["main"] if max(map(len, cell.runs.values())) > 2]
+    swept = [cell for cell in cells if cell.runs.groupby("alias")["rate"].nunique().max() > 2]
 
-    def draw(axes):
+    def show(axes):
         for ax, cell in zip(axes, swept, strict=True):
             for alias in VARIANTS:
-                rates = sorted(cell.runs.get(alias, ()))
+                rates = cell.of(alias).index
                 points = [(1000 * rate, list(cell.losses(alias, rate).values())) for rate in rates]
                 if points:
                     seed_line(ax, points, *LOOKS[alias], "-", paper_name(swept, alias))
-            ticks = [1000 * rate for rates in cell.runs.values() for rate in rates]
+            ticks = 1000 * cell.runs["rate"].unique()
             finish(ax, ticks, "peak learning rate, x 1e-3", "text loss, nats per token")
 
     if swept:
         titles = [f"{cell.size}, {cell.tokens_per_parameter:g} tokens per parameter" for cell in swept]
-        figure(path, titles, draw)
+        draw(path, titles, show)
 
 
-def length_figure(path, report):
+def length_figure(path, cells):
     """Q–K=V's gap against the length of rows, by their content: over all positions, and over text only.
 
     Without the padding in training a model cannot predict it, so there the first panel has no such line.
     """
-    groups = [group for group in length_groups(report["cells"]) if "kv" in varied(group)]
+    groups = [group for group in length_groups(cells) if "kv" in varied(group)]
     if not groups:
         return
     cells = groups[0]
     looks = dict(zip(dict.fromkeys(cell.protocol for cell in cells), cycle(SIZE_LOOKS), strict=False))
 
-    def draw(axes):
+    def show(axes):
         for ax, key in zip(axes, ("loss", "text_loss"), strict=True):
             for protocol, look in looks.items():
                 if key == "loss" and protocol == "padded, padding masked":
@@ -848,26 +741,29 @@ def length_figure(path, report):
             ax.set_ylim(bottom=-2)  # room for the legend
             finish(ax, [cell.row for cell in cells], "tokens in a row, T", "perplexity beyond QKV's, %")
 
-    figure(path, ["Q–K=V, over all positions", "Q–K=V, over text only"], draw)
+    draw(path, ["Q–K=V, over all positions", "Q–K=V, over text only"], show)
 
 
 # -----------------------------------------------------------------------------
 # Command line
 
 
-def write_all(folder, reports):
-    write_texts(folder, "scaling_table", reports, FORMATS)
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
-    gap_figures(figures, reports[0])
-    loss_figure(figures / "losses.png", reports[0])
-    progress_figure(figures / "gap_by_loss.png", reports[0])
-    rate_figure(figures / "rates.png", reports[0])
-    length_figure(figures / "lengths.png", reports[0])
-
-
 def main(arguments=None):
-    command_line(__file__, __doc__, report, FORMATS, write_all, arguments)
+    parser = Parser(__file__, __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="a study's folder, or output folders of runs")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="default: the first folder named")
+    options = parser.parse_args(arguments)
+    try:
+        parts, main, cells = report(find_runs(options.runs))
+    except InputError as error:
+        parser.error(error)
+    folder = options.output_dir or options.runs[0]
+    figures = write_texts(folder, "scaling_table", as_markdown(parts), as_json(parts))
+    gap_figures(figures, main)
+    loss_figure(figures / "losses.png", main)
+    progress_figure(figures / "gap_by_loss.png", main)
+    rate_figure(figures / "rates.png", main)
+    length_figure(figures / "lengths.png", cells)
 
 
 if __name__ == "__main__":
