@@ -16,7 +16,6 @@ import io
 import json
 import os
 import re
-import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -72,7 +71,7 @@ def first_line(error: BaseException) -> str:
 
 # What the system says of files: no permission, no space, not a folder. Of a connection it says other things.
 FILE_ERRORS = {getattr(errno, name) for name in (
-    "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ELOOP",
+    "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENOTDIR", "EISDIR", "EEXIST", "ELOOP",
     "ENAMETOOLONG", "EMFILE", "ENFILE", "EIO", "ESTALE", "ENOLCK",
 )}  # fmt: skip
 
@@ -83,9 +82,9 @@ def file_error(error: BaseException | None) -> OSError | None:
     A cache that cannot be written and a hub that cannot be reached are both an OSError.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FILE_ERRORS and not isinstance(error, socket.gaierror):
+        if isinstance(error, OSError) and error.errno in FILE_ERRORS:
             return error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return None
 
 
