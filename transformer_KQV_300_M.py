@@ -825,7 +825,7 @@ def train(model_config, config, output_dir, init_from=None, accept_changes=False
                 results = evaluate(model, val_loader, config.eval_batches)
             stopping = results is None
             if results:
-                require(math.isfinite(results["loss"]), f"step {step}: validation loss not finite.{LOWER_RATE}")
+                require(math.isfinite(results["loss"]), f"step {step}: val loss is not finite.{LOWER_RATE}")
                 log("final" if last_step else "val", step, results)
 
         # once in a while, at the end and when told to stop: save
