@@ -935,7 +935,7 @@ def main(arguments=None):
         if RANK == 0 or not isinstance(error, RunError):  # a RunError is raised on rank 0, or on all ranks
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             hint = "; halve micro_batch_size and double gradient_accumulation" if out_of_memory else ""
-            print(f"{Path(__file__).name}: error: {error}{hint}", file=sys.stderr)
+            print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
