@@ -129,26 +129,19 @@ def fast_tokenizer(tokenizer: Tokenizer, vocab_size: int, model_max_length: int)
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """The texts of a folder of transformers that belong to its tokenizer or its way of generating, by name.
-
-    A tokenizer of vocab.json and merges.txt, as of old GPT-2s, becomes a tokenizer.json.
-    """
+    """The texts of a folder of transformers that belong to its tokenizer or its way of generating, by name."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.glob("**/*")}
-    files = {name: path.read_text(encoding="utf-8") for name, path in paths.items() if KEPT.fullmatch(name)}
-    if "tokenizer.json" not in files and {"vocab.json", "merges.txt"} <= paths.keys():
-        with TemporaryDirectory() as temporary:
-            GPT2Tokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(temporary)
-            files |= files_of(Path(temporary))
-    return files
+    return {name: path.read_text(encoding="utf-8") for name, path in paths.items() if KEPT.fullmatch(name)}
 
 
-def identity_of(files: dict[str, str]) -> dict:
-    """{name, vocab_size, sha256} of the tokenizer among the files of a folder, as checkpoints record it.
+def identity_of(tokenizer: PreTrainedTokenizerFast) -> dict:
+    """{name, vocab_size, sha256} of a tokenizer of transformers, as checkpoints record it.
 
     Tokens that were added behind the end-of-text token do not count. The sha256 of a tokenizer that
-    dataset_download.py could not use is that of its file, which no data have.
+    dataset_download.py cannot use is that of its own text, which no data have.
     """
-    contents = json.loads(files["tokenizer.json"])
+    text = tokenizer.backend_tokenizer.to_str()
+    contents = json.loads(text)
     added = [token["content"] for token in contents["added_tokens"]]
     ids = sum(token not in added for token in contents["model"]["vocab"])
     contents["added_tokens"] = [token for token in contents["added_tokens"] if token["id"] <= ids]
@@ -156,12 +149,35 @@ def identity_of(files: dict[str, str]) -> dict:
         path = Path(temporary) / "tokenizer.json"
         path.write_text(json.dumps(contents), encoding="utf-8")
         try:
-            tokenizer = load_tokenizer(str(path))
+            found = load_tokenizer(str(path))
         except InputError:
-            digest = hashlib.sha256(files["tokenizer.json"].encode()).hexdigest()
+            digest = hashlib.sha256(text.encode()).hexdigest()
             return {"name": f"tokenizer.json sha256:{digest[:16]}", "vocab_size": ids, "sha256": digest}
-    name = "gpt2" if tokenizer.sha256 == GPT2_SHA256 else tokenizer.name
-    return {"name": name, "vocab_size": tokenizer.eos_id + 1, "sha256": tokenizer.sha256}
+    name = "gpt2" if found.sha256 == GPT2_SHA256 else found.name
+    return {"name": name, "vocab_size": found.eos_id + 1, "sha256": found.sha256}
+
+
+def tokenizer_entries(folder: Path, recorded: dict | None = None) -> dict:
+    """What a checkpoint has of the tokenizer of a folder: its identity, and the files as they are.
+
+    recorded: the identity that the folder's config.json has. A tokenizer of vocab.json and merges.txt, as of
+    old GPT-2s, becomes a tokenizer.json.
+    """
+    try:
+        files, found = files_of(folder), recorded
+        if "tokenizer.json" in files:
+            found = identity_of(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            tokenizer = GPT2Tokenizer.from_pretrained(folder, local_files_only=True)
+            found = identity_of(tokenizer)
+            with TemporaryDirectory() as temporary:
+                tokenizer.save_pretrained(temporary)
+                files |= files_of(Path(temporary))
+    except Exception as error:  # a damaged file can fail in any way
+        raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
+    if recorded and found["sha256"] == recorded["sha256"]:
+        found = recorded  # under the name that the training data have for it
+    return ({"tokenizer": found} if found else {}) | ({"folder_files": files} if files else {})
 
 
 # -----------------------------------------------------------------------------
@@ -438,18 +454,6 @@ def to_checkpoint(folder: Path, output_dir: Path, alias: str | None) -> None:
     if "tokenizer" in contents:
         lines.append(f"tokenizer: {name_of(contents, None) or contents['tokenizer']['name']}")
     report(*lines, f"score it: python run_eval.py --model {config.variant} --checkpoint {output}")
-
-
-def tokenizer_entries(folder: Path, recorded: dict | None) -> dict:
-    """What a checkpoint has of the tokenizer of a folder: its identity, and its files as they are."""
-    try:
-        files = files_of(folder)
-        found = identity_of(files) if "tokenizer.json" in files else recorded
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{folder}: its tokenizer cannot be read: {error}") from error
-    if recorded and found["sha256"] == recorded["sha256"]:
-        found = recorded  # under the name that the training data have for it
-    return ({"tokenizer": found} if found else {}) | ({"folder_files": files} if files else {})
 
 
 def read_folder(folder: Path) -> QKVForCausalLM:

@@ -310,6 +310,12 @@ class QKVModel(QKVPreTrainedModel):
         if position_ids is None and total > n_positions:
             raise ValueError(f"{total} tokens do not fit the model's n_positions, {n_positions}")
 
+        # Only who brings position_ids can have packed texts into a row. The mask comes before a new cache, with
+        # which the library would not look for them.
+        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+
         # Positions are learned, so a padded row has to start at position 0 where its text starts.
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
@@ -317,10 +323,6 @@ class QKVModel(QKVPreTrainedModel):
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past)[None]
         hidden_states = inputs_embeds + self.wpe(position_ids)
 
-        # The mask comes before a new cache, with which the library would not look for packed texts.
-        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
-        if use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
         for block in self.h:
             hidden_states = block(hidden_states, causal_mask, cache, position_ids=position_ids, **kwargs)
         return BaseModelOutputWithPast(self.ln_f(hidden_states), cache)
