@@ -29,7 +29,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import SafetensorError
 from transformers import GenerationConfig, GPT2Tokenizer, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode
 from transformers.utils import logging
 
 from common import (
@@ -41,6 +41,7 @@ from common import (
     Parser,
     Tokenizer,
     load_tokenizer,
+    rank_file,
     read_checkpoint,
     read_metrics,
     report,
@@ -66,6 +67,8 @@ KEPT = re.compile(
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|generation_config)\.json"
     r"|(chat_template|additional_chat_templates/[\w-]+)\.jinja"
 )
+# What tokenizers of bytes differ in beside their vocabulary: case, spaces, digits, Unicode's normal forms
+PROBE = "Hello  world's 1234567 CamelCase\n\n\tna\u00efve e\u0301 \u4e2d\u6587 \U0001f600 don't  x.\n "
 UNKNOWN = "not known"
 
 
@@ -122,7 +125,7 @@ def fast_tokenizer(tokenizer: Tokenizer, vocab_size: int, model_max_length: int)
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=names[-1],
-        padding_side="left",  # a batch of prompts is continued on the right
+        padding_side="right",  # on the left, the first token of a text would count in the loss, behind padding
         clean_up_tokenization_spaces=False,
         model_max_length=model_max_length,
     )
@@ -137,23 +140,29 @@ def files_of(folder: Path) -> dict[str, str]:
 def identity_of(tokenizer: PreTrainedTokenizerFast) -> dict:
     """{name, vocab_size, sha256} of a tokenizer of transformers, as checkpoints record it.
 
-    Tokens that were added behind the end-of-text token do not count. The sha256 of a tokenizer that
-    dataset_download.py cannot use is that of its own text, which no data have.
+    The sha256 is that of its ranks where it encodes as a .tiktoken file of them does, with an end-of-text token
+    behind the ranks; tokens added after that do not count. Else it is that of its own text, which no data have.
     """
     text = tokenizer.backend_tokenizer.to_str()
     contents = json.loads(text)
     added = [token["content"] for token in contents["added_tokens"]]
-    ids = sum(token not in added for token in contents["model"]["vocab"])
-    contents["added_tokens"] = [token for token in contents["added_tokens"] if token["id"] <= ids]
-    with TemporaryDirectory() as temporary:
-        path = Path(temporary) / "tokenizer.json"
-        path.write_text(json.dumps(contents), encoding="utf-8")
-        try:
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    other = {"name": f"tokenizer.json sha256:{digest[:16]}", "vocab_size": len(tokenizer), "sha256": digest}
+    try:
+        pieces = {piece: rank for piece, rank in contents["model"]["vocab"].items() if piece not in added}
+        ranks = {bytes(byte_of[character] for character in piece): rank for piece, rank in pieces.items()}
+        with TemporaryDirectory() as temporary:
+            path = Path(temporary) / "ranks.tiktoken"
+            path.write_bytes(rank_file(ranks))
             found = load_tokenizer(str(path))
-        except InputError:
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            return {"name": f"tokenizer.json sha256:{digest[:16]}", "vocab_size": ids, "sha256": digest}
-    name = "gpt2" if found.sha256 == GPT2_SHA256 else found.name
+    except (InputError, KeyError, AttributeError):  # not made of bytes
+        return other
+    end = tokenizer.convert_ids_to_tokens(found.eos_id) if found.eos_id < len(tokenizer) else None
+    ends = (None, tokenizer.eos_token, END_OF_TEXT, "<|endoftext|>")
+    if tokenizer.encode(PROBE, add_special_tokens=False) != found.encode([PROBE])[0].tolist() or end not in ends:
+        return other
+    name = "gpt2" if found.sha256 == GPT2_SHA256 else f"tokenizer.json sha256:{found.sha256[:16]}"
     return {"name": name, "vocab_size": found.eos_id + 1, "sha256": found.sha256}
 
 
