@@ -409,7 +409,7 @@ def write_folder(
 
     shutil.copyfile(ROOT / "modeling_qkv.py", folder / "modeling_qkv.py")
     card = model_card(alias, contents, model, path, name_of(contents, tokenizer), shipped)
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    (folder / "README.md").write_text(str(card).rstrip() + "\n", encoding="utf-8")
     return shipped
 
 
