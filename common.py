@@ -19,6 +19,7 @@ import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import chain, pairwise
@@ -63,6 +64,16 @@ def show_what_the_terminal_can() -> None:
 
 def warn(text: str) -> None:
     tqdm.write(f"WARNING: {text}", file=sys.stderr)
+
+
+def report(*lines: str) -> None:
+    """Print what was done. By then it is done, so that output which nobody reads is worth a warning and no more."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
+        with suppress(OSError):
+            warn(f"the report could not be printed: {error}")
 
 
 def first_line(error: BaseException) -> str:
