@@ -2,19 +2,19 @@
 
     python analysis_computation_profiler.py                                # Tables 5 and 6, and the cache
     python analysis_computation_profiler.py --sizes 1.2B --memory 80GB --format markdown --figures figures
-    python analysis_computation_profiler.py --measure --variants kqv kv gqa --contexts 2048 8192 --batches 1 8
-    python analysis_computation_profiler.py --measure train --sizes 300M --format csv > train.csv
+    python analysis_computation_profiler.py decode --variants kqv kv gqa --contexts 2048 8192 --batches 1 8
+    python analysis_computation_profiler.py train --sizes 300M --format csv > train.csv
 
-Without --measure no model runs: PyTorch's meta device knows shapes alone. A forward pass of one sequence is
+`count`, the default, runs no model: PyTorch's meta device knows shapes alone. A forward pass of one sequence is
 accounted for three times: by the closed formula; by fvcore's MACs, which equal it; and by torch.profiler's
 FLOPs, which are 2 x MACs plus the element-wise work that is itemised. If the three disagree, the exit status
 is 1. An analysis of all variants writes comprehensive_flop_analysis_<size>.json, for 300M unless --sizes says
 otherwise.
 
-With --measure the scripts' `generate` fills its KV cache and decodes from it, or the scripts' model trains.
-Weights are random, and each run has as many positions as its own context needs. The variants take turns,
-after a warm-up round that does not count. Figures are medians over the rounds (lowest to highest); "vs QKV"
-compares the turns of one round.
+`decode` fills the KV cache through the scripts' `generate` and decodes from it; `train` trains the scripts'
+model (earlier: --measure, --measure train). Weights are random, and each run has as many positions as its own
+context needs. The variants take turns, after a warm-up round that does not count. Figures are medians over the
+rounds (lowest to highest); "vs QKV" compares the turns of one round.
 
     peak memory   of weights and run together; on a CPU, resident memory, reported on Linux only
     roofline      the decode rate if a step took no longer than reading the weights and the cache
@@ -23,24 +23,24 @@ compares the turns of one round.
 
 GB are 10^9 bytes, GiB 2^30.
 
-Contents: variants, accounts, measurement (the machine, decoding, training, turns and rounds), printing,
-figures, command line.
+Contents: variants, accounts, measurement (the machine, decoding, training, rounds), printing, figures, command
+line.
 """
 
 import argparse
 import contextlib
 import ctypes
 import gc
-import json
 import math
 import os
 import platform
 import re
+import sys
 import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib import import_module
 from itertools import product
@@ -54,13 +54,11 @@ import psutil
 import torch
 import yaml
 from pydantic import ByteSize, TypeAdapter, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from common import ROOT, SIZES, VARIANTS, InputError, Parser, show_what_the_terminal_can, write_text
+from common import ROOT, SIZES, VARIANTS, InputError, Parser, script_of, show_what_the_terminal_can, write_text
 from report import (
     LOOKS,
     amount,
@@ -108,18 +106,17 @@ class Variant:
             sizes = " and ".join(self.row["script"])
             raise InputError(f"{self.row['paper']} ({alias}) has no {size} model, only {sizes}")
         self.script = import_module(self.row["script"][size].removesuffix(".py"))
-        changes = [f"{key}={json.dumps(value)}" for key, value in settings.items()]  # JSON is YAML
+        path = ROOT / f"configs/model_config_{size}.yaml"
         try:
-            path = ROOT / f"configs/model_config_{size}.yaml"
-            self.config = self.script.load_config(self.script.ModelConfig, path, changes)
+            self.config = self.script.load_config(self.script.ModelConfig, path, settings)
         except self.script.RunError as error:
             raise InputError(str(error)) from error
         groups = self.config.n_kv_groups
         self.paper = f"{self.row['paper']}-{groups}" if groups and groups > 1 else self.row["paper"]
         self.key = self.row["published"].get("release_name", self.paper)  # its key in the JSON
         self.label = {"size": size, "variant": self.paper, "alias": alias}  # the first fields of its records
-        if changes:
-            self.label["set"] = " ".join(changes)
+        if settings:
+            self.label["set"] = " ".join(f"{key}={value}" for key, value in settings.items())
 
     def build(self, device="meta", dtype=torch.float32, **changes):
         """The script's model in eval mode, with random weights; `changes` replace fields of its config."""
@@ -381,33 +378,24 @@ def bf16_is_native(device):
     return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info()))
 
 
-def mark(device):
-    """A point in time on the device's own clock, for `seconds`."""
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds(start, end):
-    """Seconds between two marks; waits for the work before the second."""
-    if isinstance(end, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
+def now(device):
+    """Seconds on a clock, when the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def read_bandwidth(device, repeats=5):
-    """Bytes a second of the fastest of several passes over a large matrix, which write next to nothing."""
+    """Bytes a second of the fastest way to pass over a large matrix, which writes next to nothing."""
     matrix = torch.ones(1024, READ_BYTES // 4096, device=device)
     row = torch.ones(1, 1024, device=device)
+    passes = 1 if device.type == "cpu" else 16  # on a GPU, enough for the wait at the end not to count
     times = []
-    for _ in range(repeats):
-        for read in (matrix.sum, lambda: row @ matrix):
-            start = mark(device)
+    for read in (matrix.sum, lambda: row @ matrix) * repeats:
+        start = now(device)
+        for _ in range(passes):
             read()
-            times.append(seconds(start, mark(device)))
+        times.append((now(device) - start) / passes)
     return matrix.nbytes / min(times)
 
 
@@ -416,22 +404,18 @@ def free_memory(device):
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def release_memory(device):
-    """Give freed memory back to the system; otherwise the next model would reuse it, and show no rise."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 class PeakMemory:
     """The highest rise of the memory in use above where it stood when this object was made."""
 
     def __init__(self, device):
-        release_memory(device)
         self.device = device
         self.cuda = device.type == "cuda"
+        # Freed memory goes back to the system; otherwise the next model would reuse it, and show no rise.
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
+            ctypes.CDLL(None).malloc_trim(0)
         self.before = torch.cuda.memory_allocated(device) if self.cuda else psutil.Process().memory_info().rss
 
     def restart(self):
@@ -447,39 +431,13 @@ class PeakMemory:
         if self.cuda:
             return torch.cuda.max_memory_allocated(self.device) - self.before
         status = Path("/proc/self/status")
-        if not status.exists():
-            return None
-        peak = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), re.MULTILINE)  # psutil has no peak
+        text = status.read_text() if status.exists() else ""
+        peak = re.search(r"^VmHWM:\s*(\d+) kB$", text, re.MULTILINE)  # psutil has no peak
         return int(peak[1]) * 1024 - self.before if peak else None
 
 
 # -----------------------------------------------------------------------------
 # Measurement: decoding
-
-
-@contextlib.contextmanager
-def observed(model, device):
-    """Two lists that fill as `generate` runs: a mark at the start of each forward pass, and its cache."""
-    marks = []
-    caches = []
-    forward = model.hidden_states
-
-    def hidden_states(input_ids, cache=None):
-        marks.append(mark(device))
-        caches.append(cache)
-        return forward(input_ids, cache)
-
-    with patch.object(model, "hidden_states", hidden_states):
-        yield marks, caches
-
-
-def allocated(cache):
-    """Bytes of the storages behind a KV cache: a tensor held twice counts once, unused space counts."""
-    storages = {}
-    for layer in cache.layers:
-        for tensor in layer:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(storages.values())
 
 
 def step_bytes(variant, context, batch, itemsize):
@@ -495,20 +453,29 @@ def decode_turn(variant, machine, context, batch, steps):
     n_positions = max(variant.config.n_positions, context + steps + 1)
     model = variant.build(device, machine.dtype, n_positions=n_positions)
     prompt = torch.randint(variant.config.vocab_size, (batch, context), device=device)
+    caches = []  # of each forward pass
+    times = []
+
+    def at_first_layer(layer, inputs):
+        caches.append(inputs[1])
+        if len(caches) == 2:  # the first pass is the prompt's, the second begins to decode
+            times.append(now(device))
+
+    model.h[0].register_forward_pre_hook(at_first_layer)
     peak.restart()
-    with observed(model, device) as (marks, caches):
-        model.generate(prompt, steps + 1, temperature=0)
-        end = mark(device)
+    times.append(now(device))
+    model.generate(prompt, steps + 1, temperature=0)
+    times.append(now(device))
 
     # On average a step reads the prompt and half of what is decoded.
     read = step_bytes(variant, context + steps / 2, batch, machine.dtype.itemsize)
     return {
         "n_positions": n_positions,
-        "cache_bytes": allocated(caches[-1]),
+        "cache_bytes": caches[-1].nbytes,
         "formula_bytes": batch * variant.cache_bytes(context + steps + 1, machine.dtype.itemsize),
         "peak_bytes": peak.read(),
-        "prefill": batch * context / seconds(marks[0], marks[1]),
-        "decode": batch * steps / seconds(marks[1], end),
+        "prefill": batch * context / (times[1] - times[0]),
+        "decode": batch * steps / (times[2] - times[1]),
         "roofline": batch * machine.bandwidth / read,
     }
 
@@ -521,9 +488,7 @@ def decode_needs(variant, machine, context, batch, steps):
     parameters = variant.parameters["total"] + max(0, length - c.n_positions) * c.n_embd
     layer = batch * context * (6 * c.n_embd + 2 * c.n_inner) * itemsize
     run = parameters * itemsize + layer + batch * variant.cache_bytes(length, itemsize)
-    if machine.device.type == "cpu" and machine.dtype == torch.float32:
-        run += c.vocab_size * c.n_embd * itemsize  # there, generate copies wte
-    # A model is built in fp32 and then cast. Measured peaks exceeded this sum by up to 3 %.
+    # A model is built in fp32 and then cast.
     return int(1.05 * max(run, 4 * parameters))
 
 
@@ -536,14 +501,6 @@ def decode_record(variant, machine, point, ours, qkvs):
         if figure := variant.published(key):
             record[f"published_{key}"] = figure
     return record
-
-
-def decode_points(options, size):
-    """The keyword arguments of every decode_turn."""
-    points = []
-    for context, batch in product(options.contexts, options.batches):
-        points.append({"context": context, "batch": batch, "steps": options.steps})
-    return points
 
 
 # -----------------------------------------------------------------------------
@@ -572,11 +529,11 @@ def train_turn(variant, machine, micro_batch_size, seq_length, accumulation, ste
 
     update()  # compiles, and makes the optimiser's state
     peak.restart()
-    start = mark(device)
+    start = now(device)
     for _ in range(steps):
         update()
     tokens = steps * accumulation * micro_batch_size * seq_length
-    return {"train": tokens / seconds(start, mark(device)), "peak_bytes": peak.read()}
+    return {"train": tokens / (now(device) - start), "peak_bytes": peak.read()}
 
 
 def train_needs(variant, machine, micro_batch_size, seq_length, **_):
@@ -592,20 +549,19 @@ def train_record(variant, machine, point, ours, qkvs):
     """As decode_record, for training turns; `mfu` in percent, where the GPU's peak is known."""
     record = spreads(("train", "peak_bytes"), ours, qkvs)
     length = SimpleNamespace(seq_length=point["seq_length"])
-    for key, share in variant.script.mfu(variant.build(), length, machine.device, record["train"]).items():
+    model = variant.parameters["total"], variant.config
+    for key, share in variant.script.mfu(*model, length, machine.device, record["train"]).items():
         record[key] = 100 * share
     return record
 
 
-def train_points(options, size):
-    """The keyword arguments of the one train_turn of a size."""
-    published = yaml.safe_load((ROOT / f"configs/train_config_{size}.yaml").read_text(encoding="utf-8"))
-    point = {key: getattr(options, key) or published[key] for key in ("micro_batch_size", "seq_length")}
-    return [point | {key: getattr(options, key) for key in ("accumulation", "steps", "compile")}]
-
-
 # -----------------------------------------------------------------------------
-# Measurement: turns and rounds
+# Measurement: rounds
+
+MEASUREMENTS = {
+    "decode": (decode_turn, decode_needs, decode_record),
+    "train": (train_turn, train_needs, train_record),
+}
 
 
 def spread(key, values):
@@ -654,60 +610,49 @@ def take_turns(variants, turn, needs, rounds, available, progress):
     return {alias: turns for alias, turns in results.items() if alias not in skipped}, skipped
 
 
-MEASUREMENTS = {
-    "decode": (decode_points, decode_turn, decode_needs, decode_record),
-    "train": (train_points, train_turn, train_needs, train_record),
-}
-
-
-def measure_point(variants, machine, point, options, bar):
-    """(records of what was measured, records of what was skipped) with one set of keyword arguments."""
-    _, turn_of, needs_of, record_of = MEASUREMENTS[options.measure]
-    turn = partial(turn_of, machine=machine, **point)
-    needs = partial(needs_of, machine=machine, **point)
-    release_memory(machine.device)
-    available = min(free_memory(machine.device), options.memory or math.inf)
-    results, skipped = take_turns(variants, turn, needs, options.rounds, available, bar.update)
-
-    measured = []
-    left_out = []
-    for variant in variants:
-        record = variant.label | point
-        if variant.alias in skipped:
-            left_out.append(record | {"place": described(point), "reason": skipped[variant.alias]})
-        else:
-            turns = results[variant.alias]
-            measured.append(record | record_of(variant, machine, point, turns, results.get("kqv")))
-    return measured, left_out
-
-
-def described(point):
-    return ", ".join(f"{key} {value}" for key, value in point.items())
+def points_of(options, size):
+    """The keyword arguments of every turn at a size."""
+    if options.command == "decode":
+        pairs = product(options.contexts, options.batches)
+        return [{"context": context, "batch": batch, "steps": options.steps} for context, batch in pairs]
+    published = yaml.safe_load((ROOT / f"configs/train_config_{size}.yaml").read_text(encoding="utf-8"))
+    point = {key: getattr(options, key) or published[key] for key in ("micro_batch_size", "seq_length")}
+    return [point | {key: getattr(options, key) for key in ("accumulation", "steps", "compile")}]
 
 
 def measure(variants, options):
     """Records of what was measured, of what was skipped, and of the machine."""
-    points_of, *_ = MEASUREMENTS[options.measure]
+    turn_of, needs_of, record_of = MEASUREMENTS[options.command]
     machine = Machine(options.device, DTYPES[options.dtype], read_bandwidth(options.device))
     points = [(size, point) for size in variants for point in points_of(options, size)]
     turns = (options.rounds + 1) * sum(len(variants[size]) for size, _ in points)
-
     measured = []
     left_out = []
     with tqdm(total=turns, unit="turn", disable=None) as bar:
         for size, point in points:
-            bar.set_description(f"{size}, {described(point)}")
-            records, skipped = measure_point(variants[size], machine, point, options, bar)
-            measured += records
-            left_out += skipped
+            place = ", ".join(f"{key} {value}" for key, value in point.items())
+            bar.set_description(f"{size}, {place}")
+            turn = partial(turn_of, machine=machine, **point)
+            needs = partial(needs_of, machine=machine, **point)
+            available = min(free_memory(machine.device), options.memory or math.inf)
+            results, skipped = take_turns(variants[size], turn, needs, options.rounds, available, bar.update)
+            for variant in variants[size]:
+                record = variant.label | point
+                if variant.alias in skipped:
+                    left_out.append(record | {"place": place, "reason": skipped[variant.alias]})
+                else:
+                    ours = results[variant.alias]
+                    measured.append(record | record_of(variant, machine, point, ours, results.get("kqv")))
     about = {
         "device": device_name(machine.device),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "dtype": options.dtype,
         "rounds": options.rounds,
         "read_bandwidth": machine.bandwidth,
     }
-    return {"machine": [about], options.measure: measured, "skipped": left_out}
+    return {"machine": [about], options.command: measured, "skipped": left_out}
 
 
 # -----------------------------------------------------------------------------
@@ -892,30 +837,17 @@ def decode_figure(path, records):
 # -----------------------------------------------------------------------------
 # Command line
 
-# The options of each kind of run, with their defaults; those of another kind are refused. None stands for all
-# there are, whatever is free or native, the published setting, or nowhere.
-MEASURED = {"device": None, "dtype": None, "memory": None, "rounds": 3, "set": ()}
-ON_CPU = {"sizes": ["300M"], "variants": ["kqv", "kv", "gqa", "qmqa"]}  # takes minutes
-DEFAULTS = {
-    "accounts": {
-        "sizes": None, "variants": None, "contexts": PAPER_CONTEXTS, "memory": 40 * 10**9,
-        "output_dir": Path(), "figures": None,
+DEFAULTS = {  # where an option is not given; None stands for all variants, or for the published setting
+    ("decode", "cpu"): {"contexts": [512, 2_048], "batches": [1], "steps": 32},
+    ("decode", "cuda"): {
+        "sizes": ["1.2B"], "contexts": [2_048, 8_192, 32_000], "batches": [1, 8], "steps": 128,
     },
-    ("decode", "cpu"): MEASURED | ON_CPU | {
-        "contexts": [512, 2_048], "batches": [1], "steps": 32, "figures": None,
-    },
-    ("decode", "cuda"): MEASURED | {
-        "sizes": ["1.2B"], "variants": None, "contexts": [2_048, 8_192, 32_000], "batches": [1, 8],
-        "steps": 128, "figures": None,
-    },
-    ("train", "cpu"): MEASURED | ON_CPU | {
+    ("train", "cpu"): {
         "micro_batch_size": 1, "seq_length": 256, "accumulation": 1, "steps": 1, "compile": False,
     },
-    ("train", "cuda"): MEASURED | {
-        "sizes": ["300M"], "variants": None, "micro_batch_size": None, "seq_length": None,
-        "accumulation": 8, "steps": 3, "compile": True,
-    },
+    ("train", "cuda"): {"accumulation": 8, "steps": 3, "compile": True},
 }  # fmt: skip
+ON_CPU = ["kqv", "kv", "gqa", "qmqa"]  # measured within minutes
 
 
 def memory_size(text):
@@ -936,80 +868,93 @@ def positive(text):
     return int(text)
 
 
-def command_line():
-    parser = Parser(__file__, __doc__, usage="%(prog)s [options]")
-    add = parser.add_argument
-    add("--sizes", nargs="+", choices=SIZES, help="default: both; with --measure 300M, for decoding on CUDA 1.2B")
-    aliases = f"{', '.join(VARIANTS)} (default: all; measured on a CPU: kqv, kv, gqa, qmqa)"
-    add("--variants", nargs="+", choices=VARIANTS, metavar="ALIAS", help=aliases)
-    add("--contexts", nargs="+", type=positive, metavar="T", help="tokens in the KV cache")
-    memory = "for weights and caches, such as 24GiB (default: 40GB); measured: what a run may take"
-    add("--memory", type=memory_size, metavar="SIZE", help=memory)
-    add("--format", choices=FORMATS, default="table", help="of what is printed")
-    add("--output_dir", type=Path, metavar="DIR", help="of the JSON (default: the current folder)")
-    add("--figures", type=Path, metavar="DIR", help="write PNG figures there")
+def setting(text):
+    """(key, value) of a KEY=VALUE; the training scripts check the value."""
+    key, _, value = text.partition("=")
+    known = script_of("kqv").ModelConfig.__annotations__
+    if key not in known or not value:
+        raise argparse.ArgumentTypeError(f"{text}: expected KEY=VALUE with a KEY out of {', '.join(known)}")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text}: not a value as in a YAML file") from error
 
-    add = parser.add_argument_group("measuring").add_argument
-    add("--measure", nargs="?", choices=("decode", "train"), const="decode", help="default: decode")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--dtype", choices=DTYPES, help="default: bf16 where it is native; training casts to it by autocast")
-    add("--rounds", type=positive, metavar="N", help="turns of each variant, besides the warm-up")
-    add("--steps", type=positive, metavar="N", help="tokens decoded, or updates made, in a turn")
-    add("--set", nargs="+", action="extend", metavar="KEY=VALUE", help="fields of the model's config to change")
-    add("--batches", nargs="+", type=positive, metavar="B", help="decode: sequences at the same time")
-    add("--micro_batch_size", type=positive, metavar="B", help="train: rows in a forward and backward pass")
-    add("--seq_length", type=positive, metavar="T", help="train: tokens in a row")
-    add("--accumulation", type=positive, metavar="N", help="train: gradient accumulation steps in an update")
-    add("--compile", action=argparse.BooleanOptionalAction, help="train: torch.compile (default: on CUDA)")
+
+def command_line():
+    parser = Parser(__file__, __doc__)
+    commands = parser.add_subparsers(
+        dest="command", required=True, prog=parser.prog, title="commands; each has a --help of its own",
+        metavar="COMMAND", parser_class=lambda prog, description: Parser(prog, description),
+    )  # fmt: skip
+
+    def command(name, about):
+        add = commands.add_parser(name, description=about, help=about).add_argument
+        add("--sizes", nargs="+", choices=SIZES, help="default: both; measured: 300M, decode on CUDA 1.2B")
+        aliases = f"{', '.join(VARIANTS)} (default: all; measured on a CPU: {', '.join(ON_CPU)})"
+        add("--variants", nargs="+", choices=VARIANTS, metavar="ALIAS", help=aliases)
+        add("--format", choices=FORMATS, default="table", help="of what is printed")
+        if name != "train":
+            add("--contexts", nargs="+", type=positive, metavar="T", help="tokens in the KV cache")
+            add("--figures", type=Path, metavar="DIR", help="write PNG figures there")
+        if name == "count":
+            return add
+        add("--memory", type=memory_size, metavar="SIZE", help="what a run may take (default: what is free)")
+        add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+        add("--dtype", choices=DTYPES, help="default: bf16 where it is native; training casts by autocast")
+        add("--rounds", type=positive, default=3, metavar="N", help="turns of each variant after the warm-up")
+        add("--steps", type=positive, metavar="N", help="tokens decoded, or updates made, in a turn")
+        fields = "fields of the model's config to change"
+        add("--set", nargs="+", action="extend", type=setting, default=[], metavar="KEY=VALUE", help=fields)
+        return add
+
+    add = command("count", "parameters, operations and cache without running a model (the default)")
+    memory = "for weights and caches, such as 24GiB (default: 40GB)"
+    add("--memory", type=memory_size, default=40 * 10**9, metavar="SIZE", help=memory)
+    add("--output_dir", type=Path, default=Path(), metavar="DIR", help="of the JSON (default: here)")
+    add = command("decode", "prefill and decode through the KV cache")
+    add("--batches", nargs="+", type=positive, metavar="B", help="sequences at the same time")
+    add = command("train", "updates as the training scripts make them")
+    add("--micro_batch_size", type=positive, metavar="B", help="rows in a forward and backward pass")
+    add("--seq_length", type=positive, metavar="T", help="tokens in a row")
+    add("--accumulation", type=positive, metavar="N", help="gradient accumulation steps in an update")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return parser
 
 
+def with_command(arguments):
+    """The arguments behind a subcommand: `count` unless one is named; `--measure [train]` is its older name."""
+    if "--measure" in arguments:
+        name = "train" if "train" in arguments else "decode"
+        return [name, *(argument for argument in arguments if argument not in ("--measure", name))]
+    named = arguments[:1] and arguments[0] in ("count", *MEASUREMENTS, "-h", "--help")
+    return arguments if named else ["count", *arguments]
+
+
 def complete(options):
-    """Fill in the defaults of the kind of run, make its folders; InputError for options of another kind."""
-    has_cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not has_cuda:
-        raise InputError("--device cuda: PyTorch finds no CUDA device")
-    device = torch.device(options.device or ("cuda" if has_cuda else "cpu"))
-    if options.measure:
-        kind, defaults = f"--measure {options.measure}", DEFAULTS[options.measure, device.type]
+    """Fill in the defaults that depend on the device, and make the folders; InputError where one cannot be."""
+    if options.command == "count":
+        options.contexts = options.contexts or PAPER_CONTEXTS
+        folders = [options.figures, None if options.variants else options.output_dir]  # see run_accounts
     else:
-        kind, defaults = "a run without --measure", DEFAULTS["accounts"]
-        if options.variants:  # no JSON is written, and its folder need not be writable
-            defaults = defaults | {"output_dir": None}
-    for name, value in vars(options).items():
-        if value is None:
-            setattr(options, name, defaults.get(name))
-        elif name not in {*defaults, "measure", "format"}:
-            raise InputError(f"--{name} does not go with {kind}")
-    options.device = device
-    options.dtype = options.dtype or ("bf16" if bf16_is_native(device) else "fp32")
+        has_cuda = torch.cuda.is_available()
+        if options.device == "cuda" and not has_cuda:
+            raise InputError("--device cuda: PyTorch finds no CUDA device")
+        options.device = torch.device(options.device or ("cuda" if has_cuda else "cpu"))
+        options.dtype = options.dtype or ("bf16" if bf16_is_native(options.device) else "fp32")
+        on_cpu = options.device.type == "cpu"
+        defaults = {"sizes": ["300M"], "variants": ON_CPU if on_cpu else None}
+        for name, value in (defaults | DEFAULTS[options.command, options.device.type]).items():
+            if getattr(options, name) is None:
+                setattr(options, name, value)
+        folders = [options.figures] if options.command == "decode" else []
 
     # What would end a run when its work is done ends it here.
-    for folder in filter(None, (options.output_dir, options.figures)):
+    for folder in filter(None, folders):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
-    if options.figures:
-        import_module("matplotlib")
-
-
-def parse_settings(arguments):
-    """{field of ModelConfig: value} of KEY=VALUE arguments; the training scripts check the values."""
-    script = import_module(VARIANTS["kqv"]["script"]["300M"].removesuffix(".py"))
-    known = [field.name for field in fields(script.ModelConfig)]
-    settings = {}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in known or not value:
-            raise InputError(f"--set {argument}: expected KEY=VALUE with a KEY out of {', '.join(known)}")
-        try:
-            settings[key] = YAML(typ="safe", pure=True).load(value)  # 1.2, as the training scripts read it
-            json.dumps(settings[key])
-        except (YAMLError, TypeError, ValueError) as error:
-            raise InputError(f"--set {argument}: not a value as in a YAML file") from error
-    return settings
 
 
 def run_accounts(options):
@@ -1043,8 +988,8 @@ def run_accounts(options):
 
 def run_measurement(options):
     """The records of a measurement; writes the figure of the decode rates."""
-    records = measure(chosen(options.sizes, options.variants, parse_settings(options.set)), options)
-    if options.figures and records["decode"]:
+    records = measure(chosen(options.sizes, options.variants, dict(options.set)), options)
+    if options.command == "decode" and options.figures and records["decode"]:
         decode_figure(options.figures / "decode.png", records)
     return records
 
@@ -1052,10 +997,10 @@ def run_measurement(options):
 def main(arguments=None):
     show_what_the_terminal_can()
     parser = command_line()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(with_command(sys.argv[1:] if arguments is None else arguments))
     try:
         complete(options)
-        records = run_measurement(options) if options.measure else run_accounts(options)
+        records = run_accounts(options) if options.command == "count" else run_measurement(options)
     except ModuleNotFoundError as error:
         parser.error(f"{error}; pip install -r requirements.txt")
     except (InputError, OSError) as error:
