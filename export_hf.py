@@ -149,7 +149,7 @@ def stored_tokenizer(*data_folders: str | None) -> Tokenizer | None:
     return None
 
 
-def fast_tokenizer(tokenizer: Tokenizer, model_max_length: int) -> PreTrainedTokenizerFast:
+def fast_tokenizer(tokenizer: Tokenizer, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
     """A tokenizer of transformers that encodes as the training data were: no text holds a special token.
 
     Its end-of-text token, the id behind the ranks, begins a text, ends it and pads it, as in training.
@@ -405,7 +405,7 @@ def write_folder(
 
     shutil.copyfile(ROOT / "modeling_qkv.py", folder / "modeling_qkv.py")
     if tokenizer:
-        fast_tokenizer(tokenizer, model.config.n_positions).save_pretrained(folder)
+        fast_tokenizer(tokenizer, model.config.vocab_size, model.config.n_positions).save_pretrained(folder)
     card = model_card(alias, contents, model, path, tokenizer)
     (folder / "README.md").write_text(card, encoding="utf-8")
 

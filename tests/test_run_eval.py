@@ -73,8 +73,8 @@ def oracle(model):
     return HFLM(pretrained=gpt2, tokenizer=byte_tokenizer(), batch_size=1)
 
 
-def ours(model, batch_size=3):
-    return run_eval.CheckpointLM(model, load_tokenizer("bytes"), batch_size)
+def ours(model, batch_size=3, alias="kqv"):
+    return run_eval.CheckpointLM(alias, model, load_tokenizer("bytes"), batch_size)
 
 
 def requests(kind, arguments):
