@@ -24,7 +24,8 @@ import re
 import sys
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
+from collections import deque
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from difflib import get_close_matches
 from fnmatch import filter as matching
@@ -47,8 +48,10 @@ from tabulate import tabulate
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from common import ROOT, SIZES, VARIANTS, InputError, Parser, Tokenizer, read_checkpoint, script_of
-from common import show_what_the_terminal_can, stored_tokenizer, tokenizer_of, write_text
+from common import (  # isort: skip
+    ROOT, SIZES, VARIANTS, InputError, Parser, Tokenizer, read_checkpoint, script_of, show_what_the_terminal_can,
+    stored_tokenizer, tokenizer_of, write_text,
+)  # fmt: skip
 from export_hf import SHAPE, fast_tokenizer
 from modeling_qkv import QKVConfig, QKVForCausalLM
 
@@ -57,16 +60,9 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 FIVE = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")  # the paper's tasks
-CHANCE = {  # the accuracy of guessing, in per cent: among four answers or endings, or two solutions or names
-    "arc_challenge": 25.0, "arc_easy": 25.0, "hellaswag": 25.0, "piqa": 50.0, "winogrande": 50.0,
-    "mean": 35.0,
-}  # fmt: skip
+CHANCE = dict(zip((*FIVE, "mean"), (25.0, 25.0, 25.0, 50.0, 50.0, 35.0), strict=True))  # per cent, by guessing
 # The paper's mean over the five at 1.2B, 5-shot. It gives none for MQA.
-PUBLISHED = {
-    alias: row["published"]["downstream"]["1.2B"]
-    for alias, row in VARIANTS.items()
-    if "downstream" in row["published"]
-}
+PUBLISHED = {alias: row["published"].get("downstream", {}).get("1.2B") for alias, row in VARIANTS.items()}
 SHARES = re.compile(r"acc|acc_(norm|bytes|all|mutual_info)|exact_match|em|f1")  # printed in per cent
 PERPLEXITY = "perplexity"  # a task of ours, besides the harness's
 BATCH = 8  # --batch_size auto on a CPU, and for --val_data
@@ -84,23 +80,21 @@ class CheckpointLM(HFLM):
     """
 
     def __init__(self, alias: str, model, tokenizer: Tokenizer, batch_size: int | str = BATCH, max_length=None):
-        """batch_size: requests in a forward pass; auto: what fits on a GPU, by trial, and 8 on a CPU.
-
-        max_length: tokens in a row; None: n_positions.
-        """
+        """batch_size: requests in a forward pass; auto: what fits on a GPU, 8 on a CPU. max_length: tokens in a row."""
         shape = {name: getattr(model.config, name) for name in SHAPE}
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
         with torch.device("meta"):  # the weights are those of `model`, without a copy
             exported = QKVForCausalLM(QKVConfig(variant=alias, **shape, **ids, use_cache=False))
         exported.transformer.load_state_dict(model.state_dict(), assign=True)
         exported.tie_weights()
-        on_gpu = exported.device.type == "cuda"
         self._encode = tokenizer.encode
+        self._starts = deque()
         super().__init__(
             exported,
-            tokenizer=fast_tokenizer(tokenizer, model.config.vocab_size, model.config.n_positions),
-            batch_size=BATCH if batch_size == "auto" and not on_gpu else batch_size,
-            max_length=max_length or model.config.n_positions,
+            backend="causal",
+            tokenizer=fast_tokenizer(tokenizer, shape["vocab_size"], shape["n_positions"]),
+            batch_size=BATCH if batch_size == "auto" and exported.device.type == "cpu" else batch_size,
+            max_length=max_length or shape["n_positions"],
             softmax_dtype="float32",
             logits_cache=False,  # with it, 0.4.13 misplaces a continuation that two splits of a text share
         )
@@ -115,17 +109,26 @@ class CheckpointLM(HFLM):
         batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
         return batch["input_ids"], batch["attention_mask"]
 
+    def _model_call(self, inps, attn_mask=None, labels=None):
+        """Logits [B, T, vocab_size], without positions before the first continuation of the batch.
+
+        HFLM counts from the end. On a CPU this is most of the time of short requests, see results/evaluation.
+        """
+        first = min((self._starts.popleft() for _ in inps), default=0) if self._starts else 0
+        with torch.no_grad():
+            return self.model(inps, logits_to_keep=inps.shape[1] - first).logits
+
     def loglikelihood(self, requests, disable_tqdm=False):
-        return share_out(lambda share: super(CheckpointLM, self).loglikelihood(share, no_bar()), requests)
+        return share_out(super().loglikelihood, requests)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
-        return share_out(lambda share: super(CheckpointLM, self).loglikelihood_rolling(share, no_bar()), requests)
+        return share_out(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests, disable_tqdm=False):
         for request in requests:
             if request.args[1].get("until", "") is None:  # of which HFLM would make a stop string
                 request.args[1]["until"] = []
-        return share_out(lambda share: super(CheckpointLM, self).generate_until(share, no_bar()), requests)
+        return share_out(super().generate_until, requests)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
         """(log-probability in nats, whether greedy decoding produces it) of each request's continuation.
@@ -145,6 +148,9 @@ class CheckpointLM(HFLM):
         # Blanks at the end of a context belong to the continuation. HFLM fails where nothing else is in the
         # context, and where the last token of the context reaches over all of the continuation.
         asked = [(texts, context or [self.prefix_token_id], wanted) for texts, context, wanted in requests if wanted]
+        if self.batch_size != "auto":  # where continuations begin, in the order in which HFLM takes its batches
+            ordered = sorted(asked, key=lambda request: (-len(request[1] + request[2]), request[1] + request[2]))
+            self._starts.extend(min(len(c + w) - 1, self.max_length) - len(w) for _, c, w in ordered)
         quiet = no_bar() or override_bs is not None  # a bar for each batch of windows
         given = iter(super()._loglikelihood_tokens(asked, quiet, override_bs))
         answers = [next(given) if wanted else (0.0, True) for *_, wanted in requests]
@@ -183,7 +189,7 @@ def share_out(answer, requests):
     """The answers to requests that all ranks have, of which each answers a share."""
     share = requests[RANK::WORLD_SIZE]
     answers = [None] * len(requests)
-    for rank, part in enumerate(gather(together(lambda: answer(share) if share else []))):
+    for rank, part in enumerate(gather(together(lambda: answer(share, no_bar()) if share else []))):
         answers[rank::WORLD_SIZE] = part
     return answers
 
@@ -205,43 +211,8 @@ def no_bar():
 # Checkpoints
 
 
-@dataclass
-class Checkpoint:
-    """What is known of a checkpoint before its weights are loaded."""
-
-    alias: str
-    path: str
-    sha256: str
-    step: int | None
-    tokens_seen: int | None
-    model_config: dict
-    train_config: dict
-    tokenizer: Tokenizer
-
-    @property
-    def size(self):
-        """300M or 1.2B; None for a model of another shape."""
-        for size in SIZES:
-            published = yaml.safe_load((ROOT / f"configs/model_config_{size}.yaml").read_text(encoding="utf-8"))
-            if all(self.model_config[name] == published[name] for name in ("n_layer", "n_embd", "n_head")):
-                return size
-        return None
-
-    @property
-    def positions(self):
-        """The positions that training reached: n_positions, or fewer where its rows were shorter.
-
-        Released checkpoints do not say how long theirs were: as long as n_positions.
-        """
-        n_positions = self.model_config["n_positions"]
-        return min(n_positions, self.train_config.get("seq_length") or n_positions)
-
-    def __str__(self):
-        return f"{self.alias} {self.size or ''}".strip() + f", step {self.step}"
-
-
 def open_checkpoint(alias, path, argument, val_data):
-    """A Checkpoint; InputError where the alias, --tokenizer or the validation data do not belong to it."""
+    """(what is known of a checkpoint, its Tokenizer); InputError where the arguments do not go together."""
     if (Path(path) / "config.json").is_file():
         score = f"lm_eval --model hf --model_args pretrained={path},trust_remote_code=True scores it"
         back = f"python export_hf.py --to_checkpoint {path} --output_dir DIR makes a checkpoint of it"
@@ -250,20 +221,33 @@ def open_checkpoint(alias, path, argument, val_data):
         raise InputError(f"--checkpoint {path}: is a folder, expected a file such as {Path(path, 'final_model.pt')}")
     contents = read_checkpoint(alias, path)
     with script_errors(), warnings.catch_warnings(action="ignore"):
-        # On the meta device, everything is tried but copying the numbers. With the defaults.
-        shape = asdict(script_of(alias).load_model(path, device="meta").config)
+        # on the meta device, everything is tried but copying the numbers
+        shape = asdict(script_of(alias).load_model(path, device="meta").config)  # with its defaults
         if val_data:
             script_of(alias).get_dataloader(val_data, 1, shape["n_positions"])
 
-    tokenizer = tokenizer_of(contents | {"model_config": shape}, path, argument, val_data)
+    config = dict(contents.get("train_config") or {})
+    tokenizer = tokenizer_of(contents | {"model_config": shape}, path, argument, config.get("train_data"), val_data)
     stored = stored_tokenizer(val_data)
     if stored and stored.sha256 != tokenizer.sha256:
-        other = f"is of {stored.name}, which is not the tokenizer of {path}, {tokenizer.name}"
-        raise InputError(f"--val_data {val_data}: {other}")
+        raise InputError(f"--val_data {val_data}: {stored.name} is not the tokenizer of {path}, {tokenizer.name}")
+
+    # Positions that training did not reach are not used. Released checkpoints do not say how long their rows were.
+    n_positions = shape["n_positions"]
+    known = {"alias": alias, "path": path, "step": contents.get("step"), "tokens_seen": contents.get("tokens_seen")}
+    known |= {"size": size_of(shape), "positions": min(n_positions, config.get("seq_length") or n_positions)}
     with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    place = contents.get("step"), contents.get("tokens_seen")
-    return Checkpoint(alias, path, sha256, *place, shape, dict(contents.get("train_config") or {}), tokenizer)
+        known["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return known | {"tokenizer": tokenizer.name, "model_config": shape, "train_config": config}, tokenizer
+
+
+def size_of(shape):
+    """300M or 1.2B; None for a model of another shape."""
+    for size in SIZES:
+        published = yaml.safe_load((ROOT / f"configs/model_config_{size}.yaml").read_text(encoding="utf-8"))
+        if all(shape[name] == published[name] for name in ("n_layer", "n_embd", "n_head")):
+            return size
+    return None
 
 
 @contextlib.contextmanager
@@ -303,20 +287,16 @@ def find_tasks(patterns, include_path):
     A pattern is a name, or has wildcards and stands for tasks, or for groups where it fits no task.
     """
     manager = open_folder(include_path, include_defaults=False)
-    missing = [name for name in patterns if name not in manager.task_index]
-    unsure = missing or [name for name in patterns if name in manager.all_groups]  # may name the harness's tasks
-    if not unsure:
+    # The harness's own tasks, 14,000 files, take seconds to read.
+    if set(patterns) <= set(manager.task_index) - set(manager.all_groups):
         return patterns, manager
 
     # The harness passes over a file that it cannot read, and would take its own task of that name.
-    if include_path:
-        for file in sorted(Path(include_path).rglob("*.yaml")):
-            try:
-                load_yaml(file, resolve_func=False)
-            except Exception as error:  # of the syntax, an include, the encoding
-                found = "not found" if missing else "not certainly all found"
-                place = f"{found} in {include_path}, where {file} cannot be read"
-                raise InputError(f"--tasks {unsure[0]}: {place}: {one_line(error)}") from error
+    for file in sorted(Path(include_path).rglob("*.yaml")) if include_path else ():
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:  # of the syntax, an include, the encoding
+            raise InputError(f"--include_path {include_path}: {file} cannot be read: {one_line(error)}") from error
 
     manager = open_folder(include_path)
     names = []
@@ -330,7 +310,7 @@ def find_tasks(patterns, include_path):
 
 
 def open_folder(include_path, include_defaults=True):
-    """A TaskManager for a folder and for the harness's own tasks, 14,000 files that take seconds to read."""
+    """A TaskManager for a folder and for the harness's own tasks."""
     if include_path and not Path(include_path).is_dir():
         raise InputError(f"--include_path {include_path}: no such folder")
     return TaskManager(include_path=include_path, include_defaults=include_defaults)
@@ -375,130 +355,94 @@ def in_its_own_words(error):
 
 
 def prepare(options):
-    """(device, checkpoints, TaskManager or None), once all that can be checked beforehand is."""
+    """(device, [(what is known of a checkpoint, its Tokenizer)], TaskManager or None), once all is checked."""
     device = find_device(options.device)
-    check_options(options, device)
-
-    aliases = options.model or []
-    paths = options.checkpoint or []
-    if not paths or len(aliases) not in (1, len(paths)):
-        raise InputError("expected --checkpoint PATH ... and --model ALIAS, one for all or one for each")
-    if len(aliases) == 1:
-        aliases = aliases * len(paths)
-    checkpoints = []
-    for alias, path in zip(aliases, paths, strict=True):
-        checkpoints.append(open_checkpoint(alias, path, options.tokenizer, options.val_data))
-
-    manager = None
-    if options.tasks:
-        n_positions = min(checkpoint.positions for checkpoint in checkpoints)
-        given = options.tasks, options.include_path, options.num_fewshot, n_positions
-        options.tasks, manager = open_tasks(*given)
-    return device, checkpoints, manager
-
-
-def check_options(options, device):
-    """Check and complete the options that concern no single checkpoint; InputError for a bad one."""
     if options.dtype == "auto":
         fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
         options.dtype = "bfloat16" if fits else "float32"
+    limit, size = options.limit, options.batch_size
     if options.num_fewshot < 0:
         raise InputError(f"--num_fewshot {options.num_fewshot}: expected 0 or more")
-    limit = options.limit
     if limit is not None and not (0 < limit < 1 or limit >= 1 and limit.is_integer()):
         raise InputError(f"--limit {limit:g}: expected a whole number above 0, or a share below 1")
-    if options.batch_size != "auto":
-        if not options.batch_size.isdecimal() or int(options.batch_size) == 0:
-            raise InputError(f"--batch_size {options.batch_size}: expected auto or a whole number above 0")
-        options.batch_size = int(options.batch_size)
+    if size != "auto" and not (size.isdecimal() and int(size)):
+        raise InputError(f"--batch_size {size}: expected auto or a whole number above 0")
+    options.batch_size = size if size == "auto" else int(size)
     if options.log_samples and not options.output_path:
         raise InputError("--log_samples: needs --output_path FILE, beside which it writes")
     if options.output_path:
-        check_writable("--output_path", options.output_path)
+        check_writable(options.output_path)
 
     # Tasks are separated by blanks or, as in the harness's own command, by commas.
     tasks = options.tasks or ([PERPLEXITY] if options.val_data else FIVE)
     tasks = list(dict.fromkeys(",".join(tasks).replace(",", " ").split()))
     if not tasks:
         raise InputError("--tasks: names no task")
-    if PERPLEXITY in tasks:
-        if not options.val_data:
-            raise InputError(f"--tasks {PERPLEXITY}: needs --val_data DIR, files of dataset_download.py")
-        tasks.remove(PERPLEXITY)
-    if limit and not tasks:
+    if PERPLEXITY in tasks and not options.val_data:
+        raise InputError(f"--tasks {PERPLEXITY}: needs --val_data DIR, files of dataset_download.py")
+    options.tasks = [name for name in tasks if name != PERPLEXITY]
+    if limit and not options.tasks:
         raise InputError(f"--limit {limit:g}: does not go with {PERPLEXITY} alone, which is over all of --val_data")
-    options.tasks = tasks
+
+    aliases, paths = options.model or [], options.checkpoint or []
+    if not paths or len(aliases) not in (1, len(paths)):
+        raise InputError("expected --checkpoint PATH ... and --model ALIAS, one for all or one for each")
+    pairs = zip(aliases * (len(paths) // len(aliases)), paths, strict=True)
+    checkpoints = [open_checkpoint(*pair, options.tokenizer, options.val_data) for pair in pairs]
+    manager = None
+    if options.tasks:
+        positions = min(known["positions"] for known, _ in checkpoints)
+        given = options.tasks, options.include_path, options.num_fewshot, positions
+        options.tasks, manager = open_tasks(*given)
+    return device, checkpoints, manager
 
 
-def check_writable(option, path):
+def check_writable(path):
     """InputError where a file could not be written, said now and not after hours of work."""
-    if not path.parent.is_dir():
-        raise InputError(f"{option} {path}: there is no such folder")
-    if path.is_dir():
-        raise InputError(f"{option} {path}: is a folder, expected a file")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise InputError(f"{option} {path}: cannot be written ({error.strerror})") from error
+        raise InputError(f"--output_path {path}: cannot be written ({error.strerror})") from error
+    if path.is_dir():
+        raise InputError(f"--output_path {path}: is a folder, expected a file")
 
 
 def find_device(name):
     """The torch.device of this process; InputError where it has none of that name."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:
-            local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count()))
         torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {one_line(error)}") from error
     return device
 
 
-def evaluate_checkpoint(checkpoint, options, device, manager):
+def evaluate_checkpoint(known, tokenizer, options, device, manager):
     """All figures of a checkpoint, as a dict for JSON; the harness's results are on rank 0 alone."""
+    script = script_of(known["alias"])
     with script_errors():
-        script = script_of(checkpoint.alias)
-        model = script.load_model(checkpoint.path, device).to(getattr(torch, options.dtype))
-    record = vars(checkpoint) | {"size": checkpoint.size, "tokenizer": checkpoint.tokenizer.name}
-    record["parameters"] = sum(p.numel() for p in model.parameters())
+        model = script.load_model(known["path"], device).to(getattr(torch, options.dtype))
+    record = known | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     if options.tasks:
-        given = checkpoint.alias, model, checkpoint.tokenizer, options.batch_size, checkpoint.positions
-        lm = CheckpointLM(*given)
+        lm = CheckpointLM(known["alias"], model, tokenizer, options.batch_size, known["positions"])
+        settings = {"num_fewshot": options.num_fewshot, "limit": options.limit, "log_samples": options.log_samples}
+        settings |= {"batch_size": lm.batch_size, "device": str(device), "task_manager": manager}
         with contextlib.redirect_stdout(sys.stderr):  # where it tells what batch size it has found
-            record["harness"] = simple_evaluate(
-                lm,
-                tasks=options.tasks,
-                num_fewshot=options.num_fewshot,
-                batch_size=lm.batch_size,
-                device=str(device),
-                limit=options.limit,
-                task_manager=manager,
-                log_samples=options.log_samples,
-            )
-    if options.val_data:
-        record[PERPLEXITY] = perplexity(checkpoint, model, options)
-    return record
+            record["harness"] = simple_evaluate(lm, tasks=options.tasks, **settings)
 
-
-def perplexity(checkpoint, model, options):
-    """{protocol: what evaluate() of the training script returns}, over rows as long as in training."""
-    script = script_of(checkpoint.alias)
     batch_size = BATCH if options.batch_size == "auto" else options.batch_size
-    results = {}
-    for protocol in ("padded", "packed"):
+    for protocol in ("padded", "packed") if options.val_data else ():
         with script_errors():
-            loader = script.get_dataloader(options.val_data, batch_size, checkpoint.positions, protocol)
+            loader = script.get_dataloader(options.val_data, batch_size, known["positions"], protocol)
             bar = tqdm(loader, desc=f"{PERPLEXITY}, {protocol}", unit="batch", disable=no_bar())
             bar.dataset = loader.dataset  # evaluate() asks its loader for it
-            results[protocol] = script.evaluate(model, bar)
-        if not math.isfinite(results[protocol]["loss"]):
+            result = script.evaluate(model, bar)
+        if not math.isfinite(result["loss"]):
             raise InputError(f"its loss on {options.val_data} is not finite: it has diverged, or is damaged")
-    return results
+        record.setdefault(PERPLEXITY, {})[protocol] = result
+    return record
 
 
 # -----------------------------------------------------------------------------
@@ -554,8 +498,9 @@ def table(records):
         chance = f"{CHANCE[task]:.1f}" if task in CHANCE and metric in ("acc", "acc_norm") else ""
         rows.append([task, metric, chance, *(cell(*column[task, metric]) for column in columns)])
     lines = tabulate(rows, ["task", "metric", "chance", *records], tablefmt="plain", disable_numparse=True).splitlines()
-    shares = dict.fromkeys(metric for _, metric in columns[0] if SHARES.fullmatch(metric.partition(",")[0]))
-    return lines + (["", f"in per cent, ± one standard error: {', '.join(shares)}"] if shares else [])
+    metrics = dict.fromkeys(metric.partition(",")[0] for _, metric in columns[0])
+    shares = [metric for metric in metrics if SHARES.fullmatch(metric)]
+    return lines + (["", f"in per cent: {', '.join(shares)}; ±: one standard error"] if shares else [])
 
 
 def cell(value, stderr):
@@ -622,14 +567,14 @@ def run(options):
     device, checkpoints, manager = together(lambda: prepare(options))
     records = {}
     try:
-        for checkpoint in checkpoints:
-            label = str(checkpoint)
+        for known, tokenizer in checkpoints:
+            label = f"{known['alias']} {known['size'] or ''}".strip() + f", step {known['step']}"
             if label in records:
-                label += f", {checkpoint.path}"
+                label += f", {known['path']}"
             try:
-                records[label] = evaluate_checkpoint(checkpoint, options, device, manager)
+                records[label] = evaluate_checkpoint(known, tokenizer, options, device, manager)
             except InputError as error:
-                raise InputError(f"{checkpoint.path}: {error}") from error
+                raise InputError(f"{known['path']}: {error}") from error
     finally:  # a checkpoint that fails must not cost the scores of those before it
         if RANK == 0 and records:
             report(records, options)
@@ -637,11 +582,11 @@ def run(options):
 
 def report(records, options):
     """Write the report and print the table."""
-    samples = {label: record["harness"].pop("samples") for label, record in records.items() if options.log_samples}
+    samples = {label: record["harness"].pop("samples", {}) for label, record in records.items() if options.tasks}
     try:
         if options.output_path:
             write_report(options.output_path, records, options)
-        for label, documents in samples.items():
+        for label, documents in samples.items() if options.log_samples else ():
             write_samples(options.output_path.parent, label, documents)
     finally:  # a full disk must not cost the scores, nor a closed pipe the report
         print(*table(records), sep="\n", flush=True)
