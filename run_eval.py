@@ -1,7 +1,7 @@
 """Downstream scores of checkpoints, through lm-evaluation-harness: the paper's five tasks or any other.
 
     python run_eval.py --model kv --checkpoint outputs_1.2B_qkv_k_equals_v/checkpoint_step_8000.pt
-    accelerate launch run_eval.py --model kqv kv --checkpoint a.pt b.pt --output_path scores.json
+    torchrun --nproc_per_node=8 run_eval.py --model kqv kv --checkpoint a.pt b.pt --output_path scores.json
     python run_eval.py --model kv --checkpoint outputs_demo/final_model.pt --val_data demo_data/validation
     python run_eval.py --model kv --checkpoint a.pt --tasks my_hellaswag 'my_arc*' --include_path my_tasks
 
@@ -79,8 +79,9 @@ class CheckpointLM(HFLM):
     share of the documents for every rank, draws other few-shot examples for every world size.
     """
 
-    def __init__(self, alias: str, model, tokenizer: Tokenizer, batch_size: int | str = BATCH, max_length=None):
+    def __init__(self, model, tokenizer: Tokenizer, batch_size: int | str = BATCH, max_length=None):
         """batch_size: requests in a forward pass; auto: what fits on a GPU, 8 on a CPU. max_length: tokens in a row."""
+        (alias,) = [alias for alias, row in VARIANTS.items() if row["class"] == type(model).__name__]
         shape = {name: getattr(model.config, name) for name in SHAPE}
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
         with torch.device("meta"):  # the weights are those of `model`, without a copy
@@ -426,7 +427,7 @@ def evaluate_checkpoint(known, tokenizer, options, device, manager):
         model = script.load_model(known["path"], device).to(getattr(torch, options.dtype))
     record = known | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     if options.tasks:
-        lm = CheckpointLM(known["alias"], model, tokenizer, options.batch_size, known["positions"])
+        lm = CheckpointLM(model, tokenizer, options.batch_size, known["positions"])
         settings = {"num_fewshot": options.num_fewshot, "limit": options.limit, "log_samples": options.log_samples}
         settings |= {"batch_size": lm.batch_size, "device": str(device), "task_manager": manager}
         with contextlib.redirect_stdout(sys.stderr):  # where it tells what batch size it has found

@@ -7,9 +7,10 @@
 Held equal: Q–K=V with 6 layers, width 384, 6 heads and the vocabulary of 50,304, in fp32; the requests, which
 are token ids already: four continuations of 2 to 12 tokens for each context of 8 to 56; the process and its
 threads, torch's default number. The released design computes the logits of all positions of a single request.
-run_eval.py, through the harness's HFLM, sorts the requests by length, pads batches, and computes the logits of
-all positions. HFLM stands for the same over transformers' GPT-2 of this shape with random weights. --beside adds
-the run_eval.py of another checkout. They take turns, and the run ends with an error if a score differs.
+run_eval.py, through the harness's HFLM, sorts the requests by length, pads batches, and computes the logits
+from the first continuation of a batch on. HFLM stands for the harness's own adapter, which computes them all,
+over transformers' GPT-2 of this shape with random weights. --beside adds the run_eval.py of another checkout.
+They take turns, and the run ends with an error if a score differs.
 
     ratio    the released design's time over the other's in a round: median (lowest to highest)
 """
@@ -112,7 +113,7 @@ def main(arguments=None):
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     torch.manual_seed(0)
     model = GPT_QKV_KEqualsV(ModelConfig(**SHAPE)).eval()
-    lm = CheckpointLM("kv", model, load_tokenizer("bytes"), options.batch_size)
+    lm = CheckpointLM(model, load_tokenizer("bytes"), options.batch_size)
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SHAPE, use_cache=False)).eval()
     plain = HFLM(gpt2, tokenizer=lm.tokenizer, batch_size=options.batch_size, logits_cache=False)
     contestants = {"released design": lambda given: released(model, given), "run_eval.py": values_of(lm)}
