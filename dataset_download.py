@@ -422,15 +422,17 @@ def read_parquet(path: Path, column: str) -> Iterator[str | NoText]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise InputError(f"{path}: no '{column}' among {', '.join(file.schema_arrow.names)}")
+            names = file.schema_arrow.names
+            if column not in names:
+                raise InputError(f"{path}: no '{column}' among {', '.join(names)}")
             for batch in file.iter_batches(batch_size=256, columns=[column]):
-                yield from (text_of(row, column) for row in batch.to_pylist())
+                yield from (text_of({column: text}, column, names) for text in batch[column].to_pylist())
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 
-def text_of(row: dict, column: str) -> str | NoText:
+def text_of(row: dict, column: str, names: Iterable[str] = ()) -> str | NoText:
+    """The text of a row. Bytes are text where they are UTF-8."""
     text = row.get(column)
     if isinstance(text, bytes):
         with contextlib.suppress(UnicodeDecodeError):
@@ -440,7 +442,7 @@ def text_of(row: dict, column: str) -> str | NoText:
     found = "bytes that are not UTF-8" if isinstance(text, bytes) else f"a value of type {type(text).__name__}"
     if text is None:
         found = "null" if column in row else "no such column"
-    return NoText(found, tuple(row))
+    return NoText(found, tuple(names or row))
 
 
 # ----------------------------------------------------------------------------------------------------------
