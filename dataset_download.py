@@ -463,7 +463,7 @@ def open_hub_source(names: list[str], revision: str | None, train_split: str, co
             source = open_hub_dataset(name, revision, train_split, column)
         except InputError:  # it resolves, and has no such split
             raise
-        except (*network_errors(), *data_errors()) as error:
+        except hub_errors() as error:
             if file_error(error):  # another source would meet it too
                 raise hub_error(name, error) from error
             reasons.append(f"{name} does not resolve ({first_line(error)})")
@@ -521,11 +521,12 @@ class HubRows:
                     waits = iter(RETRY_SECONDS)
                     yield text_of(row, self.column)
                 return
-            except network_errors() as error:
-                if not try_again(self.name, error, waits):
+            except hub_errors() as error:
+                seconds = next(waits, None) if is_transient(error) else None
+                if seconds is None:
                     raise hub_error(self.name, error) from error
-            except data_errors() as error:
-                raise InputError(f"{self.name}: a file of it cannot be read ({first_line(error)})") from error
+                warn(f"{self.name}: the connection is lost ({first_line(error)}): trying again in {seconds} s")
+                time.sleep(seconds)
 
 
 def hub_error(name: str, error: Exception) -> InputError:
@@ -535,17 +536,9 @@ def hub_error(name: str, error: Exception) -> InputError:
         return InputError(f"{name}: {local}, on this machine (HF_HOME is the folder of the cache); {again}")
     if is_transient(error) or isinstance(error, ConnectionError):
         return InputError(f"{name} is out of reach ({first_line(error)}): check the connection; {again}")
-    opened = "is it there, and open to you (`hf auth login`)?"
-    return InputError(f"{name} cannot be read ({first_line(error)}): {opened} {again.capitalize()}")
-
-
-def try_again(name: str, error: Exception, waits: Iterator[int]) -> bool:
-    """Wait after an error that may pass. False where waiting is no use, or has been none so far."""
-    seconds = next(waits, None) if is_transient(error) else None
-    if seconds is not None:
-        warn(f"{name}: the connection is lost ({first_line(error)}): trying again in {seconds} s")
-        time.sleep(seconds)
-    return seconds is not None
+    if isinstance(error, network_errors()):
+        return InputError(f"{name} is not there, or not open to you (`hf auth login`): {first_line(error)}; {again}")
+    return InputError(f"{name}: a file of it cannot be read ({first_line(error)})")
 
 
 def network_errors() -> tuple[type[Exception], ...]:
@@ -557,12 +550,12 @@ def network_errors() -> tuple[type[Exception], ...]:
     return OSError, HTTPError, aiohttp.ClientError
 
 
-def data_errors() -> tuple[type[Exception], ...]:
+def hub_errors() -> tuple[type[Exception], ...]:
     """ValueError: no such configuration, or not JSON. RuntimeError: the dataset needs a loading script."""
     import pyarrow
     from datasets.exceptions import DatasetsError
 
-    return ValueError, RuntimeError, DatasetsError, pyarrow.ArrowException
+    return *network_errors(), ValueError, RuntimeError, DatasetsError, pyarrow.ArrowException
 
 
 def is_transient(error: Exception) -> bool:
@@ -575,7 +568,9 @@ def is_transient(error: Exception) -> bool:
         status = getattr(response, "status_code", None) or getattr(link, "status", None)
         if isinstance(status, int):
             return status >= 500 or status in (408, 429)
-    return not (HF_HUB_OFFLINE or isinstance(error, FileNotFoundError) or file_error(error))
+    if HF_HUB_OFFLINE or file_error(error) or isinstance(error, FileNotFoundError):
+        return False
+    return isinstance(error, network_errors())
 
 
 # ----------------------------------------------------------------------------------------------------------
