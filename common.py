@@ -73,9 +73,9 @@ def file_error(error: BaseException | None) -> OSError | None:
     A cache that cannot be written and a hub that cannot be reached are both an OSError. The first has a path.
     """
     while error is not None:
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            if error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                return error
+        is_there = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if is_there and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
+            return error
         error = error.__cause__
     return None
 

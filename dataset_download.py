@@ -818,10 +818,8 @@ def locked(folder: Path) -> Iterator[None]:
 def check_source_files(output: Path, source: Source, fresh: bool) -> None:
     """Note size and time of every source file at a fresh start; later, InputError for one that changed."""
     path = output / "source_files.json"
-    found = {}
-    for file in source.files:
-        stat = file.stat()
-        found[str(file)] = [stat.st_size, stat.st_mtime_ns]
+    stats = {str(file): file.stat() for file in source.files}
+    found = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     noted = json.loads(path.read_bytes()) if path.exists() and not fresh else None
     if noted is None:
         write_text(path, json.dumps(found, indent=0))
@@ -858,10 +856,7 @@ def check_disk(output: Path, source: Source, splits: dict[str, Metadata]) -> Non
 def prepare(args: argparse.Namespace) -> None:
     """Write the splits asked for, or what an interrupted run left to do of them, and report."""
     output = Path(args.output_dir)
-    targets = {
-        "validation": args.validation_from_train or args.validation_tokens,
-        "train": args.target_tokens,
-    }
+    targets = {"validation": args.validation_from_train or args.validation_tokens, "train": args.target_tokens}
 
     # What is there already has to come from the same arguments, in the same format, and be whole.
     recorded = {split: read_metadata(output / split) for split in SPLITS}
@@ -945,11 +940,37 @@ def prepare_splits(
     """Prepare validation, then train, which begins after the rows that were taken for validation."""
     validation = splits.get("validation")
     taken = validation if validation and validation.validation_from_train else None
+    halves = cut_single_document(source, tokenizer, taken, skip_rows) if taken else None
     for split, metadata in splits.items():
         if metadata.finished:
             continue
-        encoded = remaining_rows(source, tokenizer, metadata, taken)
-        prepare_split(output / split, metadata, encoded, tokenizer, skip_rows, leave_some=metadata is taken)
+        if halves:
+            encoded = iter(halves[split][metadata.documents + metadata.skipped_documents :])
+        else:
+            encoded = remaining_rows(source, tokenizer, metadata, taken)
+        leave_some = metadata is taken and not halves
+        prepare_split(output / split, metadata, encoded, tokenizer, skip_rows, leave_some)
+
+
+def cut_single_document(source: Source, tokenizer: Tokenizer, taken: Metadata, skip_rows: bool) -> dict | None:
+    """For a source of one document: its first tokens for validation, the rest for train, as encoded rows.
+
+    Rows without text count as validation's.
+    """
+    documents, skipped = [], []
+    seen = Seen(source.name, taken.text_column, skip_rows)
+    for text in source.read(taken.train_split, None):
+        seen.count(text)
+        (skipped if isinstance(text, NoText) else documents).append(text)
+        if len(documents) == 2:
+            return None
+    if not documents:
+        return None
+    ((ids,), tokens) = tokenizer.encode(documents), taken.target_tokens
+    if len(ids) <= tokens:
+        return None  # nothing is left for training, which is said where that is found
+    first = [(row, None) for row in (*skipped, ids[:tokens])]
+    return {"validation": first, "train": [(ids[tokens:], None)]}
 
 
 def remaining_rows(
@@ -968,12 +989,7 @@ def remaining_rows(
 
 
 def prepare_split(
-    folder: Path,
-    metadata: Metadata,
-    encoded: Iterator[tuple],
-    tokenizer: Tokenizer,
-    skip_rows: bool,
-    leave_some: bool,
+    folder: Path, metadata: Metadata, encoded: Iterator[tuple], tokenizer: Tokenizer, skip_rows: bool, leave_some: bool
 ) -> None:
     """Write a split. Metadata is written again after each chunk, so that it never names a missing file."""
     split = metadata.split

@@ -475,6 +475,18 @@ def test_chunks_close_at_the_document_that_fills_them(corpus, tmp_path):
     assert metadata["chunks"][-1]["tokens"] > 0 and len(metadata["chunks"]) > 3
 
 
+def test_single_document_is_cut_at_the_validation_tokens(tmp_path):
+    text = "".join(random_texts(50))
+    source = write_jsonl(tmp_path / "input.jsonl", [None, text, None])
+    run(source, tmp_path / "out", validation=1_000)
+    assert texts_of(tmp_path / "out/validation") == [text[:1_000]]
+    assert texts_of(tmp_path / "out/train") == [text[1_000:]]
+    expected = files_of(tmp_path / "out")
+    (tmp_path / "out/train/chunk_000.tokens.npy").unlink()
+    run(source, tmp_path / "out", validation=1_000)
+    assert files_of(tmp_path / "out") == expected
+
+
 @pytest.mark.parametrize(
     "texts", [["only one"], ["a" * 30, "b" * 30], ["a" * 9, "b" * 9], ["a" * 60, "", None], [""] * 3, []]
 )
