@@ -534,7 +534,7 @@ def hub_error(name: str, error: Exception) -> InputError:
     again = "complete chunks stay: run the same command again"
     if local := file_error(error):
         return InputError(f"{name}: {local}, on this machine (HF_HOME is the folder of the cache); {again}")
-    if is_transient(error) or isinstance(error, ConnectionError):
+    if is_transient(error) or (isinstance(error, ConnectionError) and status_of(error) is None):
         return InputError(f"{name} is out of reach ({first_line(error)}): check the connection; {again}")
     if isinstance(error, network_errors()):
         return InputError(f"{name} is not there, or not open to you (`hf auth login`): {first_line(error)}; {again}")
@@ -558,16 +558,22 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return *network_errors(), ValueError, RuntimeError, DatasetsError, pyarrow.ArrowException
 
 
-def is_transient(error: Exception) -> bool:
-    """Whether to try again: not where the answer of the server, or of the library, would stay the same."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-
-    # The status is with the error, with its response, or with what it was raised from.
+def status_of(error: Exception) -> int | None:
+    """What the server answered: it is with the error, with its response, or with what it was raised from."""
     for link in (error, error.__cause__):
         response = getattr(link, "response", None)
         status = getattr(response, "status_code", None) or getattr(link, "status", None)
         if isinstance(status, int):
-            return status >= 500 or status in (408, 429)
+            return status
+    return None
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether to try again: not where the answer of the server, or of the library, would stay the same."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if status := status_of(error):
+        return status >= 500 or status in (408, 429)
     if HF_HUB_OFFLINE or file_error(error) or isinstance(error, FileNotFoundError):
         return False
     return isinstance(error, network_errors())
