@@ -2,8 +2,6 @@
 
 The training scripts import nothing from here. This file imports nothing from the repository but the training
 scripts that it is asked for.
-
-Contents: errors and the command line, files, variants and checkpoints, tokenizers.
 """
 
 from __future__ import annotations
@@ -80,20 +78,14 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-# What the system says of files: no permission, no space, not a folder. Of a connection it says other things.
-FILE_ERRORS = {getattr(errno, name) for name in (
-    "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENOTDIR", "EISDIR", "EEXIST", "ELOOP",
-    "ENAMETOOLONG", "EMFILE", "ENFILE", "EIO", "ESTALE", "ENOLCK",
-)}  # fmt: skip
-
-
 def file_error(error: BaseException | None) -> OSError | None:
     """The error of this machine's files that is behind an error of a library; None where there is none.
 
-    A cache that cannot be written and a hub that cannot be reached are both an OSError.
+    A cache that cannot be written and a hub that cannot be reached are both an OSError. The first has a path.
     """
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FILE_ERRORS:
+        is_there = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if is_there and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
             return error
         error = error.__cause__
     return None
@@ -273,7 +265,12 @@ def load_tokenizer(argument: str) -> Tokenizer:
     else:
         path = Path(argument)
         ranks = read_tokenizer_json(path) if path.suffix == ".json" else read_ranks(path)
-        check_ranks(path, ranks)
+        # A larger id would wrap around in uint16, and nothing would say so.
+        if len(ranks) + 1 > MAX_VOCABULARY:
+            raise InputError(f"{path}: a vocabulary of {len(ranks) + 1:,}, and the limit is {MAX_VOCABULARY:,}")
+        bytes_missing = any(bytes([value]) not in ranks for value in range(256))
+        if bytes_missing or sorted(ranks.values()) != list(range(len(ranks))):
+            raise InputError(f"{path}: the ranks must be 0, 1, 2, ... and cover each of the 256 bytes")
         encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
     return Tokenizer(name, ranks, gpt2_encoder(encoding))
 
@@ -290,15 +287,6 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def check_ranks(path: Path, ranks: dict[bytes, int]) -> None:
-    # A larger id would wrap around in uint16, and nothing would say so.
-    if len(ranks) + 1 > MAX_VOCABULARY:
-        raise InputError(f"{path}: a vocabulary of {len(ranks) + 1:,}, and the limit is {MAX_VOCABULARY:,}")
-    bytes_missing = any(bytes([value]) not in ranks for value in range(256))
-    if bytes_missing or sorted(ranks.values()) != list(range(len(ranks))):
-        raise InputError(f"{path}: the ranks must be 0, 1, 2, ... and cover each of the 256 bytes")
-
-
 def read_tokenizer_json(path: Path) -> dict[bytes, int]:
     """The ranks of a tokenizer.json whose encoding of every text is theirs under GPT-2's pattern.
 
@@ -310,59 +298,47 @@ def read_tokenizer_json(path: Path) -> dict[bytes, int]:
 
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-        model, added = contents["model"], contents.get("added_tokens") or []
+        model = contents["model"]
         if model.get("type", "BPE") != "BPE":
             refuse(f"its model is {model['type']}")
-        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-        added = {token["content"]: token for token in added}
+        added = {token["content"]: token for token in contents.get("added_tokens") or ()}
         vocabulary = {token: rank for token, rank in model["vocab"].items() if token not in added}
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        pairs = [(text_bytes(left), text_bytes(right)) for left, right in merges]
+        ranks = {text_bytes(token): rank for token, rank in vocabulary.items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"--tokenizer {path}: not a tokenizer.json ({first_line(error)})") from error
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--tokenizer {path}: not the tokenizer.json of a byte-level BPE ({error!r})") from error
 
     for part in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(part):
             refuse(f"its model has {part} {model[part]}")
-    if contents.get("normalizer"):
-        refuse(f"it has a normalizer, {contents['normalizer'].get('type')}")
     split = contents.get("pre_tokenizer") or {}
-    if split.get("type") == "Sequence" and len(split["pretokenizers"]) == 1:
-        split = split["pretokenizers"][0]
     if split.get("type") != "ByteLevel" or split.get("add_prefix_space") or not split.get("use_regex", True):
         refuse(f"its pre_tokenizer is {json.dumps(split)[:200]}")
-    after = contents.get("post_processor") or {"type": "ByteLevel"}
-    if after["type"] != "ByteLevel":
-        refuse(f"its post_processor, {after['type']}, may add tokens to a text")
+    for part, harmless in (("normalizer", None), ("post_processor", "ByteLevel")):  # which moves offsets alone
+        if contents.get(part) and contents[part].get("type") != harmless:
+            refuse(f"its {part} is {contents[part].get('type')}")
     if ordinary := [content for content, token in added.items() if not token.get("special")]:
         refuse(f"its added token {ordinary[0]!r} is not a special one")
 
-    try:
-        ranks = {text_bytes(token): rank for token, rank in vocabulary.items()}
-        pairs = [(text_bytes(left), text_bytes(right)) for left, right in merges]
-    except (KeyError, ValueError) as error:
-        refuse(f"its vocabulary is not of bytes ({first_line(error)})")
     if sorted(ranks.values()) != list(range(256 + len(merges))):
         refuse("its ids are not those of 256 bytes and then of the merges, from 0 on, with the special tokens behind")
     for rank, (left, right) in enumerate(pairs, 256):
         # Ranks alone merge as the list does, in every text, where they make each token of the same two.
         if ranks.get(left + right) != rank or merged(left + right, ranks, rank) != [left, right]:
             refuse(f"its merge {rank - 256}, {left!r} with {right!r}, is out of order")
-    eos = end_of_text(path, added)
+
+    beside = path.with_name("tokenizer_config.json")
+    eos = json.loads(beside.read_text(encoding="utf-8")).get("eos_token") if beside.is_file() else None
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    if eos not in added:  # the usual name, or the first
+        by_id = sorted(added, key=lambda content: (content != "<|endoftext|>", added[content]["id"]))
+        eos = next(iter(by_id), None)
     if eos and added[eos]["id"] != len(ranks):
         refuse(f"its {eos} has id {added[eos]['id']}, where the one behind the ranks, {len(ranks)}, ends a text")
     return ranks
-
-
-def end_of_text(path: Path, added: dict[str, dict]) -> str | None:
-    """Which of the added tokens ends a text: what the configuration beside says, or what is left to guess from."""
-    configuration = path.with_name("tokenizer_config.json")
-    if configuration.is_file():
-        eos = json.loads(configuration.read_text(encoding="utf-8")).get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        if eos in added:
-            return eos
-    if "<|endoftext|>" in added:
-        return "<|endoftext|>"
-    return min(added, key=lambda content: added[content]["id"], default=None)
 
 
 def text_bytes(token: str) -> bytes:

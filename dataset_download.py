@@ -422,15 +422,17 @@ def read_parquet(path: Path, column: str) -> Iterator[str | NoText]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise InputError(f"{path}: no '{column}' among {', '.join(file.schema_arrow.names)}")
+            names = file.schema_arrow.names
+            if column not in names:
+                raise InputError(f"{path}: no '{column}' among {', '.join(names)}")
             for batch in file.iter_batches(batch_size=256, columns=[column]):
-                yield from (text_of(row, column) for row in batch.to_pylist())
+                yield from (text_of({column: text}, column, names) for text in batch[column].to_pylist())
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 
-def text_of(row: dict, column: str) -> str | NoText:
+def text_of(row: dict, column: str, names: Iterable[str] = ()) -> str | NoText:
+    """The text of a row. Bytes are text where they are UTF-8."""
     text = row.get(column)
     if isinstance(text, bytes):
         with contextlib.suppress(UnicodeDecodeError):
@@ -440,7 +442,7 @@ def text_of(row: dict, column: str) -> str | NoText:
     found = "bytes that are not UTF-8" if isinstance(text, bytes) else f"a value of type {type(text).__name__}"
     if text is None:
         found = "null" if column in row else "no such column"
-    return NoText(found, tuple(row))
+    return NoText(found, tuple(names or row))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -461,7 +463,7 @@ def open_hub_source(names: list[str], revision: str | None, train_split: str, co
             source = open_hub_dataset(name, revision, train_split, column)
         except InputError:  # it resolves, and has no such split
             raise
-        except (*network_errors(), *data_errors()) as error:
+        except hub_errors() as error:
             if file_error(error):  # another source would meet it too
                 raise hub_error(name, error) from error
             reasons.append(f"{name} does not resolve ({first_line(error)})")
@@ -519,11 +521,12 @@ class HubRows:
                     waits = iter(RETRY_SECONDS)
                     yield text_of(row, self.column)
                 return
-            except network_errors() as error:
-                if not try_again(self.name, error, waits):
+            except hub_errors() as error:
+                seconds = next(waits, None) if is_transient(error) else None
+                if seconds is None:
                     raise hub_error(self.name, error) from error
-            except data_errors() as error:
-                raise InputError(f"{self.name}: a file of it cannot be read ({first_line(error)})") from error
+                warn(f"{self.name}: the connection is lost ({first_line(error)}): trying again in {seconds} s")
+                time.sleep(seconds)
 
 
 def hub_error(name: str, error: Exception) -> InputError:
@@ -531,19 +534,11 @@ def hub_error(name: str, error: Exception) -> InputError:
     again = "complete chunks stay: run the same command again"
     if local := file_error(error):
         return InputError(f"{name}: {local}, on this machine (HF_HOME is the folder of the cache); {again}")
-    if is_transient(error) or isinstance(error, ConnectionError):
+    if is_transient(error) or (isinstance(error, ConnectionError) and status_of(error) is None):
         return InputError(f"{name} is out of reach ({first_line(error)}): check the connection; {again}")
-    opened = "is it there, and open to you (`hf auth login`)?"
-    return InputError(f"{name} cannot be read ({first_line(error)}): {opened} {again.capitalize()}")
-
-
-def try_again(name: str, error: Exception, waits: Iterator[int]) -> bool:
-    """Wait after an error that may pass. False where waiting is no use, or has been none so far."""
-    seconds = next(waits, None) if is_transient(error) else None
-    if seconds is not None:
-        warn(f"{name}: the connection is lost ({first_line(error)}): trying again in {seconds} s")
-        time.sleep(seconds)
-    return seconds is not None
+    if isinstance(error, network_errors()):
+        return InputError(f"{name} is not there, or not open to you (`hf auth login`): {first_line(error)}; {again}")
+    return InputError(f"{name}: a file of it cannot be read ({first_line(error)})")
 
 
 def network_errors() -> tuple[type[Exception], ...]:
@@ -555,25 +550,33 @@ def network_errors() -> tuple[type[Exception], ...]:
     return OSError, HTTPError, aiohttp.ClientError
 
 
-def data_errors() -> tuple[type[Exception], ...]:
+def hub_errors() -> tuple[type[Exception], ...]:
     """ValueError: no such configuration, or not JSON. RuntimeError: the dataset needs a loading script."""
     import pyarrow
     from datasets.exceptions import DatasetsError
 
-    return ValueError, RuntimeError, DatasetsError, pyarrow.ArrowException
+    return *network_errors(), ValueError, RuntimeError, DatasetsError, pyarrow.ArrowException
+
+
+def status_of(error: Exception) -> int | None:
+    """What the server answered: it is with the error, with its response, or with what it was raised from."""
+    for link in (error, error.__cause__):
+        response = getattr(link, "response", None)
+        status = getattr(response, "status_code", None) or getattr(link, "status", None)
+        if isinstance(status, int):
+            return status
+    return None
 
 
 def is_transient(error: Exception) -> bool:
     """Whether to try again: not where the answer of the server, or of the library, would stay the same."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    # The status is with the error, with its response, or with what it was raised from.
-    for link in (error, error.__cause__):
-        response = getattr(link, "response", None)
-        status = getattr(response, "status_code", None) or getattr(link, "status", None)
-        if isinstance(status, int):
-            return status >= 500 or status in (408, 429)
-    return not (HF_HUB_OFFLINE or isinstance(error, FileNotFoundError) or file_error(error))
+    if status := status_of(error):
+        return status >= 500 or status in (408, 429)
+    if HF_HUB_OFFLINE or file_error(error) or isinstance(error, FileNotFoundError):
+        return False
+    return isinstance(error, network_errors())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -821,10 +824,8 @@ def locked(folder: Path) -> Iterator[None]:
 def check_source_files(output: Path, source: Source, fresh: bool) -> None:
     """Note size and time of every source file at a fresh start; later, InputError for one that changed."""
     path = output / "source_files.json"
-    found = {}
-    for file in source.files:
-        stat = file.stat()
-        found[str(file)] = [stat.st_size, stat.st_mtime_ns]
+    stats = {str(file): file.stat() for file in source.files}
+    found = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     noted = json.loads(path.read_bytes()) if path.exists() and not fresh else None
     if noted is None:
         write_text(path, json.dumps(found, indent=0))
@@ -861,10 +862,7 @@ def check_disk(output: Path, source: Source, splits: dict[str, Metadata]) -> Non
 def prepare(args: argparse.Namespace) -> None:
     """Write the splits asked for, or what an interrupted run left to do of them, and report."""
     output = Path(args.output_dir)
-    targets = {
-        "validation": args.validation_from_train or args.validation_tokens,
-        "train": args.target_tokens,
-    }
+    targets = {"validation": args.validation_from_train or args.validation_tokens, "train": args.target_tokens}
 
     # What is there already has to come from the same arguments, in the same format, and be whole.
     recorded = {split: read_metadata(output / split) for split in SPLITS}
@@ -948,11 +946,37 @@ def prepare_splits(
     """Prepare validation, then train, which begins after the rows that were taken for validation."""
     validation = splits.get("validation")
     taken = validation if validation and validation.validation_from_train else None
+    halves = cut_single_document(source, tokenizer, taken, skip_rows) if taken else None
     for split, metadata in splits.items():
         if metadata.finished:
             continue
-        encoded = remaining_rows(source, tokenizer, metadata, taken)
-        prepare_split(output / split, metadata, encoded, tokenizer, skip_rows, leave_some=metadata is taken)
+        if halves:
+            encoded = iter(halves[split][metadata.documents + metadata.skipped_documents :])
+        else:
+            encoded = remaining_rows(source, tokenizer, metadata, taken)
+        leave_some = metadata is taken and not halves
+        prepare_split(output / split, metadata, encoded, tokenizer, skip_rows, leave_some)
+
+
+def cut_single_document(source: Source, tokenizer: Tokenizer, taken: Metadata, skip_rows: bool) -> dict | None:
+    """For a source of one document: its first tokens for validation, the rest for train, as encoded rows.
+
+    Rows without text count as validation's.
+    """
+    documents, skipped = [], []
+    seen = Seen(source.name, taken.text_column, skip_rows)
+    for text in source.read(taken.train_split, None):
+        seen.count(text)
+        (skipped if isinstance(text, NoText) else documents).append(text)
+        if len(documents) == 2:
+            return None
+    if not documents:
+        return None
+    ((ids,), tokens) = tokenizer.encode(documents), taken.target_tokens
+    if len(ids) <= tokens:
+        return None  # nothing is left for training, which is said where that is found
+    first = [(row, None) for row in (*skipped, ids[:tokens])]
+    return {"validation": first, "train": [(ids[tokens:], None)]}
 
 
 def remaining_rows(
@@ -971,12 +995,7 @@ def remaining_rows(
 
 
 def prepare_split(
-    folder: Path,
-    metadata: Metadata,
-    encoded: Iterator[tuple],
-    tokenizer: Tokenizer,
-    skip_rows: bool,
-    leave_some: bool,
+    folder: Path, metadata: Metadata, encoded: Iterator[tuple], tokenizer: Tokenizer, skip_rows: bool, leave_some: bool
 ) -> None:
     """Write a split. Metadata is written again after each chunk, so that it never names a missing file."""
     split = metadata.split
