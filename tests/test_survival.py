@@ -116,8 +116,9 @@ def test_a_killed_rank_ends_the_other_and_the_next_start_goes_on(data, tmp_path)
 
 
 def test_three_ranks_killed_and_resumed_end_in_the_same_bits(data, tmp_path):
-    """With two, a sum has one order. With more it depends on where a gradient lies in DDP's buckets, which are
-    laid out anew after the first backward pass: CONTROL."""
+    """Of more than two, a sum depends on where a gradient lies in DDP's buckets, which are laid out anew after
+    the first backward pass. Control: without the pass that the script throws away, 27 of the 32 final tensors
+    differ, by up to 1.7e-6, and the final loss by 3e-10."""
     settings = ["gradient_accumulation=3", "num_gpus=1", "target_tokens=1536", "save_interval=4", "n_embd=128"]
     for folder, moment in (("killed", "torch.optim:AdamW.step:7:before"), ("whole", None), ("killed", None)):
         args = arguments(data, tmp_path / folder, *settings)
