@@ -1,0 +1,358 @@
+"""runs/scaling_tables.py on made-up runs whose gaps and slopes are known, with numpy's least squares beside it."""
+
+import json
+import math
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import yaml
+from conftest import ROOT, VARIANTS, script_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(ROOT / "runs"))
+import scaling_tables
+
+import report as tables_of
+import results_table
+from common import InputError
+from results_table import Run, find_runs, read_runs
+
+DATA = {"training text": "1", "validation text": "2", "tokenizer": "bytes"}
+RATES = (0.002, 0.004, 0.008)
+BEST = {"kqv": 0.004, "kv": 0.008}  # what the made-up runs are best at
+PARAMETERS = {64: 98_304, 96: 331_776, 128: 786_432}
+
+
+def read(name):
+    return yaml.safe_load((ROOT / "configs" / name).read_text(encoding="utf-8"))
+
+
+def write_run(folder, alias, loss, width=64, per_parameter=20, rate=0.004, seed=42, data=DATA, **settings):
+    """A complete run of the grid as its folder in results/scaling, with a final text loss.
+
+    On padded rows a quarter of the positions is padding, which the model predicts for nothing.
+    """
+    folder.mkdir(parents=True)
+    model = read(f"model_config_scaling_{width}.yaml")
+    if VARIANTS[alias]["groups"]:
+        model["n_kv_groups"] = {"gqa": 2, "mqa": 1, "qgqa": 2, "qmqa": 1}[alias]
+    tokens = PARAMETERS[width] * per_parameter
+    steps = tokens // 1024
+    train = read("train_config_scaling.yaml") | {"target_tokens": tokens, "learning_rate": rate, "seed": seed}
+    train |= {"min_lr": rate / 10, "warmup_steps": steps // 10} | settings
+    train["micro_batch_size"] = 1024 // train["seq_length"]
+    padding = 0.25 if train["sequence"] == "padded" else 0.0
+    final = {"kind": "final", "step": steps, "tokens": tokens, "padding_fraction": padding}
+    for name, value in (("", loss * (1 - padding)), ("text_", loss)):
+        final |= {f"{name}loss": value, f"{name}perplexity": math.exp(value)}
+    about = data | {"variant": script_of(alias).VARIANT, "init_from": f"{folder.name}.initial.pt"}
+    (folder / "metrics.jsonl").write_text(json.dumps(final) + "\n", encoding="utf-8")
+    for name, contents in (("model_config", model), ("train_config", train), ("run", about)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(contents), encoding="utf-8")
+
+
+def noise(width, per_parameter, seed):
+    return 0.0003 * math.sin(width + 7 * per_parameter + 13 * seed)
+
+
+def write_grid(folder, slope, seeds=(42, 43, 44), widths=(64, 96)):
+    """Q–K=V is 0.02 + slope ln(D/N / 20) + noise above QKV at own rates; an octave off costs 0.01."""
+    for width in widths:
+        for per_parameter in (5, 20, 80):
+            qkv = 1 + 30 * (PARAMETERS[width] * per_parameter) ** -0.3
+            gap = 0.02 + slope * math.log(per_parameter / 20)
+            for seed in seeds:
+                own = {"kqv": qkv, "kv": qkv + gap + noise(width, per_parameter, seed)}
+                for alias in own:
+                    for rate in RATES:
+                        loss = own[alias] + 0.01 * abs(math.log2(rate / BEST[alias]))
+                        name = f"{alias}_d{width}_n{per_parameter}_{rate}_{seed}"
+                        write_run(folder / name, alias, loss, width, per_parameter, rate, seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def widening(tmp_path_factory):
+    return write_grid(tmp_path_factory.mktemp("grid"), slope=0.004)
+
+
+@pytest.fixture(scope="module")
+def report(widening):
+    return scaling_tables.report(find_runs([widening]))[0]
+
+
+def report_of(*folders):
+    return scaling_tables.report(find_runs(folders))[0]
+
+
+def slope_of(report, rate="own", over="tokens", of="all sizes"):
+    wanted = ("kv", rate, over, of)
+    (found,) = [s for s in report["slopes"] if (s["alias"], s["rate"], s["over"], s["of"]) == wanted]
+    return found
+
+
+def least_squares(points):
+    """The slope over x of (group, x, y), an intercept for each group, by numpy."""
+    groups = sorted({group for group, _, _ in points})
+    columns = [[float(group == other) for group, _, _ in points] for other in groups]
+    design = np.array([[x for _, x, _ in points], *columns]).T
+    return np.linalg.lstsq(design, np.array([y for _, _, y in points]), rcond=None)[0][0]
+
+
+def test_the_slope_that_was_put_in_comes_out(report):
+    points = []
+    for width in (64, 96):
+        for per_parameter in (5, 20, 80):
+            for seed in (42, 43, 44):
+                gap = 0.02 + 0.004 * math.log(per_parameter / 20) + noise(width, per_parameter, seed)
+                points.append((width, math.log(per_parameter), gap))
+    found = slope_of(report)
+    assert found["slope"] == pytest.approx(least_squares(points), rel=1e-6)
+    assert found["slope"] == pytest.approx(0.004, abs=5e-4)
+    low, high = found["slope_interval"]
+    assert low < found["slope"] < high and high - low < 0.002
+    for seed, slope in found["slope_by_seed"].items():
+        mine = [p for p, other in zip(points, [42, 43, 44] * 6, strict=True) if other == seed]
+        assert slope == pytest.approx(least_squares(mine), rel=1e-6)
+    assert found["verdict"] == "widens"
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 4), st.floats(-1, 1)), min_size=2, max_size=30)
+)
+def test_the_slope_of_uneven_cells_is_that_of_least_squares(points):
+    """Cells with several values and others with one, as where seeds are missing."""
+    cells = {}
+    for group, x, y in points:
+        cells.setdefault((group, x), []).append(y)
+    groups, x = zip(*cells, strict=True)
+    coefficients = scaling_tables.slope_coefficients(groups, x, [len(values) for values in cells.values()])
+    if coefficients is None:
+        assert len(cells) == len(set(groups))
+    else:
+        slope = coefficients @ [np.mean(values) for values in cells.values()]
+        assert slope == pytest.approx(least_squares(points), abs=1e-9)
+
+
+class MadeUpCell:
+    """A Cell with gaps of its own, in nats, for the seeds 0, 1, ..."""
+
+    size = "d64"
+    parameters = 1000
+
+    def __init__(self, tokens_per_parameter, gaps):
+        self.tokens_per_parameter = tokens_per_parameter
+        self.of_seeds = dict(enumerate(gaps))
+
+    def gaps(self, alias, at):
+        return self.of_seeds
+
+
+@pytest.mark.parametrize(
+    ("at_5", "at_80", "verdict"),
+    [
+        ((0.019, 0.020, 0.021), (0.029, 0.030, 0.032), "widens"),
+        ((0.029, 0.030, 0.032), (0.019, 0.020, 0.021), "shrinks"),
+        ((0.020, 0.021, 0.022), (0.021, 0.022, 0.023), "does not change"),
+        ((0.0200, 0.0201, 0.0202), (0.0245, 0.0246, 0.0247), "does not change"),  # surely, but too little
+        ((0.020, 0.021, 0.022), (0.023, 0.024, 0.028), "cannot tell"),  # too little on average, perhaps not
+        ((0.015, 0.020, 0.031), (0.029, 0.030, 0.030), "cannot tell"),  # one seed says otherwise
+        ((0.019, 0.020), (0.029, 0.030), "cannot tell"),  # two seeds
+        ((0.019, 0.020, 0.021), (0.029, 0.030), "cannot tell"),
+    ],
+)
+def test_the_verdict_is_that_of_the_criteria(at_5, at_80, verdict):
+    cells = [MadeUpCell(5, at_5), MadeUpCell(80, at_80)]
+    found = scaling_tables.slope(cells, "kv", "own", "tokens")
+    assert scaling_tables.verdict(found) == verdict
+    unfinished = scaling_tables.slope([MadeUpCell(5, at_5), MadeUpCell(20, at_80)], "kv", "own", "tokens")
+    assert scaling_tables.verdict(unfinished) == "cannot tell"
+
+
+def test_a_slope_needs_two_numbers_of_tokens_at_a_size():
+    cells = [MadeUpCell(5, (0.02, 0.03))]
+    assert scaling_tables.slope(cells, "kv", "own", "tokens") is None
+    cells.append(MadeUpCell(80, ()))
+    assert scaling_tables.slope(cells, "kv", "own", "tokens") is None
+
+
+def test_gaps_at_the_common_rate_and_at_own_rates(report):
+    gap = next(g for g in report["gaps"] if (g["size"], g["tokens_per_parameter"]) == ("d64", 20))
+    assert (gap["common_rate"], gap["own_rate"], gap["seeds"]) == (0.004, 0.008, [42, 43, 44])
+    own = 0.02 + sum(noise(64, 20, seed) for seed in (42, 43, 44)) / 3
+    assert gap["gap_own"] == pytest.approx(100 * (math.exp(own) - 1))
+    assert gap["gap_common"] == pytest.approx(100 * (math.exp(own + 0.01) - 1))
+    low, high = gap["gap_own_interval"]
+    seeds = [100 * (math.exp(0.02 + noise(64, 20, seed)) - 1) for seed in (42, 43, 44)]
+    assert (low, high) == pytest.approx(
+        (min(seeds), max(seeds))
+    )  # all three alike: 1 in 27 draws, above 2.5 %
+
+
+def test_a_best_rate_at_the_edge_of_those_tried_is_said(report):
+    edges = [note for note in report["notes"] if "at the edge" in note]
+    assert len(edges) == 6 and all(
+        note.startswith("Q–K=V") and "0.002, 0.004, 0.008" in note for note in edges
+    )
+
+
+def test_the_best_rate_goes_by_the_seeds_that_all_rates_have(tmp_path):
+    """Seed 44 has the lowest loss and was run at one rate alone."""
+    losses = {(0.002, 42): 2.0, (0.004, 42): 1.9, (0.008, 42): 2.1, (0.002, 44): 1.0}
+    for (rate, seed), loss in losses.items():
+        write_run(tmp_path / f"kqv_{rate}_{seed}", "kqv", loss, rate=rate, seed=seed)
+        write_run(tmp_path / f"kv_{rate}_{seed}", "kv", loss + 0.05, rate=rate, seed=seed)
+    report = report_of(tmp_path)
+    (gap,) = report["gaps"]
+    assert (gap["common_rate"], gap["own_rate"], gap["seeds"], gap["gap_own_interval"]) == (
+        0.004,
+        0.004,
+        [42],
+        None,
+    )
+
+
+def test_the_compute_lost_is_read_off_qkvs_curve(tmp_path):
+    """Q–K=V at the loss that QKV has after 0.8 of the tokens, on L = 30 D^-0.3; it does 11 of 12 products."""
+    for per_parameter in (5, 20):
+        loss = 30 * (98_304 * per_parameter) ** -0.3
+        write_run(tmp_path / f"kqv_{per_parameter}", "kqv", loss, per_parameter=per_parameter)
+    write_run(tmp_path / "kv_20", "kv", 30 * (98_304 * 20 * 0.8) ** -0.3)
+    report = report_of(tmp_path)
+    products = {"kqv": 12 * 64**2, "kv": 11 * 64**2}
+    per_token = {alias: 2 * (size + 2 * 256 * 64) + 320 * 64 for alias, size in products.items()}
+    expected = 100 * (1 - 0.8 * per_token["kqv"] / per_token["kv"])
+    assert report["gaps"][0]["compute_lost_percent"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("loss", [3.0, 2.0, 1.0, 2.5, 1.2, 4.0, 0.5])
+def test_tokens_for_a_loss_on_the_points_between_them_and_beyond(loss):
+    """A power law is a line in the logarithms."""
+    power = [(10.0 * (3.0 / x) ** 2, x) for x in (3.0, 2.0, 1.0)]
+    assert scaling_tables.tokens_for(loss, power) == pytest.approx(10.0 * (3.0 / loss) ** 2)
+    assert scaling_tables.tokens_for(loss, [(10.0, 1.0), (20.0, 1.1)]) is None
+    assert scaling_tables.tokens_for(loss, [(10.0, 1.0)]) is None
+    assert scaling_tables.tokens_for(1.7, [(1e6, 2.0), (4e6, 1.9999)]) is None  # beyond every number
+
+
+def test_the_length_of_rows_by_protocol(tmp_path):
+    """A gap that depends on the padding alone."""
+    protocols = {
+        "packed": {"sequence": "packed"},
+        "scored": {"sequence": "padded", "score_padding": True},
+        "masked": {"sequence": "padded", "score_padding": False},
+    }
+    for name, row, seed in product(protocols, (64, 256), (42, 43)):
+        for alias, loss in (("kqv", 2.0), ("kv", 2.04 + 0.001 * (seed - 42))):
+            folder = tmp_path / f"{alias}_{name}_{row}_{seed}"
+            write_run(folder, alias, loss, seed=seed, seq_length=row, **protocols[name])
+    report = report_of(tmp_path)
+    assert len(report["lengths"]) == 6 and len(report["falls"]) == 3
+    rows = {(r["protocol"], r["row"]): r for r in report["lengths"]}
+    scored, packed = rows["padded, padding scored", 64], rows["packed", 64]
+    assert scored["gap_common"] == packed["gap_common"] == packed["gap_all_positions"]
+    assert scored["gap_all_positions"] == pytest.approx(100 * (math.exp(0.75 * 0.0405) - 1))
+    assert [f["fall_text"] for f in report["falls"]] == pytest.approx([0, 0, 0], abs=1e-9)
+
+
+def test_a_fall_is_paired_over_the_seeds_that_both_lengths_have(tmp_path):
+    """Seed 44 has long rows alone; the gaps of the others spread far more than their falls."""
+    gaps = {(64, 42): 0.10, (64, 43): 0.30, (256, 42): 0.08, (256, 43): 0.27, (256, 44): 0.90}
+    for (row, seed), gap in gaps.items():
+        for alias, loss in (("kqv", 2.0), ("kv", 2.0 + gap)):
+            write_run(tmp_path / f"{alias}_{row}_{seed}", alias, loss, seed=seed, seq_length=row)
+            padded = {"sequence": "padded", "score_padding": True}
+            write_run(tmp_path / f"{alias}_p_{row}_{seed}", alias, loss, seed=seed, seq_length=row, **padded)
+    report = report_of(tmp_path)
+    fall = next(f for f in report["falls"] if f["protocol"] == "packed")
+    assert fall["seeds"] == 2 and fall["fall_text"] == pytest.approx(2.5)
+    assert fall["fall_text_interval"] == pytest.approx([2, 3])
+    assert fall["fall_text_t"] == pytest.approx([2.5 - 12.706 * 0.5, 2.5 + 12.706 * 0.5], abs=0.01)
+
+
+def test_rates_without_a_common_seed_are_said(tmp_path):
+    for alias, (rate, seed) in product(("kqv", "kv"), ((0.004, 42), (0.008, 43))):
+        write_run(tmp_path / f"{alias}_{seed}", alias, 2.0, rate=rate, seed=seed)
+    report = report_of(tmp_path)
+    assert sum("no seed was run at all of its rates" in note for note in report["notes"]) == 2
+
+
+def test_the_interval_by_student_is_that_of_the_tables():
+    """97.5th percentiles of t as printed in every textbook."""
+    for n, quantile in ((2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776)):
+        values = list(range(n))
+        low, high = tables_of.t_interval(values)
+        half = quantile * np.std(values, ddof=1) / math.sqrt(n)
+        assert (low, high) == pytest.approx((np.mean(values) - half, np.mean(values) + half), rel=1e-3, abs=1e-3)
+    assert tables_of.t_interval([1.0]) is None
+    assert tables_of.t_interval([1.0, 1.0, 1.0]) == [1.0, 1.0]
+
+
+def runs_with(folder, text, **run):
+    """A QKV whose record has what a conversion printed, as runs.jsonl holds it."""
+    write_run(folder / "kqv", "kqv", 2.0, **run)
+    (record,) = read_runs(folder)
+    return Run(record | {"conversion": text})
+
+
+def test_a_converted_qkv_stands_beside_the_variants(tmp_path):
+    runs = []
+    for seed, after in ((42, 7.5), (43, 7.6)):
+        text = f"layer  0: 1.0 % left out\ntext perplexity: {math.exp(2.0):.4f} before, {after} after (+1.0%)\n"
+        runs.append(runs_with(tmp_path / str(seed), text, seed=seed))
+        write_run(tmp_path / f"kv_{seed}", "kv", 2.1, seed=seed)
+        runs += find_runs([tmp_path / f"kv_{seed}"])
+    kv, converted = scaling_tables.report(runs)[0]["gaps"]
+    assert (kv["alias"], converted["alias"], converted["seeds"]) == ("kv", "converted", [42, 43])
+    expected = 100 * (math.sqrt(7.5 * 7.6) / math.exp(2.0) - 1)
+    assert converted["gap_common"] == converted["gap_own"] == pytest.approx(expected, abs=0.002)
+
+
+@pytest.mark.parametrize("text", ["killed\n", "text perplexity: 9.0000 before, 9.1000 after (+1.1%)\n"])
+def test_a_conversion_that_is_not_of_the_run_is_refused(text, tmp_path):
+    with pytest.raises(InputError, match="kqv: "):
+        scaling_tables.report([runs_with(tmp_path, text)])
+
+
+def test_what_is_no_grid_is_refused_in_one_line(tmp_path, capsys):
+    for name, changes in (
+        ("text", {"data": DATA | {"training text": "3"}}),
+        ("recipe", {"weight_decay": 0.2}),
+        ("twice", {}),
+    ):
+        write_run(tmp_path / name / "kqv_a", "kqv", 2.0)
+        write_run(tmp_path / name / "kqv_b", "kqv", 2.0, **changes)
+        with pytest.raises(SystemExit):
+            scaling_tables.main([str(tmp_path / name)])
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not (tmp_path / name / "scaling_table.md").exists()
+
+
+def test_incomplete_runs_are_named_and_left_out(tmp_path):
+    for name in ("kqv_whole", "kqv_cut"):
+        write_run(tmp_path / name, "kqv", 0.5)
+    (tmp_path / "kqv_cut/metrics.jsonl").write_text("", encoding="utf-8")
+    assert "Incomplete, and left out: kqv_cut." in report_of(tmp_path)["notes"]
+    with pytest.raises(InputError, match="no complete runs"):
+        report_of(tmp_path / "kqv_cut")
+
+
+def test_tables_and_figures_are_written(widening, tmp_path):
+    scaling_tables.main([str(widening), "--output_dir", str(tmp_path)])
+    figures = ["gap.png", "gap_by_loss.png", "gap_common_rate.png", "losses.png", "rates.png"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == figures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "figures").iterdir())
+    assert "widens" in (tmp_path / "scaling_table.md").read_text(encoding="utf-8")
+    assert len(json.loads((tmp_path / "scaling_table.json").read_text(encoding="utf-8"))["gaps"]) == 6
+
+
+def test_the_committed_tables_are_those_of_the_committed_runs():
+    for name, table, found in (
+        ("scaling", "scaling_table", lambda runs: scaling_tables.as_markdown(scaling_tables.report(runs)[0])),
+        ("reduced_scale", "results_table", lambda runs: results_table.as_markdown(results_table.compare(runs))),
+    ):
+        folder = ROOT / "results" / name
+        assert found(find_runs([folder])) == (folder / f"{table}.md").read_text(encoding="utf-8")
