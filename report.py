@@ -60,7 +60,8 @@ def t_interval(values):
     values = list(values)
     if len(values) < 2:
         return None
-    return list(map(float, stats.t.interval(0.95, len(values) - 1, fmean(values), stats.sem(values))))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return [fmean(values) - half, fmean(values) + half]
 
 
 def bootstrap(samples, coefficients=(1,)):

@@ -4,17 +4,16 @@
     python runs/conversion.py --parts 1 2 3 --jobs 8
     python runs/conversion.py --scaling results/scaling_own --results results/conversion_own
 
-A run that is recorded is not repeated, nor is a conversion that stands in one_shot.jsonl. A source whose
-checkpoints are gone is trained again when a conversion needs them, and all stops if it ends elsewhere than its
-record, as on a processor that rounds in another way. A run that fails is named, and the others go on. Ctrl-C (or
-SIGTERM to the process group) saves a checkpoint of the runs under way; the same command continues from there.
+A run that is recorded is not repeated, nor is a conversion that stands in one_shot.jsonl. A run that fails is named,
+and the others go on. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under way; the same
+command continues from there. Checkpoints are not in git: in a fresh clone run `RESULTS=results/scaling_own make
+scaling`, and then the last of the commands above.
 """
 
 import os
 import subprocess
 import sys
 import threading
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ SEEDS = (42, 43, 44)
 
 
 class Stopped(Exception):
-    """A job was stopped by a signal, or what it found forbids all others."""
+    """A job was stopped by a signal, or misses what all others need too."""
 
 
 class Failed(Exception):
@@ -59,8 +58,8 @@ class Source:
         """Files and settings of its model and recipe."""
         width, _, heads = self.shape.partition("h")
         model, train = ("replicate",) * 2 if self.shape == "replica" else (f"scaling_{width}", "scaling")
-        arguments = ["--model_config", f"configs/model_config_{model}.yaml"]
-        arguments += ["--train_config", f"configs/train_config_{train}.yaml"]
+        arguments = ["--model_config", ROOT / f"configs/model_config_{model}.yaml"]
+        arguments += ["--train_config", ROOT / f"configs/train_config_{train}.yaml"]
         return arguments + ([f"n_head={heads}"] if heads else []) + self.groups
 
     @property
@@ -91,7 +90,7 @@ class Source:
     def rate_at(self, step, peak):
         """What get_lr says of a step of this run with a peak rate; in thousandths, as the peak."""
         script = script_of(self.alias)
-        settings = yaml.safe_load((ROOT / self.configs[3]).read_text(encoding="utf-8"))
+        settings = yaml.safe_load(self.configs[3].read_text(encoding="utf-8"))
         settings |= {"target_tokens": 1024 * self.steps, "warmup_steps": self.steps // 10}
         settings |= {"learning_rate": peak / 1000, "min_lr": peak / 10_000}
         return 1000 * script.get_lr(step, script.TrainingConfig(**settings))
@@ -102,7 +101,6 @@ class Study:
 
     def __init__(self, scaling, results):
         self.scaling, self.results = scaling, results
-        self.locks = defaultdict(threading.Lock)
         self.stopped = threading.Event()
 
     def records(self):
@@ -118,14 +116,14 @@ class Study:
             raise InputError(f"{what}: no finished runs; see runs/scaling.sh")
         return conversion_tables.best_rate(started[alias, shape, n])
 
-    def command(self, *arguments, log=None):
+    def command(self, script, *arguments, log=None):
         """Run a script of this repository; what it prints goes to the log."""
         with open(log or os.devnull, "a", encoding="utf-8") as file:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            status = subprocess.call([PYTHON, *map(str, arguments)], stdout=file, stderr=file, env=environment)
+            command = [PYTHON, *map(str, [ROOT / script, *arguments])]
+            status = subprocess.call(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
         if status:
             last = Path(log).read_text(encoding="utf-8").splitlines()[-1:] if log else []
-            raise (Failed if status == 2 else Stopped)(f"{Path(log or arguments[0]).stem}: {' '.join(last)}")
+            raise (Failed if status == 2 else Stopped)(f"{Path(log or script).stem}: {' '.join(last)}")
 
     def train_run(self, name, source, start, settings):
         """Train; of the settings, None stands for YAML's null."""
@@ -160,32 +158,14 @@ class Study:
         settings |= {"log_interval": steps // 20, "eval_interval": steps // 2, "save_interval": steps // 10}
         self.train_run(name, source, start, settings)
 
-    def folder(self, source, rate):
-        """Where the checkpoints of a run are, or will be."""
-        name = source.name(rate)
-        before = Path("outputs_scaling") / name
-        return before if source.checkpoint(before, 10).exists() else OUTPUTS / name
-
-    def restored(self, source):
-        """The folder of the run at the best rate, trained again if its checkpoints are gone."""
-        rate = self.best_rate(source.alias, source.shape, source.n)
-        name = source.name(rate)
-        with self.locks[name]:  # several jobs may need it
-            folder = self.folder(source, rate)
-            if source.checkpoint(folder, 10).exists():
-                return folder
-            if OUTPUTS.joinpath(f"{name}.differs").exists():
-                raise Stopped(f"{name}: trained again, it did not end where its record does: {folder}.differs")
-            recorded = self.records().get(name)
-            self.from_the_first_step(source, rate)
-            (again,) = read_runs(folder)
-            ends = [run["metrics"][-1]["text_loss"] for run in (again, recorded or again)]
-            if abs(ends[0] - ends[1]) > 1e-4:
-                folder.rename(f"{folder}.differs")
-                own = "--scaling results/scaling_own --results results/conversion_own"
-                apart = f"{name} ends at {ends[0]:.5f}, its record at {ends[1]:.5f}: another processor?"
-                raise Stopped(f"{apart} Study a grid of your own: {own}")
-            return folder
+    def checkpoint(self, source, tenths):
+        """That of the run at the best rate after so many tenths of its steps."""
+        name = source.name(self.best_rate(source.alias, source.shape, source.n))
+        for outputs in (Path("outputs_scaling"), OUTPUTS):
+            if (path := source.checkpoint(outputs / name, tenths)).exists():
+                return path
+        own = "SCALING=results/scaling_own RESULTS=results/conversion_own make conversion"
+        raise Stopped(f"{path}: missing; for a study of your own: RESULTS=results/scaling_own make scaling, then {own}")
 
     def train_on(self, source, tenths, method, percent):
         """The run at the best rate, converted by a method (none: not at all) after some tenths of its steps, and
@@ -196,17 +176,11 @@ class Study:
         name = f"{alias}_d{shape}_n{n}_at{10 * tenths}_{method}_{percent}_seed{seed}"
         if name in self.records():
             return
-        rate, target = self.best_rate(alias, shape, n), source
-        if method == "none":
-            folder = self.folder(source, rate)
-            start = source.checkpoint(folder, tenths)
-            if not begun(name):
-                start = source.checkpoint(self.restored(source), tenths)
-        else:
+        rate, target, start = self.best_rate(alias, shape, n), source, self.checkpoint(source, tenths)
+        if method != "none":
             target = Source(SHARED[alias], shape, n, seed)
-            start = OUTPUTS / f"{name}.initial.pt"
+            checkpoint, start = start, OUTPUTS / f"{name}.initial.pt"
             if not start.exists():
-                checkpoint = source.checkpoint(self.restored(source), tenths)
                 how = {"own_rate": [], "joint_svd": [], "unweighted": ["--weighting", "none"]}
                 script = "convert_checkpoint.py" if method in ("own_rate", "joint_svd") else "runs/other_conversions.py"
                 way = [*how.get(method, ["--method", method]), "--checkpoint", checkpoint, "--to", target.alias]
@@ -229,12 +203,11 @@ class Study:
     def one_shot(self, source, tenths, every=False):
         """Conversion alone, of the run at the best rate."""
         record = self.results / "one_shot.jsonl"
-        rate = self.best_rate(source.alias, source.shape, source.n)
-        checkpoint = source.checkpoint(self.folder(source, rate), tenths)
-        if missing(checkpoint, [DEFAULT, *(WAYS if every else [])], record):
-            checkpoint = source.checkpoint(self.restored(source), tenths)
-            how = [checkpoint, "--data", source.data, "--record", record, *(["--all"] if every else [])]
-            self.command("runs/one_shot.py", *how, log=OUTPUTS / f"{checkpoint.parent.name}.one_shot.log")
+        name = source.name(self.best_rate(source.alias, source.shape, source.n))
+        if missing(source.checkpoint(Path(name), tenths), [DEFAULT, *(WAYS if every else [])], record):
+            how = [self.checkpoint(source, tenths), "--data", source.data, "--record", record]
+            log = OUTPUTS / f"{name}_{tenths}.one_shot.log"
+            self.command("runs/one_shot.py", *how, *(["--all"] if every else []), log=log)
 
     # ---- many jobs
 
@@ -320,11 +293,6 @@ class Study:
             yield on_all_seeds("kqv", "96", 20, 10, True) + on_all_seeds("kqv", "96", 5) + on_all_seeds("kqv", "128", 5)
 
 
-def begun(name):
-    """Whether there is a run to resume."""
-    return any((OUTPUTS / name).glob("checkpoint_step_*.pt"))
-
-
 def around(rate):
     return rate / 2, rate, 2 * rate
 
@@ -336,8 +304,9 @@ def prepare_data(scaling, results):
         ("stdlib", "replicate_data", "20_000_000", "100_000"),
     ):
         how = ["--split_paragraphs", "--tokenizer", "bytes", "--target_tokens", tokens, "--validation_tokens", held_out]
-        command = [PYTHON, "dataset_download.py", "--source", source, *how, "--output_dir", folder]
-        subprocess.run(command, check=True)
+        command = [PYTHON, ROOT / "dataset_download.py", "--source", source, *how, "--output_dir", folder]
+        if subprocess.call(command):
+            raise Stopped(f"{folder}: not prepared")
     refuse_another_text([text_of(Path("scaling_data"))], read_runs(scaling), scaling)
     for folder in ("scaling_data", "replicate_data"):
         replica = folder == "replicate_data"
@@ -351,11 +320,10 @@ def main(arguments=None):
     folder = {"type": Path, "metavar": "DIR"}
     parser.add_argument("--parts", type=int, nargs="*", default=range(1, 9), choices=range(1, 9))
     parser.add_argument("--jobs", type=int, default=2, help="at once (default: %(default)s)")
-    parser.add_argument("--scaling", default=environment("SCALING", "results/scaling"), **folder)
-    parser.add_argument("--results", default=environment("RESULTS", "results/conversion"), **folder)
+    parser.add_argument("--scaling", default=environment("SCALING", ROOT / "results/scaling"), **folder)
+    parser.add_argument("--results", default=environment("RESULTS", ROOT / "results/conversion"), **folder)
     options = parser.parse_args(arguments)
     scaling, results = options.scaling, options.results
-    os.chdir(ROOT)
     OUTPUTS.mkdir(exist_ok=True)
     results.mkdir(parents=True, exist_ok=True)
     study, failed = Study(scaling, results), 0
@@ -368,7 +336,7 @@ def main(arguments=None):
             known = {record["name"] for record in read_runs(scaling)}  # sources that were trained again
             gather([record for record in finished(OUTPUTS) if record["name"] not in known], results)
             conversion_tables.write_all(scaling, results)
-    except (InputError, Stopped, subprocess.CalledProcessError, OSError) as error:
+    except (InputError, Stopped, OSError) as error:
         parser.error(error)
     sys.exit(1 if failed else 0)
 

@@ -21,7 +21,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import VARIANTS, Parser, script_of
+from common import VARIANTS, Parser, script_of, write_atomically
 
 
 def build(alias, model_config):
@@ -70,15 +70,9 @@ def main(arguments=None):
     weights = shared_weights(options.variant, model.state_dict(), qkv.state_dict())
     model.load_state_dict(weights)
 
-    torch.save(
-        {
-            "variant": script.VARIANT,
-            "step": 0,
-            "model_config": asdict(model.config),
-            "model_state_dict": model.state_dict(),
-        },
-        options.output,
-    )
+    contents = {"variant": script.VARIANT, "step": 0, "model_config": asdict(model.config)}
+    contents |= {"model_state_dict": model.state_dict()}
+    write_atomically(options.output, lambda file: torch.save(contents, file))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import contextlib
 import math
 import re
 import sys
+from functools import cache
 from itertools import cycle, product
 from pathlib import Path
 from statistics import fmean
@@ -131,6 +132,7 @@ class Cell:
         self.parameters, self.tokens, self.protocol, self.row, self.size = place
         self.runs = runs
         self.aliases = set(runs["alias"])
+        self.of = cache(self.of)  # asked for many times
 
     @property
     def tokens_per_parameter(self):

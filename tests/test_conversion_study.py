@@ -1,95 +1,81 @@
-"""The study of conversion: best rates, tables of made-up runs, other ways of conversion, Slim attention."""
+"""The study of conversion: its schedule, tables of made-up runs, other ways of conversion, Slim attention."""
 
-import importlib.util
 import json
-import os
 import re
 import shlex
-import shutil
-import subprocess
-from importlib import import_module
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, script_of
 from test_convert import PAIRS, attention_to_the_first, build, logits_of, random_loader, save, tie_values
 
+sys.path.insert(0, str(ROOT / "runs"))
+import conversion
+import conversion_tables
+import one_shot
+import resting_head
+import slim_attention
+
 import convert_checkpoint as cc
+from common import VARIANTS
+
+DEFAULT = one_shot.DEFAULT
+STEPS = {"d64_n5": 480, "d64_n20": 1920, "d64_n80": 7680, "d96_n5": 1620, "d96_n20": 6480, "d128_n5": 3840}
 
 
-def imported(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"results/conversion/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-study = imported("study")
-slim = imported("slim_attention")
-resting_head = imported("resting_head")
-
-
-def write_run(folder, name, losses, finished=True):
-    """The metrics of a run whose evaluations gave these text losses."""
-    (folder / name).mkdir(parents=True)
-    lines = [{"kind": "train", "step": 1, "tokens": 1024, "loss": 9.0}]
+def record(name, losses, text="1"):
+    """What runs.jsonl holds of a run whose evaluations gave these text losses, as far as the study reads it."""
+    metrics = [{"kind": "train", "step": 1, "tokens": 1024, "loss": 9.0}]
     for i, loss in enumerate(losses):
-        kind = "final" if finished and i == len(losses) - 1 else "val"
-        lines.append({"kind": kind, "step": 100 * i, "tokens": 102_400 * i, "text_loss": loss})
-    (folder / name / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        kind = "final" if i == len(losses) - 1 else "val"
+        metrics.append({"kind": kind, "step": 100 * i, "tokens": 102_400 * i, "text_loss": loss})
+    return {"name": name, "training text": text, "metrics": metrics}
 
 
-@pytest.fixture
-def results(tmp_path):
-    """results/scaling and results/conversion, empty."""
-    scaling, conversion = tmp_path / "results/scaling", tmp_path / "results/conversion"
-    scaling.mkdir(parents=True)
-    conversion.mkdir()
-    return scaling, conversion
+def write(folder, records, name="runs.jsonl"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(f"{json.dumps(line)}\n" for line in records), encoding="utf-8")
 
 
-def run_study(results, *arguments):
-    scaling, conversion = results
-    study.main(["--scaling", str(scaling), "--results", str(conversion), *arguments])
-
-
-def test_the_best_rate_is_that_of_the_seeds_which_all_rates_have(results, capsys):
-    scaling, conversion = results
+def test_the_best_rate_is_that_of_the_seeds_which_all_rates_have():
     runs = [("4", 42, 2.0), ("8", 42, 1.9), ("16", 42, 2.1), ("8", 43, 2.5), ("16", 43, 1.0)]
-    for rate, seed, loss in runs:
-        write_run(scaling, f"kqv_d64_n80_lr{rate}e-3_T256_packed_seed{seed}", [5.0, loss])
-    write_run(scaling, "kqv_d64_n80_lr0.5e-3_T256_packed_seed42", [5.0, 0.1], finished=False)
-    write_run(scaling, "kqv_d64_n80_lr2e-3_T256_scored_seed42", [5.0, 0.1])  # another protocol
-    run_study(results, "best_rate", "kqv", "64", "80")
-    assert capsys.readouterr().out == "8\n"
-    with pytest.raises(SystemExit) as ended:
-        run_study(results, "best_rate", "kv", "64", "80")
-    assert ended.value.code == 2
-    assert "no finished runs" in capsys.readouterr().err
+    records = [record(f"kqv_d64_n80_lr{rate}e-3_T256_packed_seed{seed}", [5.0, x]) for rate, seed, x in runs]
+    records.append(record("kqv_d64_n80_lr2e-3_T256_scored_seed42", [5.0, 0.1]))  # another protocol
+    records.append(record("kqv_d64_n80_lr0.5e-3_T256_packed_seed42", [0.1, 0.1]))
+    records[-1]["metrics"].pop()  # not finished
+    started, _ = conversion_tables.by_place(records)
+    assert conversion_tables.best_rate(started["kqv", "64", 80]) == 8
 
 
-def test_tables_hold_prices_gaps_and_intervals(results):
+def test_tables_hold_prices_gaps_and_intervals(tmp_path):
     """t with two degrees of freedom: 0.01, 0.02, 0.03 are 0.02 ± 4.303 x 0.01 / sqrt(3)."""
-    scaling, conversion = results
+    scaling, results = tmp_path / "scaling", tmp_path / "conversion"
+    runs, lines = [], []
     for seed, price in [(42, 0.01), (43, 0.02), (44, 0.03)]:
-        write_run(scaling, f"kqv_d64_n80_lr8e-3_T256_packed_seed{seed}", [5.0, 2.0])
-        write_run(scaling, f"kv_d64_n80_lr4e-3_T256_packed_seed{seed}", [5.0, 2.1])
-        write_run(scaling, f"kv_d64_n80_lr8e-3_T256_packed_seed{seed}", [5.0, 2.2])
-        write_run(conversion, f"kqv_d64_n80_at100_none_10_seed{seed}", [2.0, 1.9])
-        write_run(conversion, f"kqv_d64_n80_at100_joint_svd_10_seed{seed}", [2.05, 1.9 + price])
-        write_run(conversion, f"kqv_d64_n80_at50_none_0_seed{seed}", [2.5, 2.05])
-        write_run(conversion, f"kqv_d64_n80_at50_joint_svd_0_seed{seed}", [2.5, 2.09 - price])
-        write_run(scaling, f"kqv_d64_n80_lr16e-3_T256_packed_seed{seed}", [5.0, 2.5])
+        for name, losses in {
+            "kqv_d64_n80_lr8e-3_T256_packed": [5.0, 2.0],
+            "kqv_d64_n80_lr16e-3_T256_packed": [5.0, 2.5],
+            "kv_d64_n80_lr4e-3_T256_packed": [5.0, 2.1],
+            "kv_d64_n80_lr8e-3_T256_packed": [5.0, 2.2],
+            "kqv_d64_n80_at100_none_10": [2.0, 1.9],
+            "kqv_d64_n80_at100_joint_svd_10": [2.05, 1.9 + price],
+            "kqv_d64_n80_at50_none_0": [2.5, 2.05],
+            "kqv_d64_n80_at50_joint_svd_0": [2.5, 2.09 - price],
+        }.items():
+            runs.append(record(f"{name}_seed{seed}", losses))
         for rate, step in ((8, 70), (8, 100), (16, 100)):
-            source = f"kqv_d64_n80_lr{rate}e-3_T256_packed_seed{seed}"
-            place = {"source": source, "checkpoint": f"checkpoint_step_{step}.pt"}
-            line = place | {"way": study.DEFAULT, "before": 2.0, "after": 2.0 + price * step / 100 * rate / 8}
-            with open(conversion / "one_shot.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-    run_study(results, "tables")
-    text = (conversion / "results.md").read_text()
+            place = {"source": f"kqv_d64_n80_lr{rate}e-3_T256_packed_seed{seed}"}
+            place |= {"checkpoint": f"checkpoint_step_{step}.pt", "way": DEFAULT}
+            lines.append(place | {"before": 2.0, "after": 2.0 + price * step / 100 * rate / 8})
+    write(scaling, [run for run in runs if "_lr" in run["name"]])
+    write(results, [run for run in runs if "_at" in run["name"]])
+    write(results, lines, "one_shot.jsonl")
+    conversion_tables.main(["--scaling", str(scaling), "--results", str(results)])
+    text = (results / "results.md").read_text(encoding="utf-8")
     sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
-    mean = "+0.0200 ± 0.0248"
     alone = sections["Conversion alone"]
     assert "+0.02000 ± 0.02484" in alone and "+0.1000 ± 0.0000" in alone
     assert "| 70 " in sections["Conversion alone, along the training"]
@@ -97,24 +83,25 @@ def test_tables_hold_prices_gaps_and_intervals(results):
     ahead = [cell.strip() for cell in half.strip("|").split("|")][-2:]
     assert ahead == ["+0.0300 ± 0.0248", "+0.0200, +0.0300, +0.0400"]
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "QKV", "d64", "80", "at the end", "10 %", "joint_svd", "+0.0500 ± 0.0000", mean,
+        "QKV", "d64", "80", "at the end", "10 %", "joint_svd", "+0.0500 ± 0.0000", "+0.0200 ± 0.0248",
         "+0.0100, +0.0200, +0.0300", "+0.1000 ± 0.0000", "", "",
     ]  # fmt: skip
-    best = [line for line in sections["From the start"].splitlines() if "best" in line]
-    assert len(best) == 2 and "4e-3" in best[1]
-    assert (conversion / "conversion.png").stat().st_size > 10_000
+    assert (results / "figures/conversion.png").stat().st_size > 10_000
+
+
+# ---- other ways
 
 
 @pytest.mark.parametrize(("alias", "to"), PAIRS)
-@pytest.mark.parametrize("way", study.WAYS, ids=lambda way: " ".join(map(str, way.values())))
+@pytest.mark.parametrize("way", one_shot.WAYS, ids=lambda way: " ".join(map(str, way.values())))
 def test_every_way_is_exact_where_it_can_be(alias, to, way):
     """Values that are functions of the keys; the plain ways do not find that out."""
     model = build(alias, initializer_range=0.1)
     tie_values(model)
     expected = logits_of(model)
     config = cc.target_config(alias, model.config, to, None)
-    weights = study.convert_by(way | {"tokens": 400}, model, to, config, random_loader)
-    target = getattr(script_of(to), cc.VARIANTS[to]["class"])(config).eval()
+    weights = one_shot.convert_by(way | {"tokens": 400}, model, to, config, random_loader)
+    target = getattr(script_of(to), VARIANTS[to]["class"])(config).eval()
     target.load_state_dict(weights)
     exact = (logits_of(target) - expected).abs().max() < 1e-3 * expected.abs().max()
     assert exact == way["method"].startswith("joint_svd")
@@ -122,8 +109,7 @@ def test_every_way_is_exact_where_it_can_be(alias, to, way):
 
 def test_a_fit_costs_less_than_where_it_starts():
     model, heads = build("kqv"), cc.Heads(build("kqv").config, 4, caches_values=False)
-    way = study.DEFAULT | {"method": "joint_svd, fitted"}
-    moments = [study.OtherMoments(heads, way) for _ in model.h]
+    moments = [one_shot.OtherMoments(heads, DEFAULT | {"method": "joint_svd, fitted"}) for _ in model.h]
     cc.collect_moments(model, moments, random_loader(), 400)
     sums = moments[1]
     u, g = (torch.cat(parts, dim=1) for parts in zip(*sums.positions, strict=True))
@@ -132,10 +118,8 @@ def test_a_fit_costs_less_than_where_it_starts():
     def cost(down, up):
         return ((g * (u - u @ down.mT @ up.mT)).sum(-1) ** 2).sum()
 
-    attention = cc.AttentionWeights(model.state_dict(), 1, heads)
-    before = cc.joint_svd(sums.covariance(), sums.metric(attention), 8)
-    after = sums.fit(*before)
-    assert cost(*after) < 0.99 * cost(*before)
+    before = cc.joint_svd(sums.covariance(), sums.metric(cc.AttentionWeights(model.state_dict(), 1, heads)), 8)
+    assert cost(*sums.fit(*before)) < 0.99 * cost(*before)
 
 
 def test_a_head_is_made_to_rest_on_the_first_position(data_dir, tmp_path, capsys):
@@ -143,28 +127,21 @@ def test_a_head_is_made_to_rest_on_the_first_position(data_dir, tmp_path, capsys
     model = script_of("kqv").load_model(path)
     resting_head.make_head_rest(model, random_loader(n_rows=40))
     assert attention_to_the_first("kqv", model, random_loader()[0][0], 1) > 0.99
-    (x,) = cc.inputs_of([model.h[1].attn], model, random_loader()[0][0])
-    value = model.h[1].attn.c_attn(x)[0, :, 64:72]
-    assert value[0].abs().max() < 0.1 * value.abs().max()
-
     capsys.readouterr()  # what the preparation of the data printed
     resting_head.main([str(path), "--data", str(data_dir)])
-    weightings = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    weightings = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "nats after" in line]
     assert weightings == ["gradient", "gradient, only it", "activation"]
 
 
-def test_one_shot_goes_on_where_it_stopped(results, data_dir, tmp_path, monkeypatch):
-    _, conversion = results
-    folder = tmp_path / "kqv_d64_n80_lr8e-3_T256_packed_seed42"
+def test_one_shot_goes_on_where_it_stopped(data_dir, tmp_path):
+    folder, file = tmp_path / "kqv_d64_n80_lr8e-3_T256_packed_seed42", tmp_path / "one_shot.jsonl"
     folder.mkdir()
     path = save("kqv", build("kqv", initializer_range=0.1), folder / "checkpoint_step_7680.pt")
-    monkeypatch.setattr(study, "DEFAULT", study.DEFAULT | {"tokens": 500})
-    ways = [study.DEFAULT | {"method": "mean"}, study.DEFAULT | {"weighting": "none"}]
-    for so_far in (0, 1, 2, 2):
-        monkeypatch.setattr(study, "WAYS", ways[:so_far])
-        run_study(results, "one_shot", str(path), "--data", str(data_dir), "--kind", "all")
-        lines = [json.loads(line) for line in (conversion / "one_shot.jsonl").read_text().splitlines()]
-        assert [line["way"] for line in lines] == [study.DEFAULT, *ways[:so_far]]
+    ways = [DEFAULT | {"tokens": 500}, DEFAULT | {"method": "mean"}, DEFAULT | {"weighting": "none", "tokens": 500}]
+    for so_far in (1, 2, 3, 3):
+        one_shot.one_shot(path, data_dir, ways[:so_far], file)
+        lines = one_shot.read_one_shots(file)
+        assert [line["way"] for line in lines] == ways[:so_far]
     script = script_of("kqv")
     loader = script.get_dataloader(data_dir / "validation", 4, 32, "packed")
     expected = script.evaluate(script.load_model(path), loader)["text_loss"]
@@ -181,190 +158,162 @@ def test_slim_attention_is_exact_with_keys_alone_in_the_cache(T):
         expected, _ = model(input_ids)
         k_weights = [block.attn.c_attn.weight.chunk(3)[1].double() for block in model.h]
         condition = max(torch.linalg.cond(weight).item() for weight in k_weights)
-        slim.make_slim(model)
+        slim_attention.make_slim(model)
         tolerance = 1e-6 * condition * expected.abs().max()
         assert tolerance < 0.05 * expected.abs().max()
         assert (model(input_ids)[0] - expected).abs().max() < tolerance
-        cache = script_of("kv").KVCache(model.config, 2, 32, torch.float32, "cpu")
-        assert len(cache.layers[0]) == 1
+        cache = script_of("kv").KVCache(32)
         logits = [model(input_ids[:, :T], cache=cache)[0]]
+        assert len(cache.layers[0]) == 1
         for i in range(T, 32):
             logits.append(model(input_ids[:, i : i + 1], cache=cache)[0])
         assert (torch.cat(logits, dim=1) - expected).abs().max() < tolerance
 
 
-# ---- runs/conversion.sh
+# ---- the schedule
 
-# Stands in for the interpreter: notes its arguments, knows the best rate, has a conversion left to do, and leaves
-# a finished run where a training script would.
-STUB = r"""#!/bin/bash
-echo "$@" >> calls.txt
-case " $* " in
-    *" best_rate "*" replica "*) echo 1 ;;
-    *" best_rate "*) echo 8 ;;
-    *" --dry_run "*) echo "a way" ;;
-esac
-[[ $1 == transformer_* ]] || exit 0
-to=$(grep -oP -- '--output_dir \K\S+' <<< "$@")
-[[ "$@" =~ $FAIL ]] && { mkdir -p $to; touch $to/checkpoint_step_1.pt; echo "it failed"; exit $STATUS; }
-mkdir -p $to
-echo "seed: 1" > $to/train_config.yaml
-echo '{"kind": "final", "step": 1}' > $to/metrics.jsonl
-tokens=$(grep -oP 'target_tokens=\K\d+' <<< "$@")
-touch $to/checkpoint_step_$((tokens / 1024)).pt
-"""
+
+class House:
+    """An empty working folder, with runs of scaling on record, where commands only leave what they would."""
+
+    def __init__(self, folder):
+        self.folder, self.calls, self.failing, self.status = folder, [], "^$", 0
+        self.text = conversion.text_of
+        names = [f"{alias}_{shape}_lr8e-3_T256_packed" for alias in ("kqv", "kv") for shape in STEPS]
+        write(folder / "scaling", [record(f"{name}_seed{seed}", [5.0, 2.0]) for name in names for seed in (42, 43, 44)])
+        for shape, seed in [(shape, seed) for shape in STEPS for seed in (42, 43, 44)]:
+            source = folder / f"outputs_scaling/kqv_{shape}_lr8e-3_T256_packed_seed{seed}"
+            source.mkdir(parents=True)
+            for tenths in range(1, 11):
+                (source / f"checkpoint_step_{STEPS[shape] // 10 * tenths}.pt").touch()
+
+    def call(self, command, **options):
+        """Stands in for subprocess.call."""
+        words = [str(word) for word in command[1:]]
+        self.calls.append(words)
+        if re.search(self.failing, shlex.join(words)):
+            return self.status
+        if "--output" in words:
+            Path(words[words.index("--output") + 1]).touch()
+        if Path(words[0]).name.startswith("transformer_"):
+            self.train(words)
+        return 0
+
+    def train(self, words):
+        script = sys.modules[Path(words[0]).stem]
+        settings = dict(word.split("=", 1) for word in words if "=" in word)
+        settings = {key: yaml.safe_load(value) for key, value in settings.items()}
+        settings = {k: float(v) if isinstance(v, str) else v for k, v in settings.items()}  # 8e-3, to YAML a string
+        path = {name: words[words.index(f"--{name}") + 1] for name in ("model_config", "train_config", "output_dir")}
+        model = script.load_config(script.ModelConfig, path["model_config"], settings)
+        config = script.load_config(script.TrainingConfig, path["train_config"], settings)
+        assert config.tokens_per_step == 1024
+        to = Path(path["output_dir"])
+        to.mkdir(parents=True)
+        final = {"kind": "final", "step": config.total_steps, "tokens": config.target_tokens, "padding_fraction": 0.0}
+        final |= {"loss": 2.0, "text_loss": 2.0, "perplexity": 7.4, "text_perplexity": 7.4}
+        about = {"variant": script.VARIANT, "init_from": None, "training text": "1", "validation text": "2"}
+        contents = {"run": about | {"tokenizer": "bytes"}, "model_config": vars(model), "train_config": vars(config)}
+        known = script.ModelConfig.__annotations__ | script.TrainingConfig.__annotations__ | about | {"tokenizer": 0}
+        for name, values in contents.items():
+            values = {key: value for key, value in values.items() if key in known}
+            (to / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+        (to / "metrics.jsonl").write_text(json.dumps(final) + "\n", encoding="utf-8")
+        for tenths in range(1, 11):
+            (to / f"checkpoint_step_{config.total_steps // 10 * tenths}.pt").touch()
+
+    def run(self, *parts):
+        """The exit status of the study, and its commands since the last time."""
+        self.calls = []
+        where = ["--scaling", str(self.folder / "scaling"), "--results", str(self.folder / "conversion")]
+        with pytest.raises(SystemExit) as ended:
+            conversion.main([*where, "--parts", *map(str, parts)])
+        return ended.value.code, self.calls
+
+    def trained(self):
+        """{name of the run: its command}."""
+        runs = [call for call in self.calls if Path(call[0]).name.startswith("transformer_")]
+        return {Path(call[call.index("--output_dir") + 1]).name: call for call in runs}
 
 
 @pytest.fixture
-def house(tmp_path):
-    """The shell script, with a stub for the interpreter."""
-    (tmp_path / "runs").mkdir()
-    script = (ROOT / "runs/conversion.sh").read_text(encoding="utf-8")
-    (tmp_path / "runs/conversion.sh").write_text(script, encoding="utf-8")
-    (tmp_path / "python").write_text(STUB, encoding="utf-8")
-    (tmp_path / "python").chmod(0o755)
-    steps = {"d64_n5": 480, "d64_n20": 1920, "d64_n80": 7680, "d96_n5": 1620, "d96_n20": 6480}
-    for shape, last_step in (steps | {"d128_n5": 3840, "d128_n20": 15360}).items():
-        leave_source(tmp_path, shape, last_step)
-    return tmp_path
-
-
-def leave_source(house, shape, last_step):
-    """What runs/scaling.sh leaves of QKV at the best rate."""
-    for seed in (42, 43, 44):
-        folder = house / f"outputs_scaling/kqv_{shape}_lr8e-3_T256_packed_seed{seed}"
-        folder.mkdir(parents=True)
-        (folder / f"checkpoint_step_{last_step}.pt").touch()
-
-
-def run(house, fail="^$", status=0, parts="1 2 3 4 5 6 7 8"):
-    """The ended process, and the commands that it gave since the last time."""
-    (house / "calls.txt").write_text("", encoding="utf-8")
-    settings = {"PYTHON": str(house / "python"), "JOBS": "2", "PARTS": parts}
-    settings |= {"FAIL": fail, "STATUS": str(status)}
-    command = ["bash", "runs/conversion.sh"]
-    ended = subprocess.run(command, cwd=house, env=os.environ | settings, capture_output=True, text=True)
-    calls = [shlex.split(line) for line in (house / "calls.txt").read_text(encoding="utf-8").splitlines()]
-    return ended, calls
-
-
-def trained(calls):
-    """{name of the run: its command} of the training among the commands."""
-    runs = {}
-    for call in calls:
-        if call[0].startswith("transformer_"):
-            name = call[call.index("--output_dir") + 1].removeprefix("outputs_conversion/")
-            assert name not in runs
-            runs[name] = call
-    return runs
+def house(tmp_path, monkeypatch):
+    house = House(tmp_path)
+    for alias in conversion.VARIANTS:
+        script_of(alias)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(conversion.subprocess, "call", house.call)
+    monkeypatch.setattr(conversion, "text_of", lambda folder: "1")
+    monkeypatch.setattr(conversion_tables, "write_all", lambda scaling, results: None)
+    return house
 
 
 def test_every_run_is_one_that_its_training_script_takes_and_the_tables_know(house):
-    ended, calls = run(house)
-    assert ended.returncode == 0, ended.stderr
-    runs = trained(calls)
-    # as in results/conversion/README.md, where two runs join part 3
-    assert len(runs) == 42 + 46 + 28 + 20 + 22 + 12
-    for name, call in runs.items():
-        script = import_module(call[0].removesuffix(".py"))
-        settings = [word for word in call if "=" in word]
-        paths = [ROOT / call[call.index(f"--{kind}_config") + 1] for kind in ("model", "train")]
-        script.load_config(script.ModelConfig, paths[0], settings)
-        config = script.load_config(script.TrainingConfig, paths[1], settings)
-        assert config.tokens_per_step == 1024
-        assert study.FROM_THE_START.fullmatch(name) or study.TRAINED_ON.fullmatch(name)
+    status, calls = house.run(1, 2, 3, 4, 5, 6, 7, 8)
+    assert status == 0
+    runs = house.trained()
+    assert len(runs) == 42 + 46 + 28 + 20 + 22 + 12  # as in results/conversion/PLAN.md, where two runs join part 3
+    known = (conversion_tables.FROM_THE_START, conversion_tables.TRAINED_ON)
+    assert all(any(pattern.fullmatch(name) for pattern in known) for name in runs)
 
-    # what is converted is a checkpoint that a run of that length leaves, and its training goes on from it
+    # What is converted is a checkpoint that a run of that length leaves, and its training goes on from it.
     steps = {"d64_n80": 7680, "d96_n60": 19440, "dreplica_n1": 1500}
-    converted = [call for call in calls if call[0] == "convert_checkpoint.py"]
+    converted = [call for call in calls if "--checkpoint" in call]
     assert len(converted) == sum("_at" in name and "_none_" not in name for name in runs)
     for call in converted:
         output = call[call.index("--output") + 1]
-        name = output.removeprefix("outputs_conversion/").removesuffix(".initial.pt")
+        name = Path(output).name.removesuffix(".initial.pt")
         assert runs[name][runs[name].index("--init_from") + 1] == output
         shape, tenths = re.match(r"\w+?_(d\w+_n\d+)_at(\d+)0_", name).groups()
         step = steps[shape] * int(tenths) // 10
         assert call[call.index("--checkpoint") + 1].endswith(f"/checkpoint_step_{step}.pt")
+    gathered = {json.loads(line)["name"] for line in (house.folder / "conversion/runs.jsonl").open()}
+    assert gathered == set(runs)
 
 
 def test_training_goes_on_at_the_rate_of_the_schedule(house):
-    """At half and at a tenth: what get_lr says of the source's step, its peak being 8e-3."""
-    _, calls = run(house, parts="2")
-    runs = trained(calls)
+    """At half and at a tenth: what a run of the whole length with a peak of 8e-3 has there."""
+    house.run(2)
     script = script_of("kqv")
-    for at, step in (("50", 3840), ("10", 768)):
-        call = runs[f"kqv_d64_n80_at{at}_none_0_seed42"]
-        settings = [word for word in call if "=" in word]
-        path = ROOT / "configs/train_config_scaling.yaml"
-        config = script.load_config(script.TrainingConfig, path, settings)
-        source = [*settings, "target_tokens=7864320", "warmup_steps=768", "learning_rate=8e-3"]
-        whole = script.load_config(script.TrainingConfig, path, source)
-        assert config.learning_rate == pytest.approx(script.get_lr(step, whole), rel=1e-4)
-        assert config.total_steps == 7680 - step
-        assert config.min_lr == pytest.approx(8e-4)
+    common = yaml.safe_load((ROOT / "configs/train_config_scaling.yaml").read_text(encoding="utf-8"))
+    source = {"target_tokens": 7_864_320, "warmup_steps": 768, "learning_rate": 8e-3, "min_lr": 8e-4}
+    for at, step in ((50, 3840), (10, 768)):
+        words = house.trained()[f"kqv_d64_n80_at{at}_none_0_seed42"]
+        settings = dict(word.split("=", 1) for word in words if "=" in word)
+        expected = script.get_lr(step, script.TrainingConfig(**common | source))
+        assert float(settings["learning_rate"]) == pytest.approx(expected, rel=1e-5)
+        assert int(settings["target_tokens"]) == 1024 * (7680 - step)
+        assert float(settings["min_lr"]) == pytest.approx(8e-4)
 
 
-def test_what_is_done_is_not_repeated_and_what_stopped_is_resumed(house):
-    stopped = "kqv_d64_n80_at50_joint_svd_0_seed43"
-    ended, calls = run(house, parts="2", fail=stopped, status=1)
-    assert ended.returncode != 0
-    assert f"{stopped}: it failed" in ended.stderr
-    assert len(trained(calls)) == 42
-    ended, calls = run(house, parts="2")
-    assert ended.returncode == 0
-    (call,) = trained(calls).values()
-    assert f"outputs_conversion/{stopped}" in call and "--init_from" not in call
-    assert "convert_checkpoint.py" not in [call[0] for call in calls]
+def test_what_is_done_is_not_repeated_and_what_failed_is_tried_again(house, capsys):
+    house.failing, house.status = "output_dir outputs_conversion/kqv_d64_n80_at50_joint_svd_0_seed43", 2
+    status, _ = house.run(2)
+    assert status == 1 and "kqv_d64_n80_at50_joint_svd_0_seed43" in capsys.readouterr().err
+    assert len(house.trained()) == 42
+    house.failing = "^$"
+    status, calls = house.run(2)
+    assert status == 0 and list(house.trained()) == ["kqv_d64_n80_at50_joint_svd_0_seed43"]
+    assert not [call for call in calls if "--checkpoint" in call]  # that was done
 
 
 def test_a_stop_stops_all(house):
-    ended, calls = run(house, parts="2", fail="at100", status=143)
-    assert ended.returncode != 0
-    assert len(trained(calls)) <= 4
+    house.failing, house.status = "output_dir .*at100", -15
+    status, _ = house.run(2)
+    assert status == 2 and len(house.trained()) <= 2
 
 
-def test_a_source_whose_checkpoints_are_gone_is_trained_again_once(house):
-    names = [f"kqv_d64_n80_lr8e-3_T256_packed_seed{seed}" for seed in (42, 43, 44)]
-    for name in names:
-        shutil.rmtree(house / f"outputs_scaling/{name}")
-        write_run(house / "results/scaling", name, [5.0, 2.0])
-    ended, calls = run(house, parts="1 2")
-    assert ended.returncode == 0, ended.stderr
-    runs = trained(calls)
-    assert len(runs) == 42 + 3 and runs.keys() > {*names}
-    assert not [name for name in names if (house / f"results/conversion/{name}").exists()]
-    sources = [call[call.index("--checkpoint") + 1] for call in calls if call[0] == "convert_checkpoint.py"]
-    assert {source.rpartition("/")[0].removeprefix("outputs_conversion/") for source in sources} == {*names}
+def test_without_checkpoints_it_says_what_to_do(house, capsys):
+    (house.folder / "outputs_scaling").rename(house.folder / "elsewhere")
+    status, _ = house.run(2)
+    error = capsys.readouterr().err
+    assert status == 2 and not house.trained()
+    assert "SCALING=results/scaling_own" in error and error.count("\n") == 1
 
 
-def test_a_source_that_ends_elsewhere_stops_all(house):
-    shutil.rmtree(house / "outputs_scaling/kqv_d64_n80_lr8e-3_T256_packed_seed42")
-    stub = STUB.replace('case " $* " in', 'case " $* " in\n    *" same_end "*) exit 1 ;;')
-    (house / "python").write_text(stub, encoding="utf-8")
-    for times in (1, 0):  # whatever the other job does, and when started again
-        ended, calls = run(house, parts="1")
-        assert ended.returncode != 0 and len(trained(calls)) == times
-        assert "does: see" in ended.stderr or times == 1
-    assert (house / "outputs_conversion/kqv_d64_n80_lr8e-3_T256_packed_seed42.differs").exists()
-
-
-def test_a_run_that_ends_elsewhere_than_its_record_is_named(results, tmp_path, capsys):
-    name = "kqv_d64_n80_lr8e-3_T256_packed_seed42"
-    write_run(results[0], name, [5.0, 2.0])
-    for folder, loss, status in (("same", 2.00001, 0), ("other", 2.01, 1)):
-        write_run(tmp_path / folder, name, [5.0, loss])
-        with pytest.raises(SystemExit) as ended:
-            run_study(results, "same_end", str(tmp_path / folder / name))
-        assert ended.value.code == status
-    assert "2.01000, its record at 2.00000" in capsys.readouterr().err
-
-
-def test_another_text_is_refused(house):
-    (house / "scaling_data/train").mkdir(parents=True)
-    (house / "scaling_data/train/metadata.json").write_text('{"revision": "sha256:aa"}', encoding="utf-8")
-    (house / "results/scaling").mkdir(parents=True)
-    (house / "results/scaling/corpus.txt").write_text("sha256:bb\n", encoding="utf-8")
-    ended, calls = run(house)
-    assert ended.returncode == 2
-    assert "sha256:aa" in ended.stderr and "sha256:bb" in ended.stderr
-    assert not trained(calls)
+def test_another_text_is_refused_before_anything_is_trained(house, monkeypatch, capsys):
+    monkeypatch.setattr(conversion, "text_of", lambda folder: "other")
+    status, _ = house.run(1)
+    error = capsys.readouterr().err
+    assert status == 2 and not house.trained()
+    assert "RESULTS=" in error and error.count("\n") == 1

@@ -4,19 +4,22 @@ import csv
 import io
 import json
 import math
+import sys
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, VARIANTS, script_of
-from test_training import arguments
+from conftest import ROOT, VARIANTS, arguments, script_of
+
+sys.path.insert(0, str(ROOT / "runs"))
+import gather
 
 import results_table
 
 TINY = {"vocab_size": 257, "n_positions": 32, "n_embd": 64, "n_layer": 2, "n_head": 8, "n_inner": 96}
 TITLE = ["2 layers, d 64, 8 heads", "feed-forward 96, 32 positions, vocabulary 257"]
 STEPS = 4
-DATA = {"train_data": [{"name": "chunk_000", "tokens_sha256": "1"}], "val_data": [{"name": "chunk_000"}]}
+DATA = {"training text": "1", "validation text": "2", "init_from": None, "tokenizer": "bytes"}
 
 
 def read(path):
@@ -28,11 +31,6 @@ def evaluation(step, perplexity, text_perplexity, kind="val"):
     figures |= {"loss": math.log(perplexity), "text_loss": math.log(text_perplexity)}
     figures |= {"bits_per_byte": 1.0, "padding_fraction": 0.5}
     return {"kind": kind, "step": step, "tokens": 256 * step} | figures
-
-
-def evaluation_line(**changes):
-    """A line of a metrics.jsonl with some of its values replaced."""
-    return json.dumps(evaluation(STEPS, 5.0, 20.0, "final") | changes) + "\n"
 
 
 def write_run(folder, alias, seed=1, final=(5.0, 20.0), data=DATA, size=None, step=STEPS, **settings):
@@ -52,9 +50,8 @@ def write_run(folder, alias, seed=1, final=(5.0, 20.0), data=DATA, size=None, st
     train |= {key: value for key, value in settings.items() if key in train}
     (folder / "model_config.yaml").write_text(yaml.safe_dump(model), encoding="utf-8")
     (folder / "train_config.yaml").write_text(yaml.safe_dump(train), encoding="utf-8")
-    if data:
-        about = data | {"variant": script_of(alias).VARIANT}
-        (folder / "run.yaml").write_text(yaml.safe_dump(about), encoding="utf-8")
+    about = data | {"variant": script_of(alias).VARIANT}
+    (folder / "run.yaml").write_text(yaml.safe_dump(about), encoding="utf-8")
     records = [evaluation(0, 300.0, 300.0), {"kind": "train", "step": 1, "tokens": 256, "loss": 5.0}]
     records += [evaluation(2, 50.0, 100.0)] if step >= 2 else []
     records += [evaluation(STEPS, *final, "final")] if step == STEPS else []
@@ -185,7 +182,7 @@ def test_nothing_is_published_of_other_numbers_of_kv_heads(alias, size, groups, 
 
 
 def test_a_run_that_was_trained_otherwise_is_marked_and_named(two_seeds, capsys):
-    other = DATA | {"train_data": [{"name": "chunk_000", "tokens_sha256": "2"}]}
+    other = DATA | {"training text": "9"}
     write_run(two_seeds / "mqa_1", "mqa", 1, (5.5, 21.0), learning_rate=0.001, warmup_steps=3)
     write_run(two_seeds / "k_1", "k", 1, (6.0, 30.0), data=other)
     write_run(
@@ -201,8 +198,7 @@ def test_a_run_that_was_trained_otherwise_is_marked_and_named(two_seeds, capsys)
     assert [row["variant"] for row in table["rows"]] == ["QKV", "Q–K=V", "Q=K=V*", "GQA-4", "MQA*"]
     assert table["rows"][-1]["perplexity_vs_qkv"] == pytest.approx(10)
     data, *others = [note for note in table["notes"] if note.startswith("*")]
-    one, two = (results_table.fingerprint(about["train_data"]) for about in (DATA, other))
-    assert one != two and data == f"* Q=K=V (k_1): train_data is {two}, and {one} for QKV"
+    assert data == "* Q=K=V (k_1): train_data is 9, and 1 for QKV"
     assert others == [
         "* MQA (mqa_1): learning_rate is 0.001, and 0.003 for QKV",
         "* MQA (mqa_1): warmup_steps is 3, and 1 for QKV",
@@ -240,32 +236,6 @@ def test_the_final_evaluation_of_a_run_that_was_prolonged_is_not_its_end(tmp_pat
     assert table["notes"] == ["No complete run of QKV: nothing to compare with."]
 
 
-def test_what_is_not_recorded_is_said(tmp_path, capsys):
-    write_run(tmp_path / "kqv_text", "kqv", data=None)
-    write_run(tmp_path / "outputs_kv", "qk", data=None)  # as the release calls the folder of Q=K–V
-    write_run(tmp_path / "kv_text", "kv", data=None, train_data="elsewhere")
-    (table,) = tables(tmp_path, capsys=capsys)
-    assert [row["variant"] for row in table["rows"]] == ["QKV", "Q=K–V", "Q–K=V*"]
-    assert table["notes"] == [
-        "* Q–K=V (kv_text): train_data is elsewhere, contents not recorded, and demo_data/train, contents not "
-        "recorded for QKV",
-        "Variant taken from the folder's name alone: all runs.",
-        "Training data known by path alone: all runs.",
-        "Validation data known by path alone: all runs.",
-    ]
-
-
-def test_a_checkpoint_tells_the_variant_and_the_data(tmp_path, capsys):
-    for name, alias in (("a", "kqv"), ("b", "kv")):
-        write_run(tmp_path / name, alias, data=None)
-        contents = {"variant": script_of(alias).VARIANT, "train_data": DATA["train_data"]}
-        torch.save(contents, tmp_path / name / "checkpoint_step_2.pt")
-        (tmp_path / name / "checkpoint_step_4.pt").write_bytes(b"damaged")
-    (table,) = tables(tmp_path, capsys=capsys)
-    assert [row["alias"] for row in table["rows"]] == ["kqv", "kv"]
-    assert table["notes"] == ["Validation data known by path alone: all runs."]
-
-
 def test_without_names_the_outputs_here_are_read(two_seeds, monkeypatch, capsys):
     (two_seeds / "all").mkdir()
     for folder in two_seeds.glob("k*"):
@@ -276,20 +246,6 @@ def test_without_names_the_outputs_here_are_read(two_seeds, monkeypatch, capsys)
     monkeypatch.chdir(two_seeds)
     (table,) = tables(capsys=capsys)
     assert [row["alias"] for row in table["rows"]] == ["kqv", "kv", "mqa"]
-
-
-def test_a_run_put_aside_is_read_where_it_is_named(two_seeds, monkeypatch, capsys):
-    """--resume never moves the run before it to <output_dir>.old_N."""
-    write_run(two_seeds / "kv_1.old_1", "kv")
-    write_run(two_seeds / "outputs_mqa", "mqa")
-    write_run(two_seeds / "outputs_mqa.old_12", "mqa")
-    monkeypatch.chdir(two_seeds)
-    (table,) = tables(capsys=capsys)
-    assert [run["folder"] for run in table["runs"]] == ["outputs_mqa"]
-    (table,) = tables(two_seeds, capsys=capsys)
-    assert len(table["runs"]) == 5
-    (table,) = tables(two_seeds / "outputs_mqa.old_12", capsys=capsys)
-    assert [run["folder"] for run in table["runs"]] == ["outputs_mqa.old_12"]
 
 
 def test_every_format_holds_the_same_figures(two_seeds, capsys):
@@ -309,101 +265,57 @@ def test_every_format_holds_the_same_figures(two_seeds, capsys):
 def test_the_output_dir_holds_tables_and_figures(two_seeds, tmp_path_factory, capsys):
     written = tmp_path_factory.mktemp("out") / "results/reduced"
     status, output, _ = run(two_seeds, "--output_dir", written, "--format", "markdown", capsys=capsys)
-    names = ["pareto.png", "results_table.json", "results_table.md", "validation_curves.png"]
-    assert status == 0 and sorted(path.name for path in written.iterdir()) == names
-    assert (written / "results_table.md").read_text(encoding="utf-8") == output
+    assert status == 0 and (written / "results_table.md").read_text(encoding="utf-8") == output
     assert json.loads((written / "results_table.json").read_text(encoding="utf-8"))[0]["rows"]
-    assert all((written / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith("png"))
+    for name in ("pareto.png", "validation_curves.png"):
+        assert (written / "figures" / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_figures_can_do_without_qkv_and_without_evaluations(tmp_path, capsys):
     write_run(tmp_path / "runs/a", "kv", step=1)
     assert run(tmp_path / "runs", "--output_dir", tmp_path / "out", capsys=capsys)[0] == 0
-    assert (tmp_path / "out/validation_curves.png").exists() and not (tmp_path / "out/pareto.png").exists()
+    assert [path.name for path in (tmp_path / "out/figures").iterdir()] == ["validation_curves.png"]
 
 
 @pytest.mark.parametrize(
-    ("name", "contents", "message"),
+    ("name", "contents"),
     [
-        ("metrics.jsonl", "what\n", "metrics.jsonl: not the metrics of a training script"),
-        (
-            "metrics.jsonl",
-            '{"kind": "val", "step": 1}\n',
-            "metrics.jsonl: not the metrics of a training script",
-        ),
-        ("metrics.jsonl", "[]\n", "metrics.jsonl: not the metrics of a training script"),
-        (
-            "metrics.jsonl",
-            evaluation_line(text_loss="3.0"),
-            "step 4: text_loss: expected a number, got '3.0'",
-        ),
-        (
-            "metrics.jsonl",
-            evaluation_line(perplexity=math.nan),
-            "step 4: perplexity: expected a number, got nan",
-        ),
-        ("metrics.jsonl", evaluation_line(step=None), "no line is a record with kind and step"),
-        ("train_config.yaml", "seed: 1\n", "train_config.yaml: train_data: missing"),
-        (
-            "model_config.yaml",
-            "n_embd: text\n",
-            "model_config.yaml: n_embd: expected a valid integer, got 'text'",
-        ),
-        ("model_config.yaml", "", "model_config.yaml: expected YAML"),
-        ("run.yaml", "variant: other\n", "unknown variant: other"),
-        ("run.yaml", "[", "run.yaml: expected a YAML file"),
-        ("run.yaml", None, "unknown variant: not recorded, nor told by this name"),
+        ("metrics.jsonl", "what\n"),
+        ("metrics.jsonl", '{"kind": "val", "step": 1}\n'),
+        ("metrics.jsonl", "[]\n"),
+        ("metrics.jsonl", json.dumps(evaluation(STEPS, 5.0, 20.0, "final") | {"perplexity": math.nan}) + "\n"),
+        ("train_config.yaml", "seed: 1\n"),
+        ("model_config.yaml", "n_embd: text\n"),
+        ("model_config.yaml", ""),
+        ("run.yaml", "variant: other\n"),
+        ("run.yaml", "["),
+        ("run.yaml", None),
     ],
 )
-def test_a_broken_folder_is_one_line(name, contents, message, tmp_path, capsys):
+def test_a_broken_folder_is_one_line(name, contents, tmp_path, capsys):
     folder = write_run(tmp_path / "broken", "kqv")
     (folder / name).unlink()
     if contents is not None:
         (folder / name).write_text(contents, encoding="utf-8")
     status, output, errors = run(folder, capsys=capsys)
     assert (status, output) == (2, "")
-    assert errors.startswith("results_table.py: error: ") and errors.count("\n") == 1 and message in errors
-
-
-def test_checkpoints_without_their_log_are_not_passed_over(two_seeds, capsys):
-    (two_seeds / "kv_1/checkpoint_step_4.pt").touch()
-    (two_seeds / "kv_1/metrics.jsonl").unlink()
-    status, output, errors = run(two_seeds, capsys=capsys)
-    assert (status, output) == (2, "") and "kv_1/metrics.jsonl: missing" in errors and errors.count("\n") == 1
+    assert errors.startswith("results_table.py: error: ") and errors.count("\n") == 1 and "broken" in errors
 
 
 def test_of_a_log_that_was_appended_to_the_last_record_of_a_step_counts(tmp_path, capsys):
-    """Killed in the middle of a line and resumed from an earlier checkpoint, as the scripts do it."""
+    """Killed in the middle of a line."""
     folder = write_run(tmp_path / "kqv_1", "kqv", final=(9.0, 90.0))
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as log:
-        log.write('{"kind": "train", "st')
-        log.write(json.dumps({"kind": "train", "step": 2, "tokens": 512, "loss": 4.0}) + "\n")
-        log.write(json.dumps(evaluation(2, 40.0, 80.0)) + "\n")
         log.write(json.dumps(evaluation(STEPS, 5.0, 20.0, "final")) + "\n{")
     (table,) = tables(folder, capsys=capsys)
     assert table["rows"][0]["perplexity"] == 5.0 and table["runs"][0]["step"] == STEPS
-    evaluations = results_table.Run(folder).evaluations
-    assert [(e["step"], e["text_perplexity"]) for e in evaluations] == [(0, 300.0), (2, 80.0), (4, 20.0)]
 
 
-def test_what_a_run_began_with_and_changed_on_the_way_is_said(two_seeds, capsys):
-    for name, more in (
-        ("kv_1", {"init_from": "a.pt"}),
-        ("kv_2", {"changes": ["step 2: dropout 0.0 -> 0.1"]}),
-    ):
-        about = yaml.safe_load((two_seeds / name / "run.yaml").read_text(encoding="utf-8"))
-        (two_seeds / name / "run.yaml").write_text(yaml.safe_dump(about | more), encoding="utf-8")
+def test_what_a_run_began_with_is_said(two_seeds, capsys):
+    write_run(two_seeds / "mqa_1", "mqa", 1, data=DATA | {"init_from": "a.pt"})
     (table,) = tables(two_seeds, capsys=capsys)
-    assert [row["variant"] for row in table["rows"]] == ["QKV", "Q–K=V*", "Q–K=V"]
-    assert "* Q–K=V (kv_1): init_from is a.pt, and None for QKV" in table["notes"]
-    assert "kv_2: settings changed on the way: step 2: dropout 0.0 -> 0.1." in table["notes"]
-
-
-def test_settings_that_cannot_change_the_result_are_those_of_the_training_scripts(two_seeds):
-    setup = results_table.Run(two_seeds / "kqv_1").setup
-    listed = set(script_of("kqv").MAY_CHANGE)
-    assert {"compile", "micro_batch_size", "keep_checkpoints", "wandb"} <= listed
-    assert not (listed - {"train_data", "val_data"}) & set(setup)
+    assert [row["variant"] for row in table["rows"]] == ["QKV", "Q–K=V", "MQA*"]
+    assert "* MQA (mqa_1): init_from is a.pt, and None for QKV" in table["notes"]
 
 
 def test_no_runs_is_one_line(tmp_path, monkeypatch, capsys):
@@ -421,31 +333,41 @@ def test_the_same_run_twice_is_refused(two_seeds, capsys):
     )
 
 
+def test_gathered_runs_are_the_runs(two_seeds, tmp_path_factory, capsys):
+    """runs/gather.py: complete runs alone, in place of those of the same name; another text is refused."""
+    study = tmp_path_factory.mktemp("study")
+    write_run(two_seeds / "kv_3", "kv", 3, step=2)
+    gather.main([str(two_seeds), "--to", str(study)])
+    (of_folders,), (of_lines,) = tables(two_seeds, capsys=capsys), tables(study, capsys=capsys)
+    assert of_lines["rows"] == of_folders["rows"]
+    with open(study / "runs.csv", encoding="utf-8", newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["kqv_1", "kqv_2", "kv_1", "kv_2"]
+    before = (study / "runs.jsonl").read_bytes()
+    gather.main([str(two_seeds), "--to", str(study)])
+    assert (study / "runs.jsonl").read_bytes() == before
+    write_run(two_seeds / "mqa_1", "mqa", 1, data=DATA | {"training text": "other"})
+    with pytest.raises(SystemExit) as ended:
+        gather.main([str(two_seeds), "--to", str(study)])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "RESULTS=" in error and error.count("\n") == 1
+    assert (study / "runs.jsonl").read_bytes() == before
+
+
 def test_runs_of_the_training_scripts(data, tmp_path, capsys):
-    """Two variants at two seeds, through training."""
+    """Two variants through training."""
     finals = {}
     for alias in ("kqv", "kv"):
-        for seed in (1, 2):
-            folder = tmp_path / f"runs/{alias}_packed_seed{seed}"
-            script_of(alias).main(arguments(data, folder, f"seed={seed}"))
-            finals[alias, seed] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])[
-                "perplexity"
-            ]
+        folder = tmp_path / f"runs/{alias}_packed_seed1"
+        script_of(alias).main(arguments(data, folder, "seed=1"))
+        finals[alias] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["perplexity"]
     capsys.readouterr()
     (table,) = tables(tmp_path / "runs", capsys=capsys)
     qkv, kv = table["rows"]
-    assert [note for note in table["notes"] if not note.startswith("Validation data")] == []
-    assert qkv["perplexity"] == pytest.approx((finals["kqv", 1] + finals["kqv", 2]) / 2)
-    changes = [100 * (finals["kv", seed] / finals["kqv", seed] - 1) for seed in (1, 2)]
-    assert kv["perplexity_vs_qkv"] == pytest.approx(sum(changes) / 2)
-    for alias, row in zip(("kqv", "kv"), table["rows"], strict=True):
+    assert table["notes"] == [] and qkv["perplexity"] == finals["kqv"]
+    assert kv["perplexity_vs_qkv"] == pytest.approx(100 * (finals["kv"] / finals["kqv"] - 1))
+    for alias, row in (("kqv", qkv), ("kv", kv)):
         model = script_of(alias).load_model(tmp_path / f"runs/{alias}_packed_seed1/final_model.pt")
         assert row["parameters"] == sum(p.numel() for p in model.parameters())
-        assert row["cache_bytes_per_token"] == model.make_cache(1, 1, torch.bfloat16).nbytes
-    # The small files alone tell the same, but for what the checkpoints recorded.
-    for path in (tmp_path / "runs").glob("*/*.pt"):
-        path.unlink()
-    (small,) = tables(tmp_path / "runs", capsys=capsys)
-    assert [row["perplexity_vs_qkv"] for row in small["rows"]] == [
-        row["perplexity_vs_qkv"] for row in table["rows"]
-    ]
+        cache = script_of(alias).KVCache(1)
+        model.bfloat16()(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
+        assert row["cache_bytes_per_token"] == cache.nbytes

@@ -114,7 +114,7 @@ def test_every_run_is_one_that_its_training_script_takes(house, name):
         if "seed=42" not in call:
             continue  # the same again
         script = import_module(call[0].removesuffix(".py"))
-        settings = [word for word in call if "=" in word]
+        settings = dict(script.setting(word) for word in call if "=" in word)
         paths = [ROOT / call[call.index(f"--{kind}_config") + 1] for kind in ("model", "train")]
         model = script.load_config(script.ModelConfig, paths[0], settings)
         config = script.load_config(script.TrainingConfig, paths[1], settings)
@@ -125,7 +125,7 @@ def test_every_run_is_one_that_its_training_script_takes(house, name):
 def test_the_grid_is_not_repeated_where_its_results_are(small_house):
     _, calls = run(small_house, "scaling")
     first = [call for call in calls if call[0].startswith("transformer_")]
-    (small_house / "results/scaling" / "kqv_d64_n20_lr4e-3_T256_packed_seed42/metrics.jsonl").unlink()
+    (small_house / "outputs_scaling/kqv_d64_n20_lr4e-3_T256_packed_seed42/metrics.jsonl").unlink()
     done, calls = run(small_house, "scaling")
     again = [call for call in calls if call[0].startswith("transformer_")]
     assert done.returncode == 0 and again == first[:1]
@@ -140,7 +140,7 @@ def test_every_end_point_of_qkv_is_converted_once(small_house):
     models = [call[call.index("--checkpoint") + 1] for call in calls if call[0] == "convert_checkpoint.py"]
     assert sorted(models) == sorted(packed)
     name = "kqv_d64_n20_lr4e-3_T256_packed_seed42"
-    assert "2.1 after" in (small_house / f"results/scaling/{name}/conversion.txt").read_text(encoding="utf-8")
+    assert "2.1 after" in (small_house / f"outputs_scaling/{name}/conversion.txt").read_text(encoding="utf-8")
     _, calls = run(small_house, "scaling")
     assert "convert_checkpoint.py" not in [call[0] for call in calls]
 
@@ -150,7 +150,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(small_house):
     assert done.returncode != 0
     assert "kqv_d64_n20_lr8e-3_T256_packed_seed42: it failed" in done.stderr
     assert len([call for call in calls if call[0].startswith("transformer_")]) == 4
-    assert not (small_house / "results/scaling/kqv_d64_n20_lr8e-3_T256_packed_seed42").exists()
+    assert not (small_house / "outputs_scaling/kqv_d64_n20_lr8e-3_T256_packed_seed42/metrics.jsonl").exists()
 
 
 def test_a_run_that_is_stopped_stops_all(small_house):
@@ -159,14 +159,18 @@ def test_a_run_that_is_stopped_stops_all(small_house):
     assert len([call for call in calls if call[0].startswith("transformer_")]) == 2
 
 
-def test_the_grid_refuses_to_go_on_with_another_text(small_house):
-    (small_house / "scaling_data/train").mkdir(parents=True)
-    (small_house / "scaling_data/train/metadata.json").write_text('{"revision": "sha256:1a2b"}')
+def test_recorded_runs_are_not_repeated(small_house):
     (small_house / "results/scaling").mkdir(parents=True)
-    (small_house / "results/scaling/corpus.txt").write_text("sha256:3c4d\n")
-    done, calls = run(small_house, "scaling")
-    assert done.returncode == 2 and "sha256:1a2b" in done.stderr and "sha256:3c4d" in done.stderr
-    assert [call[0] for call in calls] == ["dataset_download.py"]
-    (small_house / "results/scaling/corpus.txt").write_text("sha256:1a2b\n")
-    done, calls = run(small_house, "scaling")
-    assert done.returncode == 0, done.stderr
+    line = '{"name":"kqv_d64_n20_lr4e-3_T256_packed_seed42","variant":"KQV"}\n'
+    (small_house / "results/scaling/runs.jsonl").write_text(line, encoding="utf-8")
+    _, calls = run(small_house, "scaling")
+    assert len([call for call in calls if call[0].startswith("transformer_")]) == 3
+
+
+@pytest.mark.parametrize("name", ["scaling", "replicate"])
+def test_the_text_is_asked_about_before_anything_is_trained(house, name):
+    stub = STUB.replace("[[ $1 == convert", '[[ "$@" =~ --text ]] && exit 2\n[[ $1 == convert')
+    (house / "python").write_text(stub, encoding="utf-8")
+    done, calls = run(house, name)
+    assert done.returncode == 2
+    assert [call[0] for call in calls] == ["dataset_download.py", "runs/gather.py"]

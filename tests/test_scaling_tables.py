@@ -1,21 +1,26 @@
-"""scaling_table.py on made-up runs whose gaps and slopes are known, with numpy's least squares beside it."""
+"""runs/scaling_tables.py on made-up runs whose gaps and slopes are known, with numpy's least squares beside it."""
 
 import json
 import math
+import sys
 from itertools import product
 
 import numpy as np
 import pytest
-import scaling_table
-import scipy.stats
 import yaml
 from conftest import ROOT, VARIANTS, script_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from results_table import find_runs
+sys.path.insert(0, str(ROOT / "runs"))
+import scaling_tables
 
-DATA = {"train_data": [{"name": "a", "tokens_sha256": "1"}], "val_data": [{"name": "b"}]}
+import report as tables_of
+import results_table
+from common import InputError
+from results_table import Run, find_runs, read_runs
+
+DATA = {"training text": "1", "validation text": "2", "tokenizer": "bytes"}
 RATES = (0.002, 0.004, 0.008)
 BEST = {"kqv": 0.004, "kv": 0.008}  # what the made-up runs are best at
 PARAMETERS = {64: 98_304, 96: 331_776, 128: 786_432}
@@ -76,23 +81,11 @@ def widening(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(widening):
-    (report,) = scaling_table.report(find_runs([widening]))
-    return report
+    return scaling_tables.report(find_runs([widening]))[0]
 
 
-def run(*args, capsys):
-    status = 0
-    try:
-        scaling_table.main([str(arg) for arg in args])
-    except SystemExit as stop:
-        status = stop.code
-    return status, *capsys.readouterr()
-
-
-def reports(*folders, capsys):
-    status, output, errors = run(*folders, "--format", "json", capsys=capsys)
-    assert (status, errors) == (0, "")
-    return json.loads(output)
+def report_of(*folders):
+    return scaling_tables.report(find_runs(folders))[0]
 
 
 def slope_of(report, rate="own", over="tokens", of="all sizes"):
@@ -136,7 +129,7 @@ def test_the_slope_of_uneven_cells_is_that_of_least_squares(points):
     for group, x, y in points:
         cells.setdefault((group, x), []).append(y)
     groups, x = zip(*cells, strict=True)
-    coefficients = scaling_table.slope_coefficients(groups, x, [len(values) for values in cells.values()])
+    coefficients = scaling_tables.slope_coefficients(groups, x, [len(values) for values in cells.values()])
     if coefficients is None:
         assert len(cells) == len(set(groups))
     else:
@@ -173,17 +166,17 @@ class MadeUpCell:
 )
 def test_the_verdict_is_that_of_the_criteria(at_5, at_80, verdict):
     cells = [MadeUpCell(5, at_5), MadeUpCell(80, at_80)]
-    found = scaling_table.slope(cells, "kv", "own", "tokens")
-    assert scaling_table.verdict(found) == verdict
-    unfinished = scaling_table.slope([MadeUpCell(5, at_5), MadeUpCell(20, at_80)], "kv", "own", "tokens")
-    assert scaling_table.verdict(unfinished) == "cannot tell"
+    found = scaling_tables.slope(cells, "kv", "own", "tokens")
+    assert scaling_tables.verdict(found) == verdict
+    unfinished = scaling_tables.slope([MadeUpCell(5, at_5), MadeUpCell(20, at_80)], "kv", "own", "tokens")
+    assert scaling_tables.verdict(unfinished) == "cannot tell"
 
 
 def test_a_slope_needs_two_numbers_of_tokens_at_a_size():
     cells = [MadeUpCell(5, (0.02, 0.03))]
-    assert scaling_table.slope(cells, "kv", "own", "tokens") is None
+    assert scaling_tables.slope(cells, "kv", "own", "tokens") is None
     cells.append(MadeUpCell(80, ()))
-    assert scaling_table.slope(cells, "kv", "own", "tokens") is None
+    assert scaling_tables.slope(cells, "kv", "own", "tokens") is None
 
 
 def test_gaps_at_the_common_rate_and_at_own_rates(report):
@@ -206,13 +199,13 @@ def test_a_best_rate_at_the_edge_of_those_tried_is_said(report):
     )
 
 
-def test_the_best_rate_goes_by_the_seeds_that_all_rates_have(tmp_path, capsys):
+def test_the_best_rate_goes_by_the_seeds_that_all_rates_have(tmp_path):
     """Seed 44 has the lowest loss and was run at one rate alone."""
     losses = {(0.002, 42): 2.0, (0.004, 42): 1.9, (0.008, 42): 2.1, (0.002, 44): 1.0}
     for (rate, seed), loss in losses.items():
         write_run(tmp_path / f"kqv_{rate}_{seed}", "kqv", loss, rate=rate, seed=seed)
         write_run(tmp_path / f"kv_{rate}_{seed}", "kv", loss + 0.05, rate=rate, seed=seed)
-    (report,) = reports(tmp_path, capsys=capsys)
+    report = report_of(tmp_path)
     (gap,) = report["gaps"]
     assert (gap["common_rate"], gap["own_rate"], gap["seeds"], gap["gap_own_interval"]) == (
         0.004,
@@ -222,13 +215,13 @@ def test_the_best_rate_goes_by_the_seeds_that_all_rates_have(tmp_path, capsys):
     )
 
 
-def test_the_compute_lost_is_read_off_qkvs_curve(tmp_path, capsys):
+def test_the_compute_lost_is_read_off_qkvs_curve(tmp_path):
     """Q–K=V at the loss that QKV has after 0.8 of the tokens, on L = 30 D^-0.3; it does 11 of 12 products."""
     for per_parameter in (5, 20):
         loss = 30 * (98_304 * per_parameter) ** -0.3
         write_run(tmp_path / f"kqv_{per_parameter}", "kqv", loss, per_parameter=per_parameter)
     write_run(tmp_path / "kv_20", "kv", 30 * (98_304 * 20 * 0.8) ** -0.3)
-    (report,) = reports(tmp_path, capsys=capsys)
+    report = report_of(tmp_path)
     products = {"kqv": 12 * 64**2, "kv": 11 * 64**2}
     per_token = {alias: 2 * (size + 2 * 256 * 64) + 320 * 64 for alias, size in products.items()}
     expected = 100 * (1 - 0.8 * per_token["kqv"] / per_token["kv"])
@@ -239,13 +232,13 @@ def test_the_compute_lost_is_read_off_qkvs_curve(tmp_path, capsys):
 def test_tokens_for_a_loss_on_the_points_between_them_and_beyond(loss):
     """A power law is a line in the logarithms."""
     power = [(10.0 * (3.0 / x) ** 2, x) for x in (3.0, 2.0, 1.0)]
-    assert scaling_table.tokens_for(loss, power) == pytest.approx(10.0 * (3.0 / loss) ** 2)
-    assert scaling_table.tokens_for(loss, [(10.0, 1.0), (20.0, 1.1)]) is None
-    assert scaling_table.tokens_for(loss, [(10.0, 1.0)]) is None
-    assert scaling_table.tokens_for(1.7, [(1e6, 2.0), (4e6, 1.9999)]) is None  # beyond every number
+    assert scaling_tables.tokens_for(loss, power) == pytest.approx(10.0 * (3.0 / loss) ** 2)
+    assert scaling_tables.tokens_for(loss, [(10.0, 1.0), (20.0, 1.1)]) is None
+    assert scaling_tables.tokens_for(loss, [(10.0, 1.0)]) is None
+    assert scaling_tables.tokens_for(1.7, [(1e6, 2.0), (4e6, 1.9999)]) is None  # beyond every number
 
 
-def test_the_length_of_rows_by_protocol(tmp_path, capsys):
+def test_the_length_of_rows_by_protocol(tmp_path):
     """A gap that depends on the padding alone."""
     protocols = {
         "packed": {"sequence": "packed"},
@@ -256,7 +249,7 @@ def test_the_length_of_rows_by_protocol(tmp_path, capsys):
         for alias, loss in (("kqv", 2.0), ("kv", 2.04 + 0.001 * (seed - 42))):
             folder = tmp_path / f"{alias}_{name}_{row}_{seed}"
             write_run(folder, alias, loss, seed=seed, seq_length=row, **protocols[name])
-    (report,) = reports(tmp_path, capsys=capsys)
+    report = report_of(tmp_path)
     assert len(report["lengths"]) == 6 and len(report["falls"]) == 3
     rows = {(r["protocol"], r["row"]): r for r in report["lengths"]}
     scored, packed = rows["padded, padding scored", 64], rows["packed", 64]
@@ -265,7 +258,7 @@ def test_the_length_of_rows_by_protocol(tmp_path, capsys):
     assert [f["fall_text"] for f in report["falls"]] == pytest.approx([0, 0, 0], abs=1e-9)
 
 
-def test_a_fall_is_paired_over_the_seeds_that_both_lengths_have(tmp_path, capsys):
+def test_a_fall_is_paired_over_the_seeds_that_both_lengths_have(tmp_path):
     """Seed 44 has long rows alone; the gaps of the others spread far more than their falls."""
     gaps = {(64, 42): 0.10, (64, 43): 0.30, (256, 42): 0.08, (256, 43): 0.27, (256, 44): 0.90}
     for (row, seed), gap in gaps.items():
@@ -273,145 +266,93 @@ def test_a_fall_is_paired_over_the_seeds_that_both_lengths_have(tmp_path, capsys
             write_run(tmp_path / f"{alias}_{row}_{seed}", alias, loss, seed=seed, seq_length=row)
             padded = {"sequence": "padded", "score_padding": True}
             write_run(tmp_path / f"{alias}_p_{row}_{seed}", alias, loss, seed=seed, seq_length=row, **padded)
-    (report,) = reports(tmp_path, capsys=capsys)
+    report = report_of(tmp_path)
     fall = next(f for f in report["falls"] if f["protocol"] == "packed")
     assert fall["seeds"] == 2 and fall["fall_text"] == pytest.approx(2.5)
     assert fall["fall_text_interval"] == pytest.approx([2, 3])
-    assert fall["fall_text_t"] == pytest.approx(scipy.stats.t.interval(0.95, 1, 2.5, 0.5), abs=0.01)
+    assert fall["fall_text_t"] == pytest.approx([2.5 - 12.706 * 0.5, 2.5 + 12.706 * 0.5], abs=0.01)
 
 
-@given(st.lists(st.floats(-10, 10), min_size=2, max_size=5))
-def test_the_interval_by_student_is_that_of_scipy(values):
-    low, high = scaling_table.t_interval(values)
-    error = np.std(values, ddof=1) / math.sqrt(len(values))
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * error
-    assert (high - low) / 2 == pytest.approx(half, rel=1e-3, abs=1e-12)
-    assert (high + low) / 2 == pytest.approx(np.mean(values), abs=1e-9)
-    assert scaling_table.t_interval(values[:1]) is None
+def test_rates_without_a_common_seed_are_said(tmp_path):
+    for alias, (rate, seed) in product(("kqv", "kv"), ((0.004, 42), (0.008, 43))):
+        write_run(tmp_path / f"{alias}_{seed}", alias, 2.0, rate=rate, seed=seed)
+    report = report_of(tmp_path)
+    assert sum("no seed was run at all of its rates" in note for note in report["notes"]) == 2
 
 
-def test_a_converted_qkv_stands_beside_the_variants(tmp_path, capsys):
+def test_the_interval_by_student_is_that_of_the_tables():
+    """97.5th percentiles of t as printed in every textbook."""
+    for n, quantile in ((2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776)):
+        values = list(range(n))
+        low, high = tables_of.t_interval(values)
+        half = quantile * np.std(values, ddof=1) / math.sqrt(n)
+        assert (low, high) == pytest.approx((np.mean(values) - half, np.mean(values) + half), rel=1e-3, abs=1e-3)
+    assert tables_of.t_interval([1.0]) is None
+    assert tables_of.t_interval([1.0, 1.0, 1.0]) == [1.0, 1.0]
+
+
+def runs_with(folder, text, **run):
+    """A QKV whose record has what a conversion printed, as runs.jsonl holds it."""
+    write_run(folder / "kqv", "kqv", 2.0, **run)
+    (record,) = read_runs(folder)
+    return Run(record | {"conversion": text})
+
+
+def test_a_converted_qkv_stands_beside_the_variants(tmp_path):
+    runs = []
     for seed, after in ((42, 7.5), (43, 7.6)):
-        write_run(tmp_path / f"kqv_{seed}", "kqv", 2.0, seed=seed)
+        text = f"layer  0: 1.0 % left out\ntext perplexity: {math.exp(2.0):.4f} before, {after} after (+1.0%)\n"
+        runs.append(runs_with(tmp_path / str(seed), text, seed=seed))
         write_run(tmp_path / f"kv_{seed}", "kv", 2.1, seed=seed)
-        text = (
-            f"layer  0: 1.0 % left out\ntext perplexity: {math.exp(2.0):.4f} before, {after} after (+1.0%)\n"
-        )
-        (tmp_path / f"kqv_{seed}/conversion.txt").write_text(text, encoding="utf-8")
-    (report,) = reports(tmp_path, capsys=capsys)
-    kv, converted = report["gaps"]
+        runs += find_runs([tmp_path / f"kv_{seed}"])
+    kv, converted = scaling_tables.report(runs)[0]["gaps"]
     assert (kv["alias"], converted["alias"], converted["seeds"]) == ("kv", "converted", [42, 43])
     expected = 100 * (math.sqrt(7.5 * 7.6) / math.exp(2.0) - 1)
     assert converted["gap_common"] == converted["gap_own"] == pytest.approx(expected, abs=0.002)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("killed\n", "expected what convert_checkpoint.py prints"),
-        ("text perplexity: 9.0000 before, 9.1000 after (+1.1%)\n", "of another model"),
-    ],
-)
-def test_a_conversion_that_is_not_of_the_run_is_refused(text, message, tmp_path, capsys):
-    write_run(tmp_path / "kqv_42", "kqv", 2.0)
-    (tmp_path / "kqv_42/conversion.txt").write_text(text, encoding="utf-8")
-    status, output, errors = run(tmp_path, capsys=capsys)
-    assert (status, output) == (2, "") and message in errors and errors.count("\n") == 1
+@pytest.mark.parametrize("text", ["killed\n", "text perplexity: 9.0000 before, 9.1000 after (+1.1%)\n"])
+def test_a_conversion_that_is_not_of_the_run_is_refused(text, tmp_path):
+    with pytest.raises(InputError, match="kqv: "):
+        scaling_tables.report([runs_with(tmp_path, text)])
 
 
-def test_another_corpus_is_another_study(tmp_path, capsys):
-    other = DATA | {"train_data": [{"name": "a", "tokens_sha256": "3"}]}
-    for alias, seed in product(("kqv", "kv"), (42, 43)):
-        write_run(tmp_path / f"{alias}_{seed}", alias, 2.0, seed=seed)
-    for alias in ("kqv", "kv"):
-        write_run(tmp_path / f"{alias}_other", alias, 1.0, data=other)
-    first, second = reports(tmp_path, capsys=capsys)
-    assert [report["gaps"][0]["seeds"] for report in (first, second)] == [[42, 43], [42]]
-    assert any("train_data" in note for note in second["notes"])
-    assert not any("Not to be compared" in note for note in first["notes"])
+def test_what_is_no_grid_is_refused_in_one_line(tmp_path, capsys):
+    for name, changes in (
+        ("text", {"data": DATA | {"training text": "3"}}),
+        ("recipe", {"weight_decay": 0.2}),
+        ("twice", {}),
+    ):
+        write_run(tmp_path / name / "kqv_a", "kqv", 2.0)
+        write_run(tmp_path / name / "kqv_b", "kqv", 2.0, **changes)
+        with pytest.raises(SystemExit):
+            scaling_tables.main([str(tmp_path / name)])
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not (tmp_path / name / "scaling_table.md").exists()
 
 
-def test_incomplete_runs_are_named_and_left_out(tmp_path, capsys):
-    for name in ("kqv_whole", "cut/kqv_cut"):
+def test_incomplete_runs_are_named_and_left_out(tmp_path):
+    for name in ("kqv_whole", "kqv_cut"):
         write_run(tmp_path / name, "kqv", 0.5)
-    (tmp_path / "cut/kqv_cut/metrics.jsonl").write_text("", encoding="utf-8")
-    (report,) = reports(tmp_path, tmp_path / "cut", capsys=capsys)
-    assert "Incomplete, and left out: kqv_cut." in report["notes"]
-    status, output, errors = run(tmp_path / "cut", capsys=capsys)
-    assert (status, output) == (2, "") and "no complete runs" in errors and errors.count("\n") == 1
+    (tmp_path / "kqv_cut/metrics.jsonl").write_text("", encoding="utf-8")
+    assert "Incomplete, and left out: kqv_cut." in report_of(tmp_path)["notes"]
+    with pytest.raises(InputError, match="no complete runs"):
+        report_of(tmp_path / "kqv_cut")
 
 
-def test_the_same_run_twice_is_refused(tmp_path, capsys):
-    for name in ("kqv_a", "kqv_b"):
-        write_run(tmp_path / name, "kqv", 2.0)
-    status, _, errors = run(tmp_path, capsys=capsys)
-    assert status == 2 and "the same run twice" in errors and errors.count("\n") == 1
-
-
-def test_every_format_and_every_figure(report, widening, tmp_path, capsys):
-    _, markdown, _ = run(widening, "--output_dir", tmp_path / "out", "--format", "markdown", capsys=capsys)
+def test_tables_and_figures_are_written(widening, tmp_path):
+    scaling_tables.main([str(widening), "--output_dir", str(tmp_path)])
     figures = ["gap.png", "gap_by_loss.png", "gap_common_rate.png", "losses.png", "rates.png"]
-    names = [*figures, "scaling_table.json", "scaling_table.md"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    assert (tmp_path / "out/scaling_table.md").read_text(encoding="utf-8") == markdown
-    for name in figures:
-        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    text, sheet = (scaling_table.FORMATS[form]([report]) for form in ("table", "csv"))
-    assert "widens" in text and "widens" in markdown
-    assert len(sheet.splitlines()) == 7 and "gap_own" in sheet.splitlines()[0]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == figures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "figures").iterdir())
+    assert "widens" in (tmp_path / "scaling_table.md").read_text(encoding="utf-8")
+    assert len(json.loads((tmp_path / "scaling_table.json").read_text(encoding="utf-8"))["gaps"]) == 6
 
 
-def test_two_shapes_of_one_width_are_two_sizes(tmp_path, capsys):
-    """Each with its own losses, and the same gap."""
-    for layers, per_parameter in product((2, 4), (5, 20)):
-        for alias, gap in (("kqv", 0.0), ("kv", 0.05)):
-            folder = tmp_path / f"{alias}_{layers}_{per_parameter}"
-            loss = 4 / layers * (1 + 1 / per_parameter) + gap
-            write_run(folder, alias, loss, per_parameter=per_parameter * layers // 2)
-            model = yaml.safe_load((folder / "model_config.yaml").read_text()) | {"n_layer": layers}
-            (folder / "model_config.yaml").write_text(yaml.safe_dump(model))
-    (report,) = reports(tmp_path, capsys=capsys)
-    sizes = [(record["size"], record["tokens_per_parameter"]) for record in report["gaps"]]
-    shapes = [f"d64, {layers} layers, 4 heads, feed-forward 256" for layers in (2, 4)]
-    assert sizes == list(product(shapes, (5, 20)))
-    assert [record["gap_own"] for record in report["gaps"]] == pytest.approx([5.127] * 4, rel=1e-3)
-
-
-def test_runs_of_whole_steps_belong_to_one_study(tmp_path, capsys):
-    """607 steps of 1,024 tokens are 4.996 for each parameter of d72, and 60 are 0.0988 of them."""
-    shape = {"n_embd": 72, "n_layer": 2, "n_head": 4, "n_inner": 288}
-    for alias, (steps, per_parameter) in product(("kqv", "kv"), ((607, 5), (2430, 20))):
-        folder = tmp_path / f"{alias}_{per_parameter}"
-        tokens = {"target_tokens": steps * 1024, "warmup_steps": steps // 10}
-        write_run(folder, alias, 2.0, per_parameter=per_parameter, **tokens)
-        model = yaml.safe_load((folder / "model_config.yaml").read_text()) | shape
-        (folder / "model_config.yaml").write_text(yaml.safe_dump(model))
-        final = json.loads((folder / "metrics.jsonl").read_text()) | {"step": steps}
-        (folder / "metrics.jsonl").write_text(json.dumps(final) + "\n")
-    (report,) = reports(tmp_path, capsys=capsys)
-    assert [record["tokens_per_parameter"] for record in report["gaps"]] == [5, 20]
-
-
-def test_rates_without_a_common_seed_are_said(tmp_path, capsys):
-    for alias, (rate, seed) in product(("kqv", "kv"), ((0.004, 42), (0.008, 43))):
-        write_run(tmp_path / f"{alias}_{seed}", alias, 2.0, rate=rate, seed=seed)
-    (report,) = reports(tmp_path, capsys=capsys)
-    assert sum("no seed was run at all of its rates" in note for note in report["notes"]) == 2
-
-
-def test_lengths_without_a_common_seed_have_no_fall(tmp_path, capsys):
-    for alias, protocol, (row, seed) in product(("kqv", "kv"), ("packed", "padded"), ((64, 42), (256, 43))):
-        folder = tmp_path / f"{alias}_{protocol}_{row}"
-        write_run(folder, alias, 2.0, seed=seed, seq_length=row, sequence=protocol)
-    converted = f"text perplexity: {math.exp(2.0):.4f} before, 7.5 after"
-    for row in (64, 256):  # a conversion tells nothing of all positions
-        (tmp_path / f"kqv_packed_{row}/conversion.txt").write_text(converted, encoding="utf-8")
-    (report,) = reports(tmp_path, capsys=capsys)
-    assert {fall["fall_text"] for fall in report["falls"]} == {None}
-
-
-def test_recipes_have_titles_of_their_own(tmp_path, capsys):
-    for decay, alias in product((0.1, 0.2), ("kqv", "kv")):
-        write_run(tmp_path / f"{alias}_{decay}", alias, 2.0, weight_decay=decay)
-    titles = [report["title"] for report in reports(tmp_path, capsys=capsys)]
-    assert [title.partition(",")[0] for title in titles] == ["Study 1", "Study 2"]
+def test_the_committed_tables_are_those_of_the_committed_runs():
+    for name, table, found in (
+        ("scaling", "scaling_table", lambda runs: scaling_tables.as_markdown(scaling_tables.report(runs)[0])),
+        ("reduced_scale", "results_table", lambda runs: results_table.as_markdown(results_table.compare(runs))),
+    ):
+        folder = ROOT / "results" / name
+        assert found(find_runs([folder])) == (folder / f"{table}.md").read_text(encoding="utf-8")
