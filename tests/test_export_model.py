@@ -12,6 +12,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, VARIANTS, gpt2_of, script_of
 from transformers import (
     DynamicCache,
@@ -278,12 +279,16 @@ def test_a_static_cache_that_is_allocated_in_advance(alias):
     torch.testing.assert_close(torch.cat(parts, dim=1), exported(input_ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not hasattr(transformers, "ContinuousBatchingConfig"), reason="newer than the oldest version")
 @pytest.mark.parametrize("alias", ["kqv", "kv", "qgqa"])
 def test_continuous_batching(alias):
     _, exported = build(alias)
     prompts = [tokens(1, length)[0].tolist() for length in (5, 9)]
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    found = exported.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
+    # By default it takes most of the machine's memory.
+    small = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    options = {"generation_config": settings, "continuous_batching_config": small, "progress_bar": False}
+    found = exported.generate_batch(inputs=prompts, **options)
     for prompt, answer in zip(prompts, found.values(), strict=True):
         expected = greedy(exported, torch.tensor([prompt]))[0, len(prompt) :][:4]
         assert answer.generated_tokens == expected.tolist()
