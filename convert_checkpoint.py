@@ -466,7 +466,7 @@ def target_config(alias, config, to, n_kv_groups):
 
 
 def choose(attention, heads, covariance, metric, mean):
-    """(D, U, mean) of the numbers that each block keeps: the leading directions of keys and values together."""
+    """(D, U, mean) of the numbers that each block keeps: the leading directions of its keys and values."""
     return *even_rows(attention, *joint_svd(covariance, metric, heads.head_dim)), mean
 
 
@@ -476,7 +476,7 @@ def convert(model, to, config, loader, n_tokens=32768, moments_of=Moments, choos
     model       of the source. It loses its attention layers on the way, so that none is in memory twice
     config      the target's
     loader      get_dataloader's, shuffled, of single rows
-    moments_of, choose   other sums over the sample, another choice of what to keep: see runs/other_conversions.py
+    moments_of, choose   other sums over the sample, another choice: see runs/other_conversions.py
     """
     heads = Heads(model.config, config.n_kv_groups or config.n_head, "v" in VARIANTS[to]["cached"])
     key_name = "c_k" if to in ("kv", "qgqa") else "c_kv"
@@ -538,8 +538,9 @@ def open_data(folder, contents, config, seed=None, batch_tokens=1):
             ours += f" and the tokenizer {described(recorded)}"
         raise InputError(f"{folder}: data of another tokenizer: {described(tokenizer)}; the model has {ours}")
     if not recorded:
-        unknown = f"the model, of {config.vocab_size:,} token ids, does not say which tokenizer it was trained with"
-        report(f"{folder}: encoded with {described(tokenizer)}; {unknown}")
+        model = f"the model, of {config.vocab_size:,} token ids,"
+        unknown = "does not say which tokenizer it was trained with"
+        report(f"{folder}: encoded with {described(tokenizer)}; {model} {unknown}")
     return loader
 
 
@@ -671,7 +672,8 @@ def run(options, convert, how):
     del weights, written
 
     # Say what came of it, of the file as it was written.
-    lines = [f"layer {n:2}: {share:8.3%} of the energy of keys and values left out" for n, share in enumerate(left_out)]
+    lost = "of the energy of keys and values left out"
+    lines = [f"layer {number:2}: {share:8.3%} {lost}" for number, share in enumerate(left_out)]
     model = script.load_model(output, options.device)
     if val_loader and to != "kqv":
         after = script.evaluate(model, val_loader, n_batches)

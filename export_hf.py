@@ -59,8 +59,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_qkv.QKVForCausalLM",
     "AutoModelForSequenceClassification": "modeling_qkv.QKVForSequenceClassification",
 }
-# The names of the end-of-text and padding tokens are none that occur in web text, as GPT-2's <|endoftext|> does:
-# in the training data that is letters.
+# The names of the end-of-text and padding tokens occur in no web text. GPT-2's <|endoftext|> does, and in the
+# training data it is letters.
 END_OF_TEXT, PADDING = "<|qkv_end|>", "<|qkv_pad|>"
 # The texts of a folder that belong to its tokenizer or its way of generating
 KEPT = re.compile(
@@ -114,8 +114,8 @@ def same_logits(model: torch.nn.Module, exported: QKVForCausalLM) -> bool:
 def fast_tokenizer(tokenizer: Tokenizer, vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
     """A tokenizer of transformers that encodes texts as the training data were.
 
-    Its end-of-text token is the id behind the ranks, its padding the next one, where the model's vocabulary has
-    that id; else they share one, and stock collators leave the end of a text out of the labels.
+    Its end-of-text token is the id behind the ranks, its padding the next one, where the model's vocabulary
+    has that id; else they share one, and stock collators leave the end of a text out of the labels.
     """
     names = [END_OF_TEXT, PADDING] if tokenizer.eos_id + 1 < vocab_size else [END_OF_TEXT]
     converter = TikTokenConverter(pattern=GPT2_PATTERN, extra_special_tokens=names)
@@ -125,14 +125,14 @@ def fast_tokenizer(tokenizer: Tokenizer, vocab_size: int, model_max_length: int)
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=names[-1],
-        padding_side="right",  # on the left, the first token of a text would count in the loss, behind padding
+        padding_side="right",  # behind padding, the first token of a text would count in the loss
         clean_up_tokenization_spaces=False,
         model_max_length=model_max_length,
     )
 
 
 def files_of(folder: Path) -> dict[str, str]:
-    """The texts of a folder of transformers that belong to its tokenizer or its way of generating, by name."""
+    """The texts of a folder that belong to its tokenizer or its way of generating, by name."""
     paths = {path.relative_to(folder).as_posix(): path for path in folder.glob("**/*")}
     return {name: path.read_text(encoding="utf-8") for name, path in paths.items() if KEPT.fullmatch(name)}
 
@@ -140,8 +140,9 @@ def files_of(folder: Path) -> dict[str, str]:
 def identity_of(tokenizer: PreTrainedTokenizerFast) -> dict:
     """{name, vocab_size, sha256} of a tokenizer of transformers, as checkpoints record it.
 
-    The sha256 is that of its ranks where it encodes as a .tiktoken file of them does, with an end-of-text token
-    behind the ranks; tokens added after that do not count. Else it is that of its own text, which no data have.
+    The sha256 is that of its ranks where it encodes as a .tiktoken file of them does, with an end-of-text
+    token behind the ranks; tokens added after that do not count. Else it is that of its own text, which no
+    data have.
     """
     text = tokenizer.backend_tokenizer.to_str()
     contents = json.loads(text)
@@ -159,8 +160,9 @@ def identity_of(tokenizer: PreTrainedTokenizerFast) -> dict:
     except (InputError, KeyError, AttributeError):  # not made of bytes
         return other
     end = tokenizer.convert_ids_to_tokens(found.eos_id) if found.eos_id < len(tokenizer) else None
+    encoded = tokenizer.encode(PROBE, add_special_tokens=False)
     ends = (None, tokenizer.eos_token, END_OF_TEXT, "<|endoftext|>")
-    if tokenizer.encode(PROBE, add_special_tokens=False) != found.encode([PROBE])[0].tolist() or end not in ends:
+    if encoded != found.encode([PROBE])[0].tolist() or end not in ends:
         return other
     name = "gpt2" if found.sha256 == GPT2_SHA256 else f"tokenizer.json sha256:{found.sha256[:16]}"
     return {"name": name, "vocab_size": found.eos_id + 1, "sha256": found.sha256}
@@ -356,7 +358,8 @@ def export(alias: str, path: Path, output_dir: Path, tokenizer_argument: str | T
     size = (final / "model.safetensors").stat().st_size / 1e6
     lines = [f"{output_dir}: {alias}, {count_parameters(model):,} parameters, {size:,.1f} MB"]
     lines.append(f"KV cache: {bytes_a_token:,} bytes a token in bf16; QKV of this shape takes {qkv_bytes:,}")
-    lines.append(f"tokenizer: {name_of(contents, tokenizer) or 'none'}; model card: {output_dir / 'README.md'}")
+    name = name_of(contents, tokenizer) or "none"
+    lines.append(f"tokenizer: {name}; model card: {output_dir / 'README.md'}")
     if shipped and shipped.pad_token_id in (None, shipped.eos_token_id):
         lines.append("no token id is left for padding; the model card says what that means for fine-tuning")
     lines.append(f'load it: AutoModelForCausalLM.from_pretrained("{output_dir}", trust_remote_code=True)')

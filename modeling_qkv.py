@@ -289,8 +289,9 @@ class QKVModel(QKVPreTrainedModel):
         """int64 [B, T], or embeddings [B, T, n_embd] -> last_hidden_state [B, T, n_embd], and the cache.
 
         attention_mask [B, past + T]: 0 on padding. position_ids [B, T]: by default counted over what the mask
-        does not hide, so that padding may stand on either side; in a packed row without a mask or a cache, each
-        text counts from 0 and sees itself alone. ValueError for more than n_positions tokens without position_ids.
+        does not hide, so that padding may stand on either side; in a packed row, without a mask or a past, each
+        text counts from 0 and sees itself alone. ValueError for more than n_positions tokens without
+        position_ids.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
@@ -310,8 +311,8 @@ class QKVModel(QKVPreTrainedModel):
         if position_ids is None and total > n_positions:
             raise ValueError(f"{total} tokens do not fit the model's n_positions, {n_positions}")
 
-        # Only who brings position_ids can have packed texts into a row. The mask comes before a new cache, with
-        # which the library would not look for them.
+        # Only a caller with position_ids can have packed texts into a row. The mask comes before a new cache,
+        # since with one the library would not look for them.
         causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)

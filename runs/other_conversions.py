@@ -42,11 +42,13 @@ class WeightedMoments(cc.Moments):
     def metric(self, attention):
         if self.weighting == "none":
             return torch.eye(self.first.shape[1], dtype=torch.float64).expand_as(self.second)
-        return self.activation_metric(attention) if self.weighting == "activation" else super().metric(attention)
+        if self.weighting == "activation":
+            return self.activation_metric(attention)
+        return super().metric(attention)
 
 
 def average(attention, heads, covariance, metric, mean, method):
-    """(D, U, mean) as of convert_checkpoint.choose: the mean of all the heads in a block, or of its first half."""
+    """(D, U, mean) as of convert_checkpoint.choose: the mean of the heads in a block, or of its first half."""
     n_blocks, n_heads = heads.blocks.shape
     n_averaged = n_heads // 2 if method == "drop_v" else n_heads  # keys come first in a block
     share = torch.zeros(1, n_heads, dtype=torch.float64)
@@ -62,7 +64,8 @@ def convert(model, to, config, loader, n_tokens=32768, method="joint_svd", weigh
     if method == "drop_v" and "v" in cc.VARIANTS[to]["cached"]:
         raise cc.InputError(f"--method drop_v: {to} keeps its values; use joint_svd or mean")
     choose = cc.choose if method == "joint_svd" else partial(average, method=method)
-    return cc.convert(model, to, config, loader, n_tokens, partial(WeightedMoments, weighting=weighting), choose)
+    moments_of = partial(WeightedMoments, weighting=weighting)
+    return cc.convert(model, to, config, loader, n_tokens, moments_of, choose)
 
 
 def main(arguments=None):

@@ -1,6 +1,7 @@
 """convert_checkpoint.py: exact where keys and values have no more directions than a head keeps, the best
 choice where they have more (numpy), the same as transformers' GPT-2, and one line for what cannot work."""
 
+import base64
 import json
 import os
 import re
@@ -14,12 +15,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_MODEL, TINY_RUN, VARIANTS, gpt2_of, prepare, script_of
+from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, gpt2_of, prepare, script_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import convert_checkpoint as cc
+import dataset_download
+import export_hf
 
 sys.path.insert(0, str(ROOT / "runs"))
 import other_conversions
@@ -171,26 +176,6 @@ def test_what_the_values_have_of_their_own_is_not_converted_exactly(alias, to):
 
 
 @pytest.mark.parametrize(("alias", "to"), PAIRS)
-def test_the_error_falls_to_zero_as_keys_and_values_lose_the_directions_that_a_head_cannot_keep(alias, to):
-    """Values = B K + scale times something of their own: the error goes to zero with the scale."""
-    errors = []
-    for scale in (1.0, 0.1, 0.01, 0.001):
-        model, own = build(alias, initializer_range=0.1), build(alias, initializer_range=0.1)
-        tie_values(model)
-        width = (model.config.n_kv_groups or model.config.n_head) * 8
-        with torch.no_grad():
-            for block, other in zip(model.h, own.h, strict=True):
-                name = "c_attn" if alias == "kqv" else "c_kv"
-                values = getattr(block.attn, name).weight[-width:]
-                values += scale * getattr(other.attn, name).weight[-width:]
-        expected = logits_of(in_transformers(alias, model))
-        target, _ = converted(alias, model, to)
-        errors.append(float((logits_of(target) - expected).abs().max()))
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 0.01 * errors[0]
-
-
-@pytest.mark.parametrize(("alias", "to"), PAIRS)
 def test_keys_and_values_of_a_joint_rank_that_fits_a_head_convert_exactly(alias, to):
     """Keys and values with nothing in common, of half of the joint rank each: exact from rank head_dim, 8, down."""
     errors = []
@@ -243,23 +228,6 @@ def test_joint_svd_leaves_out_the_smallest_singular_values_in_the_metric(seed, n
     assert error == pytest.approx(best[rank:].sum(), abs=1e-5 * best.sum())
     if rank >= joint_rank:
         assert error < 1e-5 * best.sum()
-
-
-def test_no_other_choice_of_directions_is_better():
-    rng = np.random.default_rng(0)
-    covariance, metric = covariance_like(rng, 8, 8), covariance_like(rng, 8, 8, 0.8)
-    down, up = (x.numpy() for x in cc.joint_svd(torch.from_numpy(covariance), torch.from_numpy(metric), 4))
-
-    def error(down, up):
-        rest = np.eye(8) - up @ down
-        return np.trace(metric @ rest @ covariance @ rest.T)
-
-    for size in (1.0, 0.1, 0.01):
-        for _ in range(50):
-            other = down + size * rng.standard_normal(down.shape)
-            fitted = covariance @ other.T @ np.linalg.inv(other @ covariance @ other.T)
-            assert error(down, up) <= error(other, fitted) * (1 + 1e-6)
-            assert error(down, up) <= error(down, up + size * rng.standard_normal(up.shape)) * (1 + 1e-6)
 
 
 def test_the_gradients_and_covariances_are_those_of_transformers():
@@ -528,23 +496,6 @@ def test_calibration_reads_the_rows_that_the_model_was_trained_on(data_dir):
     assert next(iter(loader))[0].shape == (3, 32)
 
 
-def test_rows_of_any_length_are_evaluated(source, data_dir, tmp_path, monkeypatch):
-    checked = []
-    monkeypatch.setattr(script_of("kqv"), "evaluate", lambda *arguments: checked.append(arguments) or {})
-    for n_positions in (24, 1500, 3000):
-        checkpoint = save("kqv", build("kqv", n_positions=n_positions), tmp_path / "a.pt")
-        with pytest.raises(KeyError):  # no figures come back
-            cc.main([
-                "--checkpoint", str(checkpoint), "--to", "kv", "--val_tokens", "15000",
-                "--data", str(data_dir / "train"), "--tokens", "500",
-                "--val_data", str(data_dir / "validation"), "--output", str(tmp_path / "o.pt"),
-            ])  # fmt: skip
-        _, loader, n_batches = checked.pop()
-        in_a_batch = max(1, 2048 // n_positions) * n_positions
-        assert len(loader.batch_sampler[0]) == min(len(loader.dataset), max(1, 2048 // n_positions))
-        assert 15000 <= n_batches * in_a_batch < 15000 + in_a_batch
-
-
 # ---- GPT-2
 
 
@@ -602,6 +553,92 @@ def test_a_gpt2_becomes_q_k_v_in_one_go(gpt2, data_dir, tmp_path):
     names = ("one_step.pt", "two_steps.pt")
     one, other = (script_of("kv").load_model(tmp_path / name).state_dict() for name in names)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def trained_tokenizer():
+    """A function: a byte-level BPE trained on texts, as people train one for a GPT-2 of their own."""
+
+    def train(texts):
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        settings = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+        tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=270, **settings))
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+    return train
+
+
+@pytest.fixture
+def own_gpt2(trained_tokenizer, tmp_path):
+    """A folder with a GPT-2 and its tokenizer, and data that were encoded with its ranks."""
+    folder = tmp_path / "own"
+    shape = {"vocab_size": 271, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(folder)
+    tokenizer = trained_tokenizer(SENTENCES)
+    tokenizer.save_pretrained(folder)
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    pieces = sorted((rank, piece) for piece, rank in tokenizer.get_vocab().items() if rank < 270)
+    lines = [base64.b64encode(bytes(byte_of[c] for c in piece)) + b" %d" % rank for rank, piece in pieces]
+    (tmp_path / "own.tiktoken").write_bytes(b"\n".join(lines))
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in SENTENCES))
+    dataset_download.main([
+        "--source", str(tmp_path / "texts.jsonl"), "--tokenizer", str(tmp_path / "own.tiktoken"),
+        "--target_tokens", "1e5", "--validation_tokens", "500", "--output_dir", str(tmp_path / "data"),
+    ])  # fmt: skip
+    return folder, tokenizer
+
+
+def convert_gpt2(folder, tmp_path):
+    arguments = ["--from_gpt2", folder, "--to", "kv", "--output", tmp_path / "kv.pt", "--tokens", "2000"]
+    cc.main([str(argument) for argument in (*arguments, "--data", tmp_path / "data/train")])
+    return tmp_path / "kv.pt"
+
+
+@pytest.mark.parametrize("form", ["tokenizer.json", "vocab.json"])
+def test_the_export_of_a_converted_gpt2_has_the_gpt2_s_own_tokenizer(form, own_gpt2, tmp_path):
+    folder, tokenizer = own_gpt2
+    if form == "vocab.json":  # as old folders have it
+        model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"] | {"<|endoftext|>": 270}))
+        (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]))
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    else:
+        tokenizer.chat_template = "{{ messages }}"
+        tokenizer.save_pretrained(folder)
+    export_hf.export("kv", convert_gpt2(folder, tmp_path), tmp_path / "hf", None)
+    shipped = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    for text in ("Document 7 says <|endoftext|>", "  na\u00efve\n", SENTENCES[9]):
+        assert shipped(text).input_ids == tokenizer(text).input_ids
+    assert shipped.eos_token_id == 270 and shipped.chat_template == tokenizer.chat_template
+
+
+def test_data_of_another_tokenizer_than_the_gpt2_s_own_are_refused(own_gpt2, trained_tokenizer, tmp_path, capsys):
+    """Its tokenizer may differ in the ranks, or in what it does before it looks them up."""
+    folder, tokenizer = own_gpt2
+    lower, spaced = trained_tokenizer(SENTENCES), trained_tokenizer(SENTENCES)
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for other in (trained_tokenizer([word * 3 for word in ["alpha", "beta", "gamma", "delta"]] * 9), lower, spaced):
+        other.save_pretrained(folder)
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            convert_gpt2(folder, tmp_path)
+        assert "data of another tokenizer: own.tiktoken" in capsys.readouterr().err
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(SystemExit):
+        convert_gpt2(folder, tmp_path)
+    assert "its tokenizer cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "kv.pt").exists()
+
+
+def test_a_gpt2_without_a_tokenizer_is_converted_and_that_is_said(own_gpt2, tmp_path, capsys):
+    folder, _ = own_gpt2
+    (folder / "tokenizer.json").unlink()
+    convert_gpt2(folder, tmp_path)
+    assert "does not say which tokenizer it was trained with" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_a_training_run_wrote_is_converted(data, data_dir, tmp_path, capsys):
@@ -730,6 +767,7 @@ def test_folders_that_are_no_gpt2_are_refused(capsys, tmp_path, gpt2):
         ({"model_type": "llama"}, "model_type is llama, expected gpt2"),
         ({"activation_function": "relu"}, "activation_function is relu"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"auto_map": {"AutoModelForCausalLM": "own.Model"}}, "auto_map is "),
         ({"n_layer": 3}, "is missing"),
         ({"n_layer": 1}, "transformer.h.1.attn.c_attn.weight is not part of it"),
         ({"n_embd": 48}, "not a whole GPT-2"),
@@ -737,6 +775,9 @@ def test_folders_that_are_no_gpt2_are_refused(capsys, tmp_path, gpt2):
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
         (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
         assert said in fails(capsys, "--from_gpt2", tmp_path, *output)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "holds an adapter" in fails(capsys, "--from_gpt2", tmp_path, *output)
 
 
 def test_a_gpt2_that_qkv_cannot_be_is_refused(capsys, tmp_path, gpt2):
@@ -759,20 +800,6 @@ def test_a_gpt2_that_qkv_cannot_be_is_refused(capsys, tmp_path, gpt2):
     line = fails(capsys, "--from_gpt2", tmp_path, *output)
     assert "transformer.h.1.mlp.c_fc.bias is not finite" in line
     assert not (tmp_path / "converted").exists()
-
-
-def test_a_failed_write_leaves_the_old_file(refused, tmp_path, source, data_dir, capsys, monkeypatch):
-    output = tmp_path / "old.pt"
-    output.write_text("old")
-
-    def full(contents, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    assert "No space left" in refused(output=output)
-    assert output.read_text() == "old"
-    assert not (tmp_path / "old.pt.tmp").exists()
 
 
 def test_an_output_that_cannot_be_written_is_seen_before_the_work(refused, tmp_path, source, monkeypatch):

@@ -38,7 +38,6 @@ from transformers import (
     pipeline,
 )
 
-import convert_checkpoint
 import export_hf
 from common import load_tokenizer
 from modeling_qkv import QKVForCausalLM
@@ -434,22 +433,6 @@ def test_the_card_of_a_converted_checkpoint(tmp_path):
     assert "somewhere" not in text
 
 
-def test_a_checkpoint_that_convert_checkpoint_made(data_dir, tmp_path):
-    tokenizer = script_of("kqv").TokenDataset(data_dir / "train", 32).tokenizer
-    save("kqv", tmp_path / "kqv.pt", tokenizer=tokenizer, train_config={"train_data": str(data_dir / "train")})
-    convert_checkpoint.main([
-        "--checkpoint", str(tmp_path / "kqv.pt"), "--to", "kv", "--data", str(data_dir / "train"),
-        "--output", str(tmp_path / "kv.pt"), "--tokens", "2000",
-    ])  # fmt: skip
-    folder = export("kv", tmp_path / "kv.pt", tmp_path / "hf")
-    rows, _ = card_of(folder)
-    assert "converted from" in rows["trained"] and rows["tokenizer"] == "bytes"
-    exported = AutoModelForCausalLM.from_pretrained(folder, **TRUST)
-    input_ids = tokens(2, 30)
-    model = script_of("kv").load_model(tmp_path / "kv.pt")
-    torch.testing.assert_close(exported(input_ids).logits, model(input_ids)[0], atol=1e-4, rtol=1e-4)
-
-
 # -----------------------------------------------------------------------------
 # The way back
 
@@ -677,12 +660,6 @@ def test_what_exists_is_not_overwritten(kind, checkpoints, tmp_path, capsys):
     assert "exists already" in refused(capsys, *arguments, "--output_dir", output)
     assert precious.read_text() == "keep me"
     assert list(tmp_path.iterdir()) == [output]
-
-
-def test_an_empty_folder_may_be_filled(checkpoints, tmp_path):
-    (tmp_path / "hf").mkdir()
-    export("kv", checkpoints / "kv.pt", tmp_path / "hf", "--tokenizer", "none")
-    assert {path.name for path in (tmp_path / "hf").iterdir()} == FILES
 
 
 @pytest.mark.parametrize("target", ["disk", "not_there_yet"])

@@ -12,19 +12,18 @@ from dataclasses import fields
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, VARIANTS, gpt2_of, script_of
 from transformers import (
     DynamicCache,
     GenerationConfig,
     QuantizedCache,
     StaticCache,
-    Trainer,
-    TrainingArguments,
     cache_utils,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from modeling_qkv import CACHE_NAME, QKVConfig, QKVForCausalLM, QKVModel
+from modeling_qkv import CACHE_NAME, QKVConfig, QKVForCausalLM
 
 SHAPE = {"vocab_size": 61, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 4, "dropout": 0.0}
 END_OF_TEXT = 60
@@ -194,16 +193,6 @@ def test_the_cache_takes_the_bytes_of_the_profiler_s_formula(alias):
 
 
 @pytest.mark.parametrize("alias", VARIANTS)
-def test_where_the_value_is_the_key_one_tensor_is_cached(alias):
-    _, exported = build(alias)
-    cache = cache_of(exported(tokens(2, 7), use_cache=True))
-    for layer in cache.layers:
-        assert layer.keys.shape[2:] == (7, 8)
-        assert layer.values.shape[:3] == layer.keys.shape[:3]
-        assert layer.values.shape[3] == (8 if "v" in VARIANTS[alias]["cached"] else 0)
-
-
-@pytest.mark.parametrize("alias", VARIANTS)
 def test_decoding_from_the_cache_is_decoding_without(alias):
     model, exported = build(alias)
     prompt = tokens(3, 9)
@@ -290,12 +279,16 @@ def test_a_static_cache_that_is_allocated_in_advance(alias):
     torch.testing.assert_close(torch.cat(parts, dim=1), exported(input_ids).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.skipif(not hasattr(transformers, "ContinuousBatchingConfig"), reason="newer than the oldest version")
 @pytest.mark.parametrize("alias", ["kqv", "kv", "qgqa"])
 def test_continuous_batching(alias):
     _, exported = build(alias)
     prompts = [tokens(1, length)[0].tolist() for length in (5, 9)]
     settings = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    found = exported.generate_batch(inputs=prompts, generation_config=settings, progress_bar=False)
+    # By default it takes most of the machine's memory.
+    small = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    options = {"generation_config": settings, "continuous_batching_config": small, "progress_bar": False}
+    found = exported.generate_batch(inputs=prompts, **options)
     for prompt, answer in zip(prompts, found.values(), strict=True):
         expected = greedy(exported, torch.tensor([prompt]))[0, len(prompt) :][:4]
         assert answer.generated_tokens == expected.tolist()
@@ -419,33 +412,6 @@ def test_dropout_is_where_the_paper_has_it():
     assert not torch.isclose(losses[1], exported.eval()(input_ids, labels=input_ids).loss)
 
 
-@pytest.mark.parametrize("alias", VARIANTS)
-def test_a_step_of_the_trainer_starts_at_the_script_s_loss(alias, tmp_path):
-    model, exported = build(alias)
-    rows = tokens(4, 16)
-    labels = rows.clone()
-    labels[:2, 11:] = -100  # the micro batches score different numbers of tokens
-    data = [{"input_ids": row, "labels": label} for row, label in zip(rows, labels, strict=True)]
-    settings = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(exported, settings, train_dataset=data)
-    before = exported.lm_head.weight.clone()
-    trainer.train()
-    _, expected = model(rows, labels)
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-3)
-    assert not torch.equal(exported.lm_head.weight, before)
-    assert exported.lm_head.weight is exported.transformer.wte.weight
-
-
 def test_lora_attaches_and_trains():
     peft = pytest.importorskip("peft")
     for alias in VARIANTS:
@@ -507,21 +473,6 @@ def test_other_ways_of_peft_attach_and_train(method):
 
 # -----------------------------------------------------------------------------
 # Configuration, saving, embeddings
-
-
-@pytest.mark.parametrize("alias", VARIANTS)
-def test_saved_and_loaded_it_is_identical(alias, tmp_path):
-    _, exported = build(alias)
-    input_ids = tokens(2, 9)
-    exported.save_pretrained(tmp_path)
-    loaded = QKVForCausalLM.from_pretrained(tmp_path)
-    torch.testing.assert_close(loaded.state_dict(), exported.state_dict(), atol=0, rtol=0)
-    assert torch.equal(loaded(input_ids).logits, exported(input_ids).logits)
-    assert loaded.lm_head.weight is loaded.transformer.wte.weight
-    base = QKVModel.from_pretrained(tmp_path)
-    assert torch.equal(base(input_ids).last_hidden_state, exported.transformer(input_ids).last_hidden_state)
-    bf16 = QKVForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in bf16.parameters()} == {torch.bfloat16}
 
 
 def test_the_embeddings_can_be_resized():
