@@ -5,16 +5,16 @@
     python analysis_computation_profiler.py decode --variants kqv kv gqa --contexts 2048 8192 --batches 1 8
     python analysis_computation_profiler.py train --sizes 300M --format csv > train.csv
 
-`count`, the default, runs no model: PyTorch's meta device knows shapes alone. A forward pass of one sequence is
-accounted for three times: by the closed formula; by fvcore's MACs, which equal it; and by torch.profiler's
+`count`, the default, runs no model: PyTorch's meta device knows shapes alone. A forward pass of one sequence
+is accounted for three times: by the closed formula; by fvcore's MACs, which equal it; and by torch.profiler's
 FLOPs, which are 2 x MACs plus the element-wise work that is itemised. If the three disagree, the exit status
 is 1. An analysis of all variants writes comprehensive_flop_analysis_<size>.json, for 300M unless --sizes says
 otherwise.
 
 `decode` fills the KV cache through the scripts' `generate` and decodes from it; `train` trains the scripts'
-model (earlier: --measure, --measure train). Weights are random, and each run has as many positions as its own
-context needs. The variants take turns, after a warm-up round that does not count. Figures are medians over the
-rounds (lowest to highest); "vs QKV" compares the turns of one round.
+model (earlier: --measure, --measure train). Weights are random, and each run has as many positions as its
+own context needs. The variants take turns, after a warm-up round that does not count. Figures are medians
+over the rounds (lowest to highest); "vs QKV" compares the turns of one round.
 
     peak memory   of weights and run together; on a CPU, resident memory, reported on Linux only
     roofline      the decode rate if a step took no longer than reading the weights and the cache
@@ -23,8 +23,8 @@ rounds (lowest to highest); "vs QKV" compares the turns of one round.
 
 GB are 10^9 bytes, GiB 2^30.
 
-Contents: variants, accounts, measurement (the machine, decoding, training, rounds), printing, figures, command
-line.
+Contents: variants, accounts, measurement (the machine, decoding, training, rounds), printing, figures,
+command line.
 """
 
 import argparse
@@ -57,7 +57,16 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from common import ROOT, SIZES, VARIANTS, InputError, Parser, script_of, show_what_the_terminal_can, write_text
+from common import (
+    ROOT,
+    SIZES,
+    VARIANTS,
+    InputError,
+    Parser,
+    script_of,
+    show_what_the_terminal_can,
+    write_text,
+)
 from report import (
     LOOKS,
     amount,
@@ -857,9 +866,10 @@ def command_line():
         aliases = f"{', '.join(VARIANTS)} (default: all; measured on a CPU: {', '.join(ON_CPU['variants'])})"
         add("--variants", nargs="+", choices=VARIANTS, metavar="ALIAS", help=aliases)
         add("--format", choices=FORMATS, default="table", help="of what is printed")
-        contexts = PAPER_CONTEXTS if name == "count" else None
         if name != "train":
-            add("--contexts", nargs="+", type=positive, default=contexts, metavar="T", help="tokens in the KV cache")
+            contexts = PAPER_CONTEXTS if name == "count" else None
+            tokens = "tokens in the KV cache"
+            add("--contexts", nargs="+", type=positive, default=contexts, metavar="T", help=tokens)
         if name == "count":
             return add
         add("--memory", type=memory_size, metavar="SIZE", help="what a run may take (default: what is free)")
@@ -887,7 +897,7 @@ def command_line():
 
 
 def with_command(arguments):
-    """The arguments behind a subcommand: `count` unless one is named; `--measure [train]` is its older name."""
+    """The arguments behind their subcommand: `count` if none is named; earlier, `--measure [train]` was one."""
     if "--measure" in arguments:
         name = "train" if "train" in arguments else "decode"
         return [name, *(argument for argument in arguments if argument not in ("--measure", name))]
@@ -896,9 +906,7 @@ def with_command(arguments):
 
 
 def complete(options):
-    """Fill in what depends on the device; InputError where it is not there."""
-    if options.command == "count":
-        return
+    """Fill in what depends on the device of a measurement; InputError where it is not there."""
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:
         raise InputError("--device cuda: PyTorch finds no CUDA device")
@@ -945,10 +953,10 @@ def main(arguments=None):
     parser = command_line()
     options = parser.parse_args(with_command(sys.argv[1:] if arguments is None else arguments))
     try:
-        complete(options)
         if options.command == "count":
             records = run_accounts(options)
         else:
+            complete(options)
             records = measure(chosen(options.sizes, options.variants, dict(options.set)), options)
     except ModuleNotFoundError as error:
         parser.error(f"{error}; pip install -r requirements.txt")

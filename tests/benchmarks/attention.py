@@ -2,10 +2,10 @@
 
     python tests/benchmarks/attention.py
     python tests/benchmarks/attention.py --context 8192 --batch_size 8 --dtypes bf16 --json attention.json
-    python tests/benchmarks/attention.py --show attention.json       # the table of what was kept
+    python tests/benchmarks/attention.py --show attention.json       # the table again
 
-`causal_attention` takes the way marked with a star. Milliseconds of one decode step's attention in all layers,
-medians of interleaved rounds. Every layer has its own cache, a part of a longer one as in `KVCache`, and
+`causal_attention` takes the way marked with a star. Milliseconds of one decode step's attention in all
+layers, medians of interleaved rounds. Every layer has its own cache, a part of a longer one as in `KVCache`, and
 together they are beyond the processor's caches.
 """
 
@@ -64,12 +64,12 @@ def products_by_column(q, k, v):
 
 CASES = [  # KV heads, tensors a layer, a way, and in which dtypes the scripts take it
     (16, 2, "SDPA on [B, S, n_head, head_dim]", sdpa_projected, ()),
-    (16, 2, "SDPA", sdpa, ("fp32",)),
-    (16, 2, "SDPA, the query twice", sdpa_two_rows, ("bf16",)),
+    (16, 2, "SDPA", sdpa, ("fp32", "bf16")),
+    (16, 2, "SDPA, the query twice", sdpa_two_rows, ()),
     (16, 2, "q @ k.mT, softmax, @ v", products, ()),
     (16, 2, "k @ q.mT, softmax, v.mT @", products_by_column, ()),
-    (16, 1, "SDPA", sdpa, ("fp32",)),
-    (16, 1, "SDPA, the query twice", sdpa_two_rows, ("bf16",)),
+    (16, 1, "SDPA", sdpa, ("fp32", "bf16")),
+    (16, 1, "SDPA, the query twice", sdpa_two_rows, ()),
     (16, 1, "q @ k.mT, softmax, @ v", products, ()),
     (16, 1, "k @ q.mT, softmax, v.mT @", products_by_column, ()),
     (4, 2, "SDPA, enable_gqa", sdpa_grouped, ()),
@@ -126,7 +126,7 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep machine, options and all times there")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing; print the table of a file")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="only print the table of a file")
     options = parser.parse_args(arguments)
     if options.show:
         return show(json.loads(options.show.read_text(encoding="utf-8")))

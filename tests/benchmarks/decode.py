@@ -138,7 +138,7 @@ def timed(contestant, tokens, new, cache):
 
 
 def measure(contestants, prompt, new, dtype, rounds):
-    """Seconds of prefill and of a decode step by contestant and round, each round's read bandwidth, bytes read."""
+    """Seconds of prefill and of a decode step by contestant and round; read bandwidths; bytes of a step."""
     prefill, decode = {name: [] for name in contestants}, {name: [] for name in contestants}
     filled, first, bandwidths = {}, {}, []
 
@@ -235,7 +235,7 @@ def main(arguments=None):
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep machine, options and all times there")
-    parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing; print the tables of a file")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="only print the tables of a file")
     options = parser.parse_args(arguments)
     if options.show:
         return show(json.loads(options.show.read_text(encoding="utf-8")))
