@@ -34,14 +34,14 @@ test-slow: .venv/installed  ## run the long tests alone
 bench: .venv/installed  ## run the benchmarks, which print ratios and never fail for being slow (2 hours, 24 GB)
 	@failed=0; for benchmark in tests/benchmarks/*.py; do echo "$$benchmark"; $(BIN)/python $$benchmark || failed=1; done; exit $$failed
 
-replicate: .venv/installed  ## train all variants at a reduced scale, two seeds each, and tabulate them (2 hours on 2 cores)
+replicate: .venv/installed  ## train all variants at a reduced scale, two seeds each, and tabulate them (2 hours on 2 cores; on a text of your own, RESULTS=DIR)
 	PYTHON=$(BIN)/python bash runs/replicate.sh
 
-scaling: .venv/installed  ## learning rates, tokens per parameter and row lengths at small sizes (4 hours on 2 cores; for a grid of your own, RESULTS=DIR)
+scaling: .venv/installed  ## learning rates, tokens per parameter and row lengths at small sizes (6 hours on 2 cores; on a text of your own, RESULTS=DIR)
 	PYTHON=$(BIN)/python bash runs/scaling.sh
 
-conversion: .venv/installed  ## convert trained models to Q–K=V and train on, after `make scaling` (8 hours on 2 cores; for a grid of your own, SCALING=DIR RESULTS=DIR)
-	PYTHON=$(BIN)/python bash runs/conversion.sh
+conversion: .venv/installed  ## convert trained models to Q–K=V and train on, after `make scaling` (8 hours on 2 cores; on a text of your own, SCALING=DIR RESULTS=DIR)
+	$(BIN)/python runs/conversion.py
 
 lint: .venv/installed  ## run ruff, and check that the training scripts are in sync
 	$(BIN)/ruff check .

@@ -897,7 +897,7 @@ def command_line():
 
 
 def with_command(arguments):
-    """The arguments behind their subcommand: `count` if none is named; earlier, `--measure [train]` was one."""
+    """The arguments behind a subcommand: `count` if none is named; earlier, `--measure` led."""
     if "--measure" in arguments:
         name = "train" if "train" in arguments else "decode"
         return [name, *(argument for argument in arguments if argument not in ("--measure", name))]

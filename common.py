@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import errno
 import hashlib
 import io
 import json
@@ -18,9 +19,10 @@ import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import import_module
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -64,8 +66,37 @@ def warn(text: str) -> None:
     tqdm.write(f"WARNING: {text}", file=sys.stderr)
 
 
-def first_line(error: Exception) -> str:
+def report(*lines: str) -> None:
+    """Print what was done. By then it is done, so that output which nobody reads is worth a warning and no more."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again at its end
+        with suppress(OSError):
+            warn(f"the report could not be printed: {error}")
+
+
+def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+# What the system says of files: no permission, no space, not a folder. Of a connection it says other things.
+FILE_ERRORS = {getattr(errno, name) for name in (
+    "EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "ENOTDIR", "EISDIR", "EEXIST", "ELOOP",
+    "ENAMETOOLONG", "EMFILE", "ENFILE", "EIO", "ESTALE", "ENOLCK",
+)}  # fmt: skip
+
+
+def file_error(error: BaseException | None) -> OSError | None:
+    """The error of this machine's files that is behind an error of a library; None where there is none.
+
+    A cache that cannot be written and a hub that cannot be reached are both an OSError.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FILE_ERRORS:
+            return error
+        error = error.__cause__
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -138,7 +169,8 @@ def tokenizer_of(contents: dict, path: Path | str, argument: str | None = None, 
         digest = recorded.get("sha256") or (load_tokenizer(name).sha256 if name == "bytes" else None)
         if digest or name == "gpt2":
             return tokenizer.sha256 == (digest or GPT2_SHA256)
-        return name in (None, tokenizer.name)
+        start = (name or "").partition(" sha256:")[2]  # of the rank file that was named
+        return name in (None, tokenizer.name) or bool(start and tokenizer.sha256.startswith(start))
 
     if argument:
         tokenizer = load_tokenizer(argument)
@@ -151,7 +183,7 @@ def tokenizer_of(contents: dict, path: Path | str, argument: str | None = None, 
             tokenizer = load_tokenizer(name)
         if tokenizer is None:
             lost = f"{path}: the tokenizer it was trained with, {name or 'not recorded'}, is not beside its data"
-            raise InputError(f"{lost}; pass --tokenizer gpt2, bytes or PATH.tiktoken")
+            raise InputError(f"{lost}; pass --tokenizer {CHOICES}")
     vocab_size = contents["model_config"].get("vocab_size", tokenizer.eos_id + 1)
     if tokenizer.eos_id >= vocab_size:
         known = f"has {tokenizer.eos_id + 1} token ids, and {path} knows {vocab_size}"
@@ -176,10 +208,15 @@ def stored_tokenizer(folder: str | Path | None) -> Tokenizer | None:
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of its rank file
+CHOICES = "gpt2, bytes, PATH.tiktoken or PATH/tokenizer.json"
 MAX_VOCABULARY = 65_535
 LONG_TEXT = 500_000
 # Where no token of GPT-2 reaches across: before white space, and before the last character of a run of it.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+BYTE_OF = {chr(value): value for value in PRINTED} | {
+    chr(0x100 + place): value for place, value in enumerate(sorted(set(range(256)) - set(PRINTED)))
+}
 CUT = re.compile(f"(?<=[^{SPACE}])[{SPACE}]|(?<=[{SPACE}])[{SPACE}](?=[^{SPACE}])")
 
 
@@ -202,19 +239,20 @@ class Tokenizer:
 
 
 def tokenizer_name(argument: str) -> str:
-    """The name that metadata keeps. A rank file is known by its content: paths move, files are replaced."""
+    """The name that metadata keeps. A file is known by its content: paths move, files are replaced."""
     if argument in ("gpt2", "bytes"):
         return argument
     path = Path(argument)
-    if path.suffix != ".tiktoken" or not path.is_file():
-        raise InputError(f"--tokenizer {argument}: neither gpt2, bytes nor an existing .tiktoken file")
+    if path.suffix not in (".tiktoken", ".json") or not path.is_file():
+        raise InputError(f"--tokenizer {argument}: no such file, and not {CHOICES}")
     return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 def load_tokenizer(argument: str) -> Tokenizer:
-    """The tokenizer that --tokenizer names: gpt2, bytes, or a .tiktoken file of ranks under GPT-2's pattern.
+    """The tokenizer that --tokenizer names: gpt2, bytes, or a file of ranks under GPT-2's pattern.
 
-    Raises InputError for a name that is none, ranks that cannot be reached, and ranks that are unsound.
+    The file is a .tiktoken, or a tokenizer.json that encodes in the same way. Raises InputError for a name that
+    is none, ranks that cannot be had, and ranks that are unsound.
     """
     name = tokenizer_name(argument)
     if argument == "bytes":
@@ -224,20 +262,24 @@ def load_tokenizer(argument: str) -> Tokenizer:
     if argument == "gpt2":
         try:
             encoding = tiktoken.get_encoding("gpt2")
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            if local := file_error(error):
+                raise InputError(f"the gpt2 ranks cannot be read or kept: {local}") from error
             raise InputError(
-                "the gpt2 ranks are out of reach: set TIKTOKEN_CACHE_DIR to a folder that holds them, or "
-                f"pass --tokenizer PATH.tiktoken ({first_line(error)})"
+                f"the gpt2 ranks are not to be had ({first_line(error)}): set TIKTOKEN_CACHE_DIR to a folder that "
+                "holds them, or pass --tokenizer PATH.tiktoken"
             ) from error
         ranks = encoding._mergeable_ranks  # tiktoken has no public name for them
     else:
-        ranks = read_ranks(Path(argument))
+        path = Path(argument)
+        ranks = read_tokenizer_json(path) if path.suffix == ".json" else read_ranks(path)
+        check_ranks(path, ranks)
         encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
     return Tokenizer(name, ranks, gpt2_encoder(encoding))
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Parse a .tiktoken file. Raises InputError for a broken line, missing ranks, or over 65,535 ids."""
+    """Parse a .tiktoken file. Raises InputError for a broken line."""
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
@@ -245,13 +287,99 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError as error:
             raise InputError(f"{path}, line {number}: not base64, a space and a rank") from error
+    return ranks
+
+
+def check_ranks(path: Path, ranks: dict[bytes, int]) -> None:
     # A larger id would wrap around in uint16, and nothing would say so.
     if len(ranks) + 1 > MAX_VOCABULARY:
         raise InputError(f"{path}: a vocabulary of {len(ranks) + 1:,}, and the limit is {MAX_VOCABULARY:,}")
     bytes_missing = any(bytes([value]) not in ranks for value in range(256))
     if bytes_missing or sorted(ranks.values()) != list(range(len(ranks))):
         raise InputError(f"{path}: the ranks must be 0, 1, 2, ... and cover each of the 256 bytes")
+
+
+def read_tokenizer_json(path: Path) -> dict[bytes, int]:
+    """The ranks of a tokenizer.json whose encoding of every text is theirs under GPT-2's pattern.
+
+    Raises InputError, with the part that does not fit, for every other tokenizer.json.
+    """
+
+    def refuse(part: str) -> NoReturn:
+        raise InputError(f"--tokenizer {path}: {part}; only byte-level BPE as GPT-2's can be used")
+
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+        model, added = contents["model"], contents.get("added_tokens") or []
+        if model.get("type", "BPE") != "BPE":
+            refuse(f"its model is {model['type']}")
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+        added = {token["content"]: token for token in added}
+        vocabulary = {token: rank for token, rank in model["vocab"].items() if token not in added}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"--tokenizer {path}: not a tokenizer.json ({first_line(error)})") from error
+
+    for part in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+        if model.get(part):
+            refuse(f"its model has {part} {model[part]}")
+    if contents.get("normalizer"):
+        refuse(f"it has a normalizer, {contents['normalizer'].get('type')}")
+    split = contents.get("pre_tokenizer") or {}
+    if split.get("type") == "Sequence" and len(split["pretokenizers"]) == 1:
+        split = split["pretokenizers"][0]
+    if split.get("type") != "ByteLevel" or split.get("add_prefix_space") or not split.get("use_regex", True):
+        refuse(f"its pre_tokenizer is {json.dumps(split)[:200]}")
+    after = contents.get("post_processor") or {"type": "ByteLevel"}
+    if after["type"] != "ByteLevel":
+        refuse(f"its post_processor, {after['type']}, may add tokens to a text")
+    if ordinary := [content for content, token in added.items() if not token.get("special")]:
+        refuse(f"its added token {ordinary[0]!r} is not a special one")
+
+    try:
+        ranks = {text_bytes(token): rank for token, rank in vocabulary.items()}
+        pairs = [(text_bytes(left), text_bytes(right)) for left, right in merges]
+    except (KeyError, ValueError) as error:
+        refuse(f"its vocabulary is not of bytes ({first_line(error)})")
+    if sorted(ranks.values()) != list(range(256 + len(merges))):
+        refuse("its ids are not those of 256 bytes and then of the merges, from 0 on, with the special tokens behind")
+    for rank, (left, right) in enumerate(pairs, 256):
+        # Ranks alone merge as the list does, in every text, where they make each token of the same two.
+        if ranks.get(left + right) != rank or merged(left + right, ranks, rank) != [left, right]:
+            refuse(f"its merge {rank - 256}, {left!r} with {right!r}, is out of order")
+    eos = end_of_text(path, added)
+    if eos and added[eos]["id"] != len(ranks):
+        refuse(f"its {eos} has id {added[eos]['id']}, where the one behind the ranks, {len(ranks)}, ends a text")
     return ranks
+
+
+def end_of_text(path: Path, added: dict[str, dict]) -> str | None:
+    """Which of the added tokens ends a text: what the configuration beside says, or what is left to guess from."""
+    configuration = path.with_name("tokenizer_config.json")
+    if configuration.is_file():
+        eos = json.loads(configuration.read_text(encoding="utf-8")).get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        if eos in added:
+            return eos
+    if "<|endoftext|>" in added:
+        return "<|endoftext|>"
+    return min(added, key=lambda content: added[content]["id"], default=None)
+
+
+def text_bytes(token: str) -> bytes:
+    """The bytes that a byte-level token stands for. Bytes that print stand for themselves, others for U+0100 on."""
+    return bytes(BYTE_OF[character] for character in token)
+
+
+def merged(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
+    """What byte pair encoding makes of a token with the ranks below the limit."""
+    parts = [token[place : place + 1] for place in range(len(token))]
+    while len(parts) > 1:
+        found = [ranks.get(left + right, limit) for left, right in pairwise(parts)]
+        if (lowest := min(found)) >= limit:
+            break
+        place = found.index(lowest)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
 
 
 def rank_file(ranks: dict[bytes, int]) -> bytes:

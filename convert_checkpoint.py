@@ -25,42 +25,29 @@ Contents: algebra, calibration, reading models, converting, command line.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent
-VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
+from common import VARIANTS, InputError, Parser, report, script_of, show_what_the_terminal_can, write_atomically
+
 TARGETS = {  # what each variant can become
     "kqv": ("kv", "gqa", "mqa", "qgqa", "qmqa"),
     "gqa": ("qgqa", "mqa", "qmqa"),
     "mqa": ("qmqa",),
 }
-SCRIPTS = {  # at either size, a script reads the checkpoints of both
-    alias: import_module(VARIANTS[alias]["script"]["300M"].removesuffix(".py"))
-    for alias in ("kqv", "gqa", "mqa", "kv", "qgqa", "qmqa")
-}
-METHODS = ("joint_svd", "drop_v", "mean")
-WEIGHTINGS = ("gradient", "activation", "none")
+SCRIPTS = {alias: script_of(alias) for alias in ("kqv", *TARGETS["kqv"])}
 TINY = 1e-200  # stands in for a zero divisor
-
-
-class ConversionError(ValueError):
-    """Ends a conversion with one line: what is wrong, where, and what to do about it."""
 
 
 # -----------------------------------------------------------------------------
@@ -91,16 +78,6 @@ def square_root(matrix):
     """The symmetric square root of positive semidefinite matrices [..., n, n]."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp(min=0).sqrt()[..., None, :] @ vectors.mT
-
-
-def average(n_blocks, n_heads, n_averaged, head_dim):
-    """D and U as of joint_svd, for the plain mean of the first n_averaged of the n_heads heads in a block."""
-    share = torch.zeros(1, n_heads, dtype=torch.float64)
-    share[:, :n_averaged] = 1 / n_averaged
-    identity = torch.eye(head_dim, dtype=torch.float64)
-    down = torch.kron(share, identity)
-    up = torch.kron(torch.ones(n_heads, 1, dtype=torch.float64), identity)
-    return down.expand(n_blocks, -1, -1), up.expand(n_blocks, -1, -1)
 
 
 class Heads:
@@ -186,18 +163,15 @@ def even_rows(attention, down, up):
 class Moments:
     """Mean, covariance and metric of the keys and values of one layer, by blocks, out of sums over positions.
 
-    activation   what an error changes next: q e / sqrt(head_dim) in a score, W_O e in the output. The metric
-                 is E[q q^T] / head_dim for a key and W_O^T W_O for a value; every position counts alike
-    gradient     with g the gradient of the loss with respect to the keys and values of a position: the metric
-                 is E[g g^T], the empirical Fisher information, and a position counts with |g|^2. Where nothing
-                 looks there is no gradient, as at most positions of a head that rests on the first one; yet a
-                 key that is badly kept there would draw attention. So a tenth of activation's metric is added,
-                 by energy, and to the weight of each position a tenth of its row's mean
-    none         every number and every position counts alike
+    With g the gradient of the loss with respect to the keys and values of a position, the metric is E[g g^T],
+    the empirical Fisher information, and a position counts with |g|^2. Where nothing looks there is no
+    gradient, as at most positions of a head that rests on the first one; yet a key that is badly kept there
+    would draw attention. So a tenth of what an error changes next is added, by energy: q e / sqrt(head_dim) in
+    a score, W_O e in the output. And to the weight of each position, a tenth of its row's mean.
     """
 
-    def __init__(self, heads, weighting):
-        self.heads, self.weighting = heads, weighting
+    def __init__(self, heads):
+        self.heads = heads
         n_blocks, n = len(heads.blocks), heads.blocks.shape[1] * heads.head_dim
         self.n_positions = 0
         self.weight = torch.zeros(n_blocks, dtype=torch.float64)
@@ -206,21 +180,23 @@ class Moments:
         self.fisher = torch.zeros(n_blocks, n, n, dtype=torch.float64)
         self.queries = torch.zeros(heads.n_head, heads.head_dim, heads.head_dim, dtype=torch.float64)
 
-    def add(self, kv, queries, gradients=None):
-        """Keys and values of a row [T, kv_width], its queries [T, C], and gradients as kv if they are to count."""
+    def add(self, kv, queries, gradients):
+        """Keys and values of a row [T, kv_width], their gradients, and its queries [T, C]."""
         u = self.heads.by_block(kv.double()).transpose(0, 1)  # [blocks, T, n]
+        g = self.heads.by_block(gradients.double()).transpose(0, 1)
         q = queries.double().unflatten(-1, (self.heads.n_head, -1)).transpose(0, 1)
-        weights = torch.ones_like(u[..., :1])
-        if gradients is not None:
-            g = self.heads.by_block(gradients.double()).transpose(0, 1)
-            squares = g.square().sum(-1, keepdim=True)
-            weights = (squares + squares.mean(1, keepdim=True) / 10).clamp(min=TINY)
-            self.fisher += g.mT @ g
+        weights = self.position_weights(g)
         self.n_positions += len(kv)
         self.weight += weights.sum(dim=(1, 2))
         self.first += (weights * u).sum(1)
         self.second += (weights * u).mT @ u
+        self.fisher += g.mT @ g
         self.queries += q.mT @ q
+
+    def position_weights(self, g):
+        """[blocks, T, 1], of the gradients g [blocks, T, n] of a row."""
+        squares = g.square().sum(-1, keepdim=True)
+        return (squares + squares.mean(1, keepdim=True) / 10).clamp(min=TINY)
 
     def mean(self):
         return self.first / self.weight[:, None]
@@ -231,12 +207,7 @@ class Moments:
 
     def metric(self, attention):
         """[blocks, n, n], up to a factor for each block."""
-        if self.weighting == "none":
-            return torch.eye(self.first.shape[1], dtype=torch.float64).expand_as(self.second)
-        activation = self.activation_metric(attention)
-        if self.weighting == "activation":
-            return activation
-        return self.of_unit_energy(self.fisher) + self.of_unit_energy(activation) / 10
+        return self.of_unit_energy(self.fisher) + self.of_unit_energy(self.activation_metric(attention)) / 10
 
     def activation_metric(self, attention):
         """[blocks, n, n]: what an error in a key costs in the scores, and in a value in the output."""
@@ -254,7 +225,6 @@ class Moments:
 
 def collect_moments(model, moments, loader, n_tokens):
     """Add the first rows of a shuffled loader to each layer's Moments; returns how many tokens they held."""
-    add_row = add_gradients if moments[0].weighting == "gradient" else add_activations
     model.requires_grad_(False)
     n_seen = 0
     with tqdm(total=n_tokens, unit="token", desc="calibration", disable=not sys.stderr.isatty()) as bar:
@@ -267,7 +237,7 @@ def collect_moments(model, moments, loader, n_tokens):
             if n_seen >= n_tokens or number == len(loader.dataset):
                 break
     if n_seen == 0:
-        raise ConversionError(f"{loader.dataset.path}: no text of two tokens or more to calibrate on")
+        raise InputError(f"{loader.dataset.path}: no text of two tokens or more to calibrate on")
     return n_seen
 
 
@@ -295,17 +265,7 @@ def queries_of(attn, x):
     return F.linear(x, projection.weight[:C], projection.bias[:C])
 
 
-@torch.no_grad()
-def add_activations(model, moments, input_ids):
-    """Add a row's keys, values and queries to each layer's Moments."""
-    inputs = inputs_of([block.attn for block in model.h], model, input_ids)
-    for block, sums, (x,) in zip(model.h, moments, inputs, strict=True):
-        (_, projection), kv_width = projections(block.attn), sums.heads.kv_width
-        kv = F.linear(x, projection.weight[-kv_width:], projection.bias[-kv_width:])
-        sums.add(kv.cpu(), queries_of(block.attn, x).cpu())
-
-
-def add_gradients(model, moments, input_ids):
+def add_row(model, moments, input_ids):
     """Add a row's keys, values and queries, and the gradients of the first two, to each layer's Moments.
 
     The backward pass computes each layer anew from its input, so that it holds the activations of one at a
@@ -349,7 +309,7 @@ def loss_gradient(hidden, embedding, input_ids):
 
 
 def check_sample(number, covariance, attention, norm):
-    """ConversionError where the sample does not tell directions apart that the weights do.
+    """InputError where the sample does not tell directions apart that the weights do.
 
     The inputs of the layer are LayerNorm's outputs: of mean zero, but for its gain and bias.
     """
@@ -359,7 +319,7 @@ def check_sample(number, covariance, attention, norm):
     found = torch.linalg.matrix_rank(covariance, rtol=1e-13, hermitian=True)
     if (found < expected).any():
         block = int((expected - found).argmax())
-        raise ConversionError(
+        raise InputError(
             f"layer {number}: rank-deficient covariance: the calibration sample tells {found[block]} of "
             f"{expected[block]} directions of keys and values apart; take more --tokens or more varied --data"
         )
@@ -376,16 +336,16 @@ def read_source(path, device):
         weights = contents.pop("model_state_dict")
         recorded = contents.get("variant") or variant_of(weights, contents["model_config"])
     except Exception as error:  # a file of another kind can fail in any way
-        raise ConversionError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
+        raise InputError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
     aliases = {SCRIPTS[alias].VARIANT: alias for alias in TARGETS}
     if recorded not in aliases:
         expected = ", ".join(aliases)
-        raise ConversionError(f"{path}: a checkpoint of variant {recorded}; expected one of {expected}")
+        raise InputError(f"{path}: a checkpoint of variant {recorded}; expected one of {expected}")
     alias = aliases[recorded]
     model = SCRIPTS[alias].load_model(path, device)
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
-            raise ConversionError(f"{path}: {name} is not finite; take an earlier checkpoint of the run")
+            raise InputError(f"{path}: {name} is not finite; take an earlier checkpoint of the run")
     return alias, model, contents
 
 
@@ -401,7 +361,7 @@ def variant_of(weights, config):
 
 
 def read_gpt2(folder):
-    """transformers' GPT-2 in a local folder, fp32; ConversionError where QKV is not the same architecture."""
+    """transformers' GPT-2 in a local folder, fp32; InputError where QKV cannot be the same model."""
     from transformers import GPT2LMHeadModel
     from transformers.utils import logging
 
@@ -411,43 +371,52 @@ def read_gpt2(folder):
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise ConversionError(f"{path}: not the configuration of a transformers GPT-2 ({error})") from error
+        raise InputError(f"{path}: not the configuration of a transformers GPT-2 ({error})") from error
     if kind != "gpt2":
-        raise ConversionError(f"{path}: model_type is {kind}, expected gpt2")
+        raise InputError(f"{path}: model_type is {kind}, expected gpt2")
+    if (Path(folder) / "adapter_config.json").exists():
+        raise InputError(f"{folder}: holds an adapter; save the model after merge_and_unload()")
     try:
         options = {"local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
         gpt2, info = GPT2LMHeadModel.from_pretrained(folder, **options)
     except Exception as error:  # a damaged file can fail in any way
-        raise ConversionError(f"{folder}: not a whole GPT-2 ({type(error).__name__}: {error})") from error
+        raise InputError(f"{folder}: not a whole GPT-2 ({type(error).__name__}: {error})") from error
     if missing := set(info["missing_keys"]) - {"lm_head.weight"}:
-        raise ConversionError(f"{folder}: not a whole GPT-2 ({min(missing)} is missing)")
+        raise InputError(f"{folder}: not a whole GPT-2 ({min(missing)} is missing)")
     # old files hold the causal mask of each layer too
     if more := [name for name in info["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]:
-        raise ConversionError(f"{folder}: not the GPT-2 of its config.json ({min(more)} is not part of it)")
+        raise InputError(f"{folder}: not the GPT-2 of its config.json ({min(more)} is not part of it)")
     expected = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
         "add_cross_attention": (False,),
         "tie_word_embeddings": (True,),
+        "quantization_config": (None,),
+        "auto_map": (None,),  # code of its own
     }
     for key, values in expected.items():
-        if getattr(gpt2.config, key) not in values:
-            raise ConversionError(f"{path}: {key} is {getattr(gpt2.config, key)}, expected {values[0]}")
+        if getattr(gpt2.config, key, None) not in values:
+            raise InputError(f"{path}: {key} is {getattr(gpt2.config, key)}, expected {values[0]}")
     for name, tensor in gpt2.named_parameters():
         if not tensor.isfinite().all():
-            raise ConversionError(f"{folder}: {name} is not finite")
+            raise InputError(f"{folder}: {name} is not finite")
     return gpt2.eval()
 
 
 def qkv_of_gpt2(gpt2, folder):
-    """The same weights in our QKV, which has the exact GELU. The vocabulary is not padded."""
+    """(model, contents): the same weights in our QKV, which has the exact GELU, and the folder's tokenizer.
+
+    The vocabulary is not padded.
+    """
+    from export_hf import tokenizer_entries
+
     script, c = SCRIPTS["kqv"], gpt2.config
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon")
     try:
         config = script.ModelConfig(dropout=c.resid_pdrop, **{name: getattr(c, name) for name in names})
     except ValueError as error:
-        raise ConversionError(f"{folder}/config.json: not a model that QKV can be: {error}") from error
+        raise InputError(f"{folder}/config.json: not a model that QKV can be: {error}") from error
     weights = {}
     for name, tensor in gpt2.transformer.named_parameters():
         is_matrix = ".c_" in name and name.endswith(".weight")  # transformers stores these [in, out]
@@ -455,7 +424,7 @@ def qkv_of_gpt2(gpt2, folder):
     with torch.device("meta"):
         model = script.GPT(config)
     model.load_state_dict(weights, assign=True)
-    return model.eval()
+    return model.eval(), tokenizer_entries(Path(folder))
 
 
 @torch.no_grad()
@@ -468,7 +437,7 @@ def gpt2_text_perplexity(gpt2, loader, n_batches):
         nats += F.cross_entropy(logits, labels, reduction="sum").item()
         n_scored += int((labels != -100).sum())
     if n_scored == 0:
-        raise ConversionError(f"{loader.dataset.path}: nothing to score")
+        raise InputError(f"{loader.dataset.path}: nothing to score")
     return float(np.exp(nats / n_scored))
 
 
@@ -477,81 +446,75 @@ def gpt2_text_perplexity(gpt2, loader, n_batches):
 
 
 def target_config(alias, config, to, n_kv_groups):
-    """The target's ModelConfig; ConversionError where the source cannot become it."""
+    """The target's ModelConfig; InputError where the source cannot become it."""
     if to not in TARGETS[alias]:
         possible = ", ".join(TARGETS[alias])
-        raise ConversionError(f"--to {to}: {VARIANTS[alias]['paper']} can become {possible}")
+        raise InputError(f"--to {to}: {VARIANTS[alias]['paper']} can become {possible}")
     source_heads = config.n_kv_groups or config.n_head
     fixed = {"kv": None, "mqa": 1, "qmqa": 1}
     if to in fixed:
         groups = fixed[to]
         if n_kv_groups not in (None, groups):
-            raise ConversionError(f"--n_kv_groups {n_kv_groups}: not for {to}; meant for gqa and qgqa")
+            raise InputError(f"--n_kv_groups {n_kv_groups}: not for {to}; meant for gqa and qgqa")
     else:
         usual = source_heads if alias == "gqa" else math.gcd(source_heads, max(4, source_heads // 4))
         groups = usual if n_kv_groups is None else n_kv_groups
         if groups < 1 or source_heads % groups:
             expected = f"a divisor of the source's {source_heads} KV heads"
-            raise ConversionError(f"--n_kv_groups {groups}: expected {expected}")
+            raise InputError(f"--n_kv_groups {groups}: expected {expected}")
     return SCRIPTS[to].ModelConfig(**asdict(config) | {"n_kv_groups": groups})
 
 
-def convert(model, to, config, method="joint_svd", weighting="gradient", loader=None, n_tokens=32768):
-    """The target's state dict, the energy left out in each layer or None, and the tokens of calibration.
+def choose(attention, heads, covariance, metric, mean):
+    """(D, U, mean) of the numbers that each block keeps: the leading directions of keys and values together."""
+    return *even_rows(attention, *joint_svd(covariance, metric, heads.head_dim)), mean
 
-    model   of the source. It loses its attention layers on the way, so that none is in memory twice
-    config  the target's
-    loader  get_dataloader's, shuffled, of single rows; drop_v and mean can do without
+
+def convert(model, to, config, loader, n_tokens=32768, moments_of=Moments, choose=choose):
+    """The target's state dict, the energy left out in each layer, and the tokens of calibration.
+
+    model       of the source. It loses its attention layers on the way, so that none is in memory twice
+    config      the target's
+    loader      get_dataloader's, shuffled, of single rows
+    moments_of, choose   other sums over the sample, another choice of what to keep: see runs/other_conversions.py
     """
     heads = Heads(model.config, config.n_kv_groups or config.n_head, "v" in VARIANTS[to]["cached"])
-    n_blocks, n_heads = heads.blocks.shape
     key_name = "c_k" if to in ("kv", "qgqa") else "c_kv"
-
-    moments, n_seen = [None] * config.n_layer, 0
-    if loader is not None:
-        moments = [Moments(heads, weighting) for _ in model.h]
-        n_seen = collect_moments(model, moments, loader, n_tokens)
+    moments = [moments_of(heads) for _ in model.h]
+    n_seen = collect_moments(model, moments, loader, n_tokens)
 
     weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
     left_out = []
     bar = tqdm(moments, unit="layer", desc="conversion", disable=not sys.stderr.isatty())
     for number, sums in enumerate(bar):
         attention = AttentionWeights(weights, number, heads)
-        mean = torch.zeros_like(attention.kv_bias)
-        if sums:
-            covariance, metric = sums.covariance(), sums.metric(attention)
-            if not (covariance.isfinite().all() and metric.isfinite().all()):
-                raise ConversionError(f"layer {number}: keys, values or their gradients overflow on the data")
+        covariance, metric = sums.covariance(), sums.metric(attention)
+        if not (covariance.isfinite().all() and metric.isfinite().all()):
+            raise InputError(f"layer {number}: keys, values or their gradients overflow on the data")
+        check_sample(number, covariance, attention, model.h[number].ln_1)
 
         # what to keep of keys and values
-        if method == "joint_svd":
-            check_sample(number, covariance, attention, model.h[number].ln_1)
-            mean = sums.mean()
-            down, up = even_rows(attention, *joint_svd(covariance, metric, heads.head_dim))
-        else:
-            n_averaged = n_heads // 2 if method == "drop_v" else n_heads
-            down, up = average(n_blocks, n_heads, n_averaged, heads.head_dim)
-        if sums:
-            rest = torch.eye(up.shape[1], dtype=torch.float64) - up @ down
-            lost, total = metric @ rest @ covariance @ rest.mT, metric @ covariance
-            lost, total = (product.diagonal(dim1=1, dim2=2).sum() for product in (lost, total))
-            left_out.append(float(lost / total.clamp(min=TINY)))
+        down, up, mean = choose(attention, heads, covariance, metric, sums.mean())
+        rest = torch.eye(up.shape[1], dtype=torch.float64) - up @ down
+        lost, total = metric @ rest @ covariance @ rest.mT, metric @ covariance
+        lost, total = (product.diagonal(dim1=1, dim2=2).sum() for product in (lost, total))
+        left_out.append(float(lost / total.clamp(min=TINY)))
 
         # the target's attention in the place of the source's
         converted = absorb(attention, heads, down, up, mean, key_name)
         for name, tensor in converted.items():
             if not tensor.isfinite().all():
-                raise ConversionError(f"layer {number}: the converted {name} is not finite")
+                raise InputError(f"layer {number}: the converted {name} is not finite")
         prefix = f"h.{number}.attn."
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
         weights |= {prefix + name: tensor for name, tensor in converted.items()}
         model.h[number].attn = None
         moments[number] = None
-    return weights, left_out or None, n_seen
+    return weights, left_out, n_seen
 
 
 # -----------------------------------------------------------------------------
-# Command line
+# Data
 
 
 def open_data(folder, contents, config, seed=None, batch_tokens=1):
@@ -566,21 +529,18 @@ def open_data(folder, contents, config, seed=None, batch_tokens=1):
     recorded = contents.get("tokenizer") or {}
     if isinstance(recorded, str):
         recorded = {"name": recorded}
-    if not (same_tokenizer(tokenizer, recorded) and tokenizer["vocab_size"] <= config.vocab_size):
-        ours = f"{config.vocab_size:,} tokens"
-        if recorded:
-            ours += f" and was trained with {described(recorded)}"
-        raise ConversionError(f"{folder}: data of another vocabulary: {described(tokenizer)}; the model has {ours}")
-    if not recorded and tokenizer["vocab_size"] < config.vocab_size:
-        sizes = f"its tokenizer has {tokenizer['vocab_size']:,} ids, the model {config.vocab_size:,}"
-        print(f"{folder}: {sizes}; the checkpoint does not say which tokenizer it was trained with")
-    return loader
-
-
-def same_tokenizer(tokenizer, recorded):
-    """Whether a split's tokenizer is the recorded one, by its content, or by its name if a content is unknown."""
+    # By content, or by name where a content is not known
     key = "sha256" if tokenizer["sha256"] and recorded.get("sha256") else "name"
-    return not recorded or tokenizer[key] == recorded[key]
+    same = not recorded or tokenizer[key] == recorded[key]
+    if not same or tokenizer["vocab_size"] > config.vocab_size:
+        ours = f"{config.vocab_size:,} token ids"
+        if recorded:
+            ours += f" and the tokenizer {described(recorded)}"
+        raise InputError(f"{folder}: data of another tokenizer: {described(tokenizer)}; the model has {ours}")
+    if not recorded:
+        unknown = f"the model, of {config.vocab_size:,} token ids, does not say which tokenizer it was trained with"
+        report(f"{folder}: encoded with {described(tokenizer)}; {unknown}")
+    return loader
 
 
 def described(tokenizer):
@@ -592,135 +552,142 @@ def described(tokenizer):
     return ", ".join(known)
 
 
+# -----------------------------------------------------------------------------
+# Command line
+
+
 def check_options(options):
-    """ConversionError for what cannot work, before anything is read."""
+    """InputError for what cannot work, before anything is read."""
     output, to = Path(options.output), options.to
+    for name, least in (("tokens", 1), ("val_tokens", 1), ("n_kv_groups", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: expected at least {least}")
     if options.checkpoint and to is None:
-        raise ConversionError(f"--to: missing, expected one of {', '.join(TARGETS['kqv'])}")
+        raise InputError(f"--to: missing, expected one of {', '.join(TARGETS['kqv'])}")
     if options.checkpoint and to == "kqv":
-        raise ConversionError("--to kqv: only a GPT-2 can become QKV; see --from_gpt2")
+        raise InputError("--to kqv: only a GPT-2 can become QKV; see --from_gpt2")
     if to not in (None, "kqv"):
-        if options.method == "joint_svd" and not options.data:
-            raise ConversionError("--data: missing; joint_svd takes a sample of the training data")
-        if options.method == "drop_v" and "v" in VARIANTS[to]["cached"]:
-            raise ConversionError(f"--method drop_v: {to} keeps its values; use joint_svd or mean")
+        if not options.data:
+            raise InputError("--data: missing; a conversion takes a sample of the training data")
     elif options.n_kv_groups:
-        raise ConversionError(f"--n_kv_groups {options.n_kv_groups}: not for kqv; meant for gqa and qgqa")
+        raise InputError(f"--n_kv_groups {options.n_kv_groups}: not for kqv; meant for gqa and qgqa")
     if output.is_dir():
-        raise ConversionError(f"--output {output}: a folder; expected the name of a file")
+        raise InputError(f"--output {output}: a folder; expected the name of a file")
     if output.exists() and not output.is_file():
-        raise ConversionError(f"--output {output}: not a file; choose another name")
+        raise InputError(f"--output {output}: not a file; choose another name")
     for written in (output, output.with_name(f"{output.name}.tmp")):
         if options.checkpoint and written.exists() and written.samefile(options.checkpoint):
-            raise ConversionError(f"--output {output}: would overwrite the checkpoint that it is made from")
+            raise InputError(f"--output {output}: would overwrite the checkpoint that it is made from")
     if options.from_gpt2 and output.resolve().parent == Path(options.from_gpt2).resolve():
-        raise ConversionError(f"--output {output}: in the folder of the GPT-2; choose another place")
+        raise InputError(f"--output {output}: in the folder of the GPT-2; choose another place")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
-        raise ConversionError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
 
 
-def run(options):
-    """Read, evaluate, convert, write, evaluate what was written."""
+def check_output(output, n_bytes):
+    """InputError where a file of n_bytes cannot be written."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f"{output.name}.tmp")
+    with open(temporary, "wb"):  # as write_atomically will
+        free = shutil.disk_usage(output.parent).free
+    temporary.unlink()
+    if n_bytes > free:
+        sizes = f"takes up to {n_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
+        raise InputError(f"--output {output}: {sizes}")
+
+
+def evaluate_source(alias, model, gpt2, loader, n_batches, device):
+    """evaluate's results of the source; of a GPT-2, what transformers gives is printed too.
+
+    QKV has the exact GELU in the place of GPT-2's approximation.
+    """
+    in_transformers = gpt2_text_perplexity(gpt2, loader, n_batches) if gpt2 else None
+    results = SCRIPTS[alias].evaluate(model.to(device), loader, n_batches)
+    if gpt2:
+        ours = results["text_perplexity"]
+        change = f"{ours / in_transformers - 1:+.3%}"
+        theirs = f"{in_transformers:.4f} in transformers"
+        report(f"text perplexity: {theirs}, {ours:.4f} in QKV with the exact GELU ({change})")
+    return results
+
+
+def cache_bytes(alias, config):
+    """What a token takes in the KV cache, in bf16."""
+    head_bytes = config.n_layer * config.n_embd // config.n_head * torch.bfloat16.itemsize
+    return len(VARIANTS[alias]["cached"]) * (config.n_kv_groups or config.n_head) * head_bytes
+
+
+def run(options, convert, how):
+    """Read, evaluate, convert, write, evaluate what was written. how: {method, weighting}, to be recorded."""
     check_options(options)
     started = time.perf_counter()
 
-    # the source, the target's configuration and the data: what does not go together is refused here
-    gpt2, contents = None, {}
+    # The source, the target's configuration and the data: what does not go together is refused here.
+    gpt2 = None
     if options.from_gpt2:
         gpt2 = read_gpt2(options.from_gpt2)
-        alias, model = "kqv", qkv_of_gpt2(gpt2, options.from_gpt2)
+        alias, model, contents = "kqv", *qkv_of_gpt2(gpt2, options.from_gpt2)
     else:
         alias, model, contents = read_source(options.checkpoint, options.device)
     to = options.to or "kqv"
-    config = model.config
+    source_config = config = model.config
     if to != "kqv":
-        config = target_config(alias, config, to, options.n_kv_groups)
+        config = target_config(alias, source_config, to, options.n_kv_groups)
     loader, val_loader, n_batches = None, None, 0
-    if options.data and to != "kqv":
+    if options.data:
         loader = open_data(options.data, contents, config, options.seed)
     if options.val_data:
         val_loader = open_data(options.val_data, contents, config, batch_tokens=2048)
         seq_length = val_loader.dataset.seq_length
         n_batches = math.ceil(options.val_tokens / (max(1, 2048 // seq_length) * seq_length))
-    needed = sum(p.nbytes for p in model.parameters())
-    folder = Path(options.output).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(f"{options.output}.tmp", "wb"):  # as write_atomically will
-        free = shutil.disk_usage(folder).free
-    Path(f"{options.output}.tmp").unlink()
-    if needed > free:
-        sizes = f"takes up to {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
-        raise ConversionError(f"--output {options.output}: {sizes}")
-
-    # before: a GPT-2 in transformers too, since QKV has the exact GELU in the place of its approximation
-    cache_before = model.make_cache(1, 1, torch.bfloat16).nbytes
-    if gpt2 and val_loader:
-        gpt2_perplexity = gpt2_text_perplexity(gpt2, val_loader, n_batches)
-    model.to(options.device)
+    output = Path(options.output)
+    check_output(output, sum(p.nbytes for p in model.parameters()))
     if val_loader:
-        before = SCRIPTS[alias].evaluate(model, val_loader, n_batches)
-    if gpt2 and val_loader:
-        qkv_perplexity = before["text_perplexity"]
-        change = f"{qkv_perplexity / gpt2_perplexity - 1:+.3%}"
-        theirs, ours = f"{gpt2_perplexity:.4f} in transformers", f"{qkv_perplexity:.4f} in QKV"
-        print(f"text perplexity: {theirs}, {ours} with the exact GELU ({change})")
+        before = evaluate_source(alias, model, gpt2, val_loader, n_batches, options.device)
     del gpt2
 
-    # convert and write
+    # Convert and write.
     source = Path(options.checkpoint or options.from_gpt2).resolve().name
-    about = {"source": source, "variant": SCRIPTS[alias].VARIANT, "method": "copy", "weighting": None}
-    weights, left_out, n_seen = model.state_dict(), None, 0
-    if to != "kqv":
-        del weights
-        about["method"] = options.method
-        about["weighting"] = options.weighting if options.method == "joint_svd" else None
-        how = (options.method, options.weighting, loader, options.tokens)
-        weights, left_out, n_seen = convert(model, to, config, *how)
+    if to == "kqv":
+        weights, left_out, n_seen = model.state_dict(), [], 0
+        how = {"method": "copy", "weighting": None}
+    else:
+        weights, left_out, n_seen = convert(model.to(options.device), to, config, loader, options.tokens)
     del model
-    about |= {"calibration_tokens": n_seen, "energy_left_out": left_out}
+    about = {"source": source, "variant": SCRIPTS[alias].VARIANT, **how}
+    about |= {"calibration_tokens": n_seen, "energy_left_out": left_out or None}
     about |= {"trained_for_tokens": contents.get("tokens_seen"), "trained_for_steps": contents.get("step")}
+    kept = ("tokenizer", "folder_files", "train_config", "init_from")
+    written = {key: contents[key] for key in kept if contents.get(key)}
+    if options.checkpoint and "variant" not in contents:
+        written["init_from"] = source  # the release's weights, whose licence nobody here knows
     script = SCRIPTS[to]
-    kept = {key: contents[key] for key in ("tokenizer", "train_config", "init_from") if contents.get(key)}
-    if contents and "variant" not in contents:
-        kept["init_from"] = source  # the release's weights, whose licence nobody here knows
-    kept |= {"variant": script.VARIANT, "step": 0, "model_config": asdict(config)}
-    kept |= {"converted_from": about, "model_state_dict": weights}
-    script.write_atomically(Path(options.output), partial(torch.save, kept))
-    del weights, kept
+    written |= {"variant": script.VARIANT, "step": 0, "model_config": asdict(config)}
+    written |= {"converted_from": about, "model_state_dict": weights}
+    write_atomically(output, partial(torch.save, written))
+    del weights, written
 
-    # after: the file as it was written
-    for number, share in enumerate(left_out or []):
-        print(f"layer {number:2}: {share:8.3%} of the energy of keys and values left out")
-    model = script.load_model(options.output, options.device)
+    # Say what came of it, of the file as it was written.
+    lines = [f"layer {n:2}: {share:8.3%} of the energy of keys and values left out" for n, share in enumerate(left_out)]
+    model = script.load_model(output, options.device)
     if val_loader and to != "kqv":
         after = script.evaluate(model, val_loader, n_batches)
         for name, key in (("text perplexity", "text_perplexity"), ("over all positions", "perplexity")):
             change = f"{after[key] / before[key] - 1:+.2%}"
-            print(f"{name}: {before[key]:.4f} before, {after[key]:.4f} after ({change})")
-    cache_after = model.make_cache(1, 1, torch.bfloat16).nbytes
-    print(f"KV cache in bf16: {cache_before:,} bytes a token before, {cache_after:,} after")
-    print(f"{options.output}: {VARIANTS[to]['paper']}, after {time.perf_counter() - started:.0f} s")
+            lines.append(f"{name}: {before[key]:.4f} before, {after[key]:.4f} after ({change})")
+    sizes = f"{cache_bytes(alias, source_config):,} bytes a token before, {cache_bytes(to, config):,} after"
+    lines.append(f"KV cache in bf16: {sizes}")
+    report(*lines, f"{output}: {VARIANTS[to]['paper']}, after {time.perf_counter() - started:.0f} s")
 
 
-def positive(text):
-    return at_least(1, int(text))
+JOINT_SVD = {"method": "joint_svd", "weighting": "gradient"}
 
 
-def not_negative(text):
-    return at_least(0, int(text))
-
-
-def at_least(least, value):
-    if value < least:
-        raise argparse.ArgumentTypeError(f"expected at least {least}, got {value}")
-    return value
-
-
-def main(arguments=None):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=Path(__file__).name, description=__doc__, formatter_class=layout)
+def main(arguments=None, convert=convert, how=JOINT_SVD):
+    parser = Parser(__file__, __doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", metavar="PATH", help="of a training script: QKV, GQA or MQA")
@@ -730,25 +697,21 @@ def main(arguments=None):
     add("--data", metavar="DIR", help="training split, for calibration")
     add("--val_data", metavar="DIR", help="validation split, for the perplexities before and after")
     usual = "those of a GQA; for QKV a quarter of its heads, and 4 at least: 4 at 300M, 8 at 1.2B"
-    add("--n_kv_groups", type=positive, help=f"KV heads of gqa and qgqa; default: {usual}")
-    add("--method", choices=METHODS, default=METHODS[0], help="drop_v and mean are there to compare with")
-    add("--weighting", choices=WEIGHTINGS, default=WEIGHTINGS[0], help="of joint_svd; see Moments")
-    add("--tokens", type=positive, default=32768, help="of calibration; time grows with them (default: %(default)s)")
-    add("--val_tokens", type=positive, default=262144, help="to evaluate on, in whole batches (default: %(default)s)")
-    add("--seed", type=not_negative, default=42, help="of the calibration sample")
+    add("--n_kv_groups", type=int, help=f"KV heads of gqa and qgqa; default: {usual}")
+    add("--tokens", type=int, default=32768, help="of calibration; time grows with them (default: %(default)s)")
+    add("--val_tokens", type=int, default=262144, help="to evaluate on, in whole batches (default: %(default)s)")
+    add("--seed", type=int, default=42, help="of the calibration sample")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="to calibrate and evaluate on (default: %(default)s)")
     options = parser.parse_args(arguments)
-    with suppress(AttributeError):  # closed, or not a text stream
-        sys.stdout.reconfigure(errors="replace")  # the dash of Q–K=V on an ASCII terminal
-    errors = (ConversionError, OSError, *(script.RunError for script in SCRIPTS.values()))
+    show_what_the_terminal_can()
+    errors = (InputError, OSError, *(script.RunError for script in SCRIPTS.values()))
     try:
-        run(options)
+        run(options, convert, how)
     except KeyboardInterrupt:
         sys.exit(130)
     except errors as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        parser.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

@@ -34,27 +34,30 @@ import os
 import platform
 import random
 import re
-import shlex
 import shutil
 import sys
 import sysconfig
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import yaml
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from common import (
+    CHOICES,
     InputError,
     Parser,
     Tokenizer,
+    file_error,
     first_line,
     load_tokenizer,
     rank_file,
@@ -72,56 +75,56 @@ MAX_SKIPPED = 0.01  # of the rows of a split, or of 1,000 while it has had fewer
 # ----------------------------------------------------------------------------------------------------------
 # Sources: what they are called, and local ones
 
+PARTS = {  # the words by which the hub, too, tells the parts of a data set apart
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+PART = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(PARTS)})(?=[-._ 0-9]|$)")
+NO_TEXT = re.compile(r"(readme|licen[cs]e|copying|citation)\b.*\.(txt|md|rst)")
 PAPER_SOURCES = ["cerebras/SlimPajama-627B", "gmongaras/SlimPajama-627B_Reupload"]
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 INSTALLED = ("stdlib", "site-packages")  # Python code that comes with the running interpreter
 # pydoc_data is one generated string, long enough to be most of a small validation split.
 INSTALLED_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".jsonl.zst", ".parquet")
+COMPRESSIONS = {".jsonl.zst": "zstd", ".jsonl.gz": "gzip", ".json.gz": "gzip"}
+SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", *COMPRESSIONS, ".parquet")
 BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
 
 
 @dataclass(frozen=True)
 class Source:
-    """Texts in an order that never changes: read(split, place) yields them from a place in the stream on.
+    """Texts in an order that never changes: read(part, place) yields them from a place in the stream on.
 
-    Where there is no validation split, validation is the first documents of train.
+    Where there is no `validation`, a part of the source, the first documents of train are taken for it.
     """
 
     name: str
     revision: str | None
     read: Callable[[str, dict | None], LocalRows | HubRows]
-    has_validation: bool = False
+    validation: str | None = None
     files: tuple[Path, ...] = ()
     fallback_for: str | None = None
 
 
 def source_names(args: argparse.Namespace) -> list[str]:
-    """What metadata calls the source: the names to try, best first. A hub configuration follows a colon."""
+    """What metadata calls the source: the names to try, best first. A configuration follows a colon."""
     source = args.source
     if source is None:
         names = PAPER_SOURCES
-    elif HUB_NAME.fullmatch(source) and not source.endswith(SUFFIXES) and not Path(source).exists():
+    elif HUB_NAME.fullmatch(source) and not source.lower().endswith(SUFFIXES) and not Path(source).exists():
         names = [source]
     else:
-        for option in ("config", "split", "revision"):
+        is_folder = source not in INSTALLED and Path(source).is_dir()
+        options = ("revision",) if is_folder else ("config", "split", "revision")
+        for option in options:
             if value := getattr(args, option):
-                raise InputError(f"--{option} {value}: only a hub source, --source owner/name, has one")
-        name = source if source in INSTALLED else str(Path(source).resolve())
-        refuse_other_than_utf8(name, f"--source {source!r}")
-        return [name]
-    if args.split_paragraphs:
+                raise InputError(f"--{option} {value}: --source {source} has none")
+        names = [source if source in INSTALLED else str(Path(source).resolve())]
+    if args.split_paragraphs and is_hub_source(names[0]):
         raise InputError(f"--split_paragraphs: {names[0]} is on the hub, and this needs a local source")
     return [f"{name}:{args.config}" if args.config else name for name in names]
-
-
-def refuse_other_than_utf8(path: str, called: str) -> None:
-    """InputError for a path that, once written to a JSON file, could not be read back from it."""
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{called}: its path is not valid UTF-8; rename it") from error
 
 
 def is_hub_source(name: str) -> bool:
@@ -135,21 +138,37 @@ def open_source(names: list[str], revision: str | None, train_split: str, args: 
         return open_hub_source(names, revision, train_split, args.text_column)
     if name in INSTALLED:
         files, revision = installed_files(name)
+        parts = {"train": files}
     else:
-        files = corpus_files(Path(name))
+        parts = corpus_parts(Path(args.source).resolve(), args.config)
+    if train_split not in parts:
+        raise InputError(f"--split {train_split}: {name} has {', '.join(parts)}; --split names one to train on")
+    validation = validation_part(parts, train_split)
+    if Path(args.source).is_dir():
+        for part, files in parts.items():
+            use = {train_split: "for training", validation: "for validation"}.get(part, "left untouched")
+            print(f"{name}: {part}, {len(files):,} files from {files[0]} on: {use}", file=sys.stderr)
 
-    def read_texts(path: Path) -> Iterator[str | None]:
+    def read_texts(path: Path) -> Iterator[str | NoText]:
         return read_file(path, args.text_column)
 
-    # A corpus in paragraphs is read once for both splits, and is then a single file in memory.
-    paragraphs = cache(lambda: distinct_paragraphs(files, args.text_column))
+    @cache  # held in memory as a single file; where validation is of train, it is read once for both
+    def paragraphs(part: str) -> list[str]:
+        return distinct_paragraphs(name, parts[part], args)
 
-    def read(split: str, place: dict | None) -> LocalRows:
+    def read(part: str, place: dict | None) -> LocalRows:
         if args.split_paragraphs:
-            return LocalRows([paragraphs()], iter, place)
-        return LocalRows(files, read_texts, place)
+            return LocalRows([paragraphs(part)], iter, place)
+        return LocalRows(parts[part], read_texts, place)
 
-    return Source(name, revision, read, files=tuple(files))
+    used = [parts[train_split], parts[validation] if validation else []]
+    return Source(name, revision, read, validation, tuple(chain.from_iterable(used)))
+
+
+def validation_part(parts: Iterable[str], train: str) -> str | None:
+    """The part that is for validation, under whichever of its names."""
+    names = [name for name, kind in PARTS.items() if kind == "validation"]
+    return next((name for name in names if name in parts and name != train), None)
 
 
 def installed_files(name: str) -> tuple[list[Path], str]:
@@ -179,43 +198,116 @@ def installed_files(name: str) -> tuple[list[Path], str]:
     return files, revision
 
 
-def corpus_files(source: Path) -> list[Path]:
-    """The file itself, or every file of a known kind below the folder, sorted; hidden ones are left out."""
+def corpus_parts(source: Path, config: str | None) -> dict[str, list[Path]]:
+    """The files of a source by the part of the data set that they are, each part sorted.
+
+    A folder's README.md may list them, as on the hub; else folders and files called train, validation or test
+    are such parts. Where nothing is called train, it is what has no such name.
+    """
     known = ", ".join(SUFFIXES)
     if not source.exists():
         raise InputError(f"{source}: no such file or folder")
     if not source.is_dir():
-        if not source.name.endswith(SUFFIXES):
+        if not source.name.lower().endswith(SUFFIXES):
             raise InputError(f"{source}: unknown kind of file, not {known}")
-        return [source]
+        return {"train": [source]}
+
+    files, left_out = [], []
+    for path in walk(source):
+        name = path.name.lower()
+        is_text = name.endswith(SUFFIXES) and not name.startswith(".") and not NO_TEXT.fullmatch(name)
+        (files if is_text else left_out).append(path)
+    files.sort()
+    if not files:
+        raise InputError(f"{source}: no {known} file in this folder, cards and licences aside")
+    parts = listed_parts(source, files, config)
+    if parts is None:
+        parts = named_parts(source, files)
+    used = set(chain.from_iterable(paths for part, paths in parts.items() if part))
+    left_out += [path for path in files if path not in used]
+    if left_out:
+        warn(f"{source}: {len(left_out):,} other files are left out, {min(left_out)} first")
+    return {part: parts[part] for part in sorted(filter(None, parts), key=lambda part: (part != "train", part))}
+
+
+def walk(source: Path) -> Iterator[Path]:
+    """The files below a folder, hidden ones too but not those of hidden folders."""
 
     def refuse(error: OSError) -> None:
         raise error  # os.walk skips a folder that it may not read
 
-    files = []
-    left_out = []
     for folder, folders, names in os.walk(source, onerror=refuse):
-        for name in (*folders, *names):
-            path = Path(folder, name)
-            is_hidden = name.startswith(".")
-            if path.is_symlink() and not path.is_file() and not is_hidden:
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(folder, name) for name in (*folders, *names)):
+            if path.is_symlink() and not path.is_file() and not path.name.startswith("."):
                 kind = "a link to a folder, which is not followed" if path.is_dir() else "a link to nothing"
                 raise InputError(f"{path}: {kind}: remove it, or replace it with what it should stand for")
-            if is_hidden or (name in names and not name.endswith(SUFFIXES)):
-                left_out.append(path)
-            elif name in names:
-                refuse_other_than_utf8(str(path), repr(str(path)))
-                files.append(path)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-    if not files:
-        raise InputError(f"{source}: no {known} file in this folder")
-    if left_out:
-        warn(f"{source}: {len(left_out):,} hidden files and others are left out, {min(left_out)} first")
-    return sorted(files)
+        yield from (Path(folder, name) for name in names)
+
+
+def part_of(path: Path) -> str | None:
+    """The part that the folders, from the outermost in, or the name of a file say it is of."""
+    *folders, name = path.parts
+    suffix = next(suffix for suffix in SUFFIXES if name.lower().endswith(suffix))
+    words = [*folders, name[: -len(suffix)]]
+    if suffix == ".py":
+        words = folders[:1]  # code has modules called test and training of its own
+    found = (PART.search(word.lower()) for word in words)
+    return next((PARTS[match[1]] for match in found if match), None)
+
+
+def listed_parts(source: Path, files: list[Path], config: str | None) -> dict[str, list[Path]] | None:
+    """The parts that the head of a folder's README.md lists, under `configs`; None where it lists none."""
+    card = source / "README.md"
+    head = re.match(r"---\s*\n(.*?)\n---", card.read_text("utf-8-sig"), re.DOTALL) if card.is_file() else None
+    try:
+        listed = (yaml.safe_load(head[1]) or {}).get("configs") if head else None
+        choices = {entry["config_name"]: entry for entry in listed or () if entry.keys() & {"data_files", "data_dir"}}
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{card}: its head cannot be read ({first_line(error)})") from error
+    if config not in (None, *choices):
+        raise InputError(f"--config {config}: not among those that {card} lists ({', '.join(choices) or 'none'})")
+    if not choices:
+        return None
+    default = [name for name, entry in choices.items() if entry.get("default") or name == "default"]
+    if config is None and len(choices) > 1 and not default:
+        raise InputError(f"{card} lists several configurations: choose one, --config {', '.join(choices)}")
+    entry = choices[config or (default or list(choices))[0]]
+    base = source / (entry.get("data_dir") or "")
+    if "data_files" not in entry:
+        return named_parts(base, [path for path in files if path.is_relative_to(base)])
+
+    from datasets.data_files import resolve_pattern, sanitize_patterns
+
+    try:
+        listed = sanitize_patterns(entry["data_files"])
+    except ValueError as error:
+        raise InputError(f"{card}: data_files cannot be read ({first_line(error)})") from error
+    parts = {}
+    for part, patterns in listed.items():
+        matching = set()
+        for pattern in patterns:
+            with contextlib.suppress(FileNotFoundError):  # said below
+                matching.update(map(Path, resolve_pattern(pattern, str(base))))
+        if found := [path for path in files if path in matching]:
+            parts[part] = found
+        else:
+            warn(f"{card} lists {', '.join(patterns)} for {part}, and no such file of a known kind is here")
+    return parts
+
+
+def named_parts(folder: Path, files: list[Path]) -> dict[str | None, list[Path]]:
+    """Files by the part that their names are of; None for those that are of no part."""
+    parts = {}
+    for path in files:
+        parts.setdefault(part_of(path.relative_to(folder)), []).append(path)
+    if "train" not in parts and None in parts:
+        parts["train"] = parts.pop(None)
+    return parts
 
 
 class LocalRows:
-    """The texts of files, one file after the other; None for a row without text."""
+    """The texts of files, one file after the other."""
 
     def __init__(self, files: list, read_texts: Callable, place: dict | None):
         self.files = files
@@ -225,7 +317,7 @@ class LocalRows:
     def place(self) -> dict:
         return {"file": self.file, "row": self.row}
 
-    def __iter__(self) -> Iterator[str | None]:
+    def __iter__(self) -> Iterator[str | NoText]:
         for file in self.files[self.file :]:
             for text in islice(self.read_texts(file), self.row, None):
                 self.row += 1
@@ -234,48 +326,74 @@ class LocalRows:
             self.row = 0
 
 
-def distinct_paragraphs(files: list[Path], column: str) -> list[str]:
+def distinct_paragraphs(source: str, files: list[Path], args: argparse.Namespace) -> list[str]:
     """Every paragraph of the files once, in a random order that is always the same.
 
     A paragraph is what stands between blank lines. The whole corpus is held in memory.
     """
     found = set()
-    rows = skipped = 0
-    for path in files:
-        for text in read_file(path, column):
-            rows += 1
-            if text is None:
-                skipped += 1
-                refuse_many_skipped(str(path), column, skipped, rows)
-                continue
+    seen = Seen(source, args.text_column, args.skip_rows_without_text)
+    for text in chain.from_iterable(read_file(path, args.text_column) for path in files):
+        seen.count(text)
+        if isinstance(text, str):
             text = text.replace("\r\n", "\n").replace("\r", "\n")
             found.update(part.strip("\n") for part in text.split("\n\n"))
     found.discard("")
-    if skipped:
-        warn(f"{skipped:,} rows without a string under '{column}' were skipped")
+    if seen.skipped:
+        warn(f"{seen.skipped:,} rows without text under '{args.text_column}' were skipped")
     return random.Random(0).sample(sorted(found), len(found))
 
 
-def refuse_many_skipped(source: str, column: str, skipped: int, rows: int) -> None:
-    if skipped > MAX_SKIPPED * max(rows, 1_000):
-        raise InputError(
-            f"{source}: {skipped:,} of the first {rows:,} rows have no string under '{column}'; over "
-            f"{MAX_SKIPPED:.0%} is too many: name the right --text_column"
-        )
+@dataclass(frozen=True)
+class NoText:
+    """In the place of a row's text: what was found there, and the columns that the row has."""
+
+    found: str
+    columns: tuple[str, ...]
 
 
-def read_file(path: Path, column: str) -> Iterator[str | None]:
+@dataclass
+class Seen:
+    """Counts rows. InputError where more than one in a hundred, or than ten at first, have no text."""
+
+    source: str
+    column: str
+    skip_rows: bool
+    rows: int = 0
+    skipped: int = 0
+    found: Counter = field(default_factory=Counter)  # of this run
+
+    def count(self, text: str | NoText | np.ndarray) -> None:
+        self.rows += 1
+        if not isinstance(text, NoText):
+            return
+        self.skipped += 1
+        self.found[text.found] += 1
+        if self.skipped > MAX_SKIPPED * max(self.rows, 1_000) and not self.skip_rows:
+            raise InputError(
+                f"{self.source}: {self.skipped:,} of the first {self.rows:,} rows have no text under '{self.column}' "
+                f"({self.reasons()}): leave such rows out with --skip_rows_without_text, or choose among the columns "
+                f"of the last one with --text_column ({', '.join(text.columns)})"
+            )
+
+    def reasons(self) -> str:
+        return ", ".join(f"{kind} in {count:,}" for kind, count in self.found.most_common())
+
+
+def read_file(path: Path, column: str) -> Iterator[str | NoText]:
     """Yield the documents of a file: its whole text, or the text column of each row."""
+    name = path.name.lower()
+    packed = next((kind for suffix, kind in COMPRESSIONS.items() if name.endswith(suffix)), None)
     try:
-        if path.name.endswith(".parquet"):
+        if name.endswith(".parquet"):
             yield from read_parquet(path, column)
-        elif path.name.endswith(".jsonl.zst"):
+        elif packed:
             # pyarrow, because zstandard's reader takes a truncated file for a complete one
             import pyarrow
 
-            with pyarrow.input_stream(str(path), compression="zstd") as stream:
+            with pyarrow.input_stream(str(path), compression=packed) as stream:
                 yield from read_json_lines(path, io.BufferedReader(stream), column)
-        elif path.name.endswith(".jsonl"):
+        elif name.endswith(".jsonl"):
             with path.open("rb") as lines:
                 yield from read_json_lines(path, lines, column)
         else:
@@ -286,7 +404,7 @@ def read_file(path: Path, column: str) -> Iterator[str | None]:
         raise InputError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
-def read_json_lines(path: Path, lines: Iterable[bytes], column: str) -> Iterator[str | None]:
+def read_json_lines(path: Path, lines: Iterable[bytes], column: str) -> Iterator[str | NoText]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -298,7 +416,7 @@ def read_json_lines(path: Path, lines: Iterable[bytes], column: str) -> Iterator
             yield text_of(row, column)
 
 
-def read_parquet(path: Path, column: str) -> Iterator[str | None]:
+def read_parquet(path: Path, column: str) -> Iterator[str | NoText]:
     import pyarrow
     from pyarrow import parquet
 
@@ -312,9 +430,17 @@ def read_parquet(path: Path, column: str) -> Iterator[str | None]:
         raise InputError(f"{path}: not a readable parquet file ({first_line(error)})") from error
 
 
-def text_of(row: dict, column: str) -> str | None:
+def text_of(row: dict, column: str) -> str | NoText:
     text = row.get(column)
-    return text if isinstance(text, str) else None
+    if isinstance(text, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            text = text.decode()
+    if isinstance(text, str):
+        return text
+    found = "bytes that are not UTF-8" if isinstance(text, bytes) else f"a value of type {type(text).__name__}"
+    if text is None:
+        found = "null" if column in row else "no such column"
+    return NoText(found, tuple(row))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -336,6 +462,8 @@ def open_hub_source(names: list[str], revision: str | None, train_split: str, co
         except InputError:  # it resolves, and has no such split
             raise
         except (*network_errors(), *data_errors()) as error:
+            if file_error(error):  # another source would meet it too
+                raise hub_error(name, error) from error
             reasons.append(f"{name} does not resolve ({first_line(error)})")
             continue
         if not reasons:
@@ -350,15 +478,8 @@ def open_hub_dataset(name: str, revision: str | None, train_split: str, column: 
     import datasets
 
     repository, _, config = name.partition(":")
-    waits = iter(RETRY_SECONDS[:2])  # the library itself tries for half a minute each time
-    streams = None
-    while streams is None:
-        try:
-            builder = datasets.load_dataset_builder(repository, config or None, revision=revision)
-            streams = builder.as_streaming_dataset()
-        except network_errors() as error:
-            if not try_again(name, error, waits):
-                raise
+    builder = datasets.load_dataset_builder(repository, config or None, revision=revision)
+    streams = builder.as_streaming_dataset()
     if train_split not in streams:
         raise InputError(f"--split {train_split}: {name} has the splits {', '.join(streams)}")
     # Where each begins has to be asked before the first row is read.
@@ -368,11 +489,11 @@ def open_hub_dataset(name: str, revision: str | None, train_split: str, column: 
         return HubRows(f"{name}, split {split}", streams[split], column, place or starts[split])
 
     # The commit is recorded: a restart reads the same rows although the dataset was changed meanwhile.
-    return Source(name, builder.hash, read, has_validation="validation" in set(streams) - {train_split})
+    return Source(name, builder.hash, read, validation_part(streams, train_split))
 
 
 class HubRows:
-    """The texts of a hub split; None for a row without. After a lost connection it continues where it was."""
+    """The texts of a hub split. After a lost connection it continues where it was."""
 
     def __init__(self, name: str, stream, column: str, start: dict):
         self.name = name
@@ -388,7 +509,7 @@ class HubRows:
             self.rows_since_start = 0
         return self.start
 
-    def __iter__(self) -> Iterator[str | None]:
+    def __iter__(self) -> Iterator[str | NoText]:
         waits = iter(RETRY_SECONDS)
         while True:
             self.stream.load_state_dict(self.start)
@@ -400,13 +521,20 @@ class HubRows:
                 return
             except network_errors() as error:
                 if not try_again(self.name, error, waits):
-                    raise InputError(
-                        f"{self.name} is out of reach ({first_line(error)}): check the connection, and that "
-                        "the data exists and is open to you (`hf auth login`); complete chunks stay: run the "
-                        "same command again"
-                    ) from error
+                    raise hub_error(self.name, error) from error
             except data_errors() as error:
                 raise InputError(f"{self.name}: a file of it cannot be read ({first_line(error)})") from error
+
+
+def hub_error(name: str, error: Exception) -> InputError:
+    """What to do about an error: of this machine's files, of the connection, or of the data."""
+    again = "complete chunks stay: run the same command again"
+    if local := file_error(error):
+        return InputError(f"{name}: {local}, on this machine (HF_HOME is the folder of the cache); {again}")
+    if is_transient(error) or isinstance(error, ConnectionError):
+        return InputError(f"{name} is out of reach ({first_line(error)}): check the connection; {again}")
+    opened = "is it there, and open to you (`hf auth login`)?"
+    return InputError(f"{name} cannot be read ({first_line(error)}): {opened} {again.capitalize()}")
 
 
 def try_again(name: str, error: Exception, waits: Iterator[int]) -> bool:
@@ -445,7 +573,7 @@ def is_transient(error: Exception) -> bool:
         status = getattr(response, "status_code", None) or getattr(link, "status", None)
         if isinstance(status, int):
             return status >= 500 or status in (408, 429)
-    return not (HF_HUB_OFFLINE or isinstance(error, (FileNotFoundError, PermissionError)))
+    return not (HF_HUB_OFFLINE or isinstance(error, FileNotFoundError) or file_error(error))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -470,7 +598,7 @@ class Chunk:
 
 
 def encode_rows(rows: LocalRows | HubRows, tokenizer: Tokenizer, skip: int) -> Iterator[tuple]:
-    """Yield, for each row after the first `skip`, its tokens (uint16, or None) and where to resume."""
+    """Yield, for each row after the first `skip`, its tokens (uint16) or NoText, and where to resume."""
     texts = iter(rows)
     if sum(1 for _ in islice(texts, skip)) < skip:
         raise InputError("the source has changed: it no longer holds the rows that were read before")
@@ -479,42 +607,40 @@ def encode_rows(rows: LocalRows | HubRows, tokenizer: Tokenizer, skip: int) -> I
         batch = next_batch(texts)
         if not batch:
             return
-        tokens = iter(tokenizer.encode([text for text in batch if text is not None]))
+        tokens = iter(tokenizer.encode([text for text in batch if isinstance(text, str)]))
         for number, text in enumerate(batch, 1):
-            yield None if text is None else next(tokens), {"place": place, "skip": number}
+            yield next(tokens) if isinstance(text, str) else text, {"place": place, "skip": number}
 
 
-def next_batch(texts: Iterator[str | None]) -> list[str | None]:
+def next_batch(texts: Iterator[str | NoText]) -> list[str | NoText]:
     batch = []
     characters = 0
     for text in texts:
         batch.append(text)
-        characters += len(text or "")
+        characters += len(text) if isinstance(text, str) else 0
         if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
             break
     return batch
 
 
 def split_chunks(
-    encoded: Iterator[tuple], metadata: Metadata, leave_some: bool, progress: Callable
+    encoded: Iterator[tuple], metadata: Metadata, skip_rows: bool, leave_some: bool, progress: Callable
 ) -> Iterator[Chunk]:
     """Yield chunks from where metadata stands to the document that reaches the target, or to the last one.
 
     The last chunk has no document where only rows without text are left. Raises InputError before it for a
-    split without any token and, with `leave_some`, for one that leaves too little for training.
+    split without any token and, with `leave_some`, for one that leaves nothing for training.
     """
-    total = metadata.tokens
-    target = metadata.target_tokens
+    source, column = metadata.source, metadata.text_column
+    total, target = metadata.tokens, metadata.target_tokens
     skipped = metadata.skipped_documents
-    rows = metadata.documents + skipped
+    seen = Seen(source, column, skip_rows, metadata.documents + skipped, skipped)
     chunk = Chunk()
     while total < target and (row := next(encoded, None)):
         ids, chunk.resume = row
-        rows += 1
-        if ids is None:
-            skipped += 1
+        seen.count(ids)
+        if isinstance(ids, NoText):
             chunk.skipped += 1
-            refuse_many_skipped(metadata.source, metadata.text_column, skipped, rows)
             continue
         chunk.tokens.frombytes(ids.tobytes())
         chunk.tokens.append(metadata.eos_id)
@@ -526,43 +652,16 @@ def split_chunks(
             yield chunk
             chunk = Chunk()
     if total == 0:
-        why = f"{skipped:,} of {rows:,} rows have no string under '{metadata.text_column}'"
-        if skipped == 0:
-            why = f"all of its {rows:,} documents are empty"
-        raise InputError(f"{metadata.source} has no text for the {metadata.split} split: {why}")
-    if leave_some:
-        refuse_greedy_validation(encoded, metadata, total)
-    yield chunk
-
-
-def refuse_greedy_validation(encoded: Iterator[tuple], metadata: Metadata, total: int) -> None:
-    """InputError where validation, `total` tokens of it, leaves too little of the source for training.
-
-    It ends with a whole document, and one may be longer than all the others: what comes after it has to be
-    at least what it takes beyond the target. Reads on in the source to find out.
-    """
-    beyond = max(1, total - metadata.target_tokens)
-    left = 0
-    while left < beyond and (row := next(encoded, None)):
-        ids, _ = row
-        left += 0 if ids is None else len(ids)
-    if left == 0:
-        raise nothing_left(metadata.source, total)
-    if left < beyond:
+        why = f"all of its {seen.rows:,} documents are empty"
+        if seen.skipped:
+            why = f"{seen.skipped:,} of {seen.rows:,} rows have none under '{column}' ({seen.reasons()})"
+        raise InputError(f"{source} has no text for the {metadata.split} split: {why}")
+    if leave_some and not any(isinstance(ids, np.ndarray) and len(ids) for ids, _ in encoded):
         raise InputError(
-            f"{metadata.source}: validation would end with a document that takes it to {total:,} tokens, "
-            f"where {metadata.target_tokens:,} were asked for, and leave {left:,} for training: divide "
-            "the document, put it last, or prepare without validation, --validation_tokens 0"
+            f"nothing is left for training: validation takes all {total:,} tokens of {source}, in whole documents: "
+            "make documents of its paragraphs, --split_paragraphs, or take no validation, --validation_tokens 0"
         )
-
-
-def nothing_left(source: str, tokens: int) -> InputError:
-    return InputError(f"nothing is left for training: validation takes all {tokens:,} tokens of {source}")
-
-
-def slices(tokens: np.ndarray) -> Iterator[np.ndarray]:
-    """A chunk in pieces: what is computed from all of it at once would take its memory a second time."""
-    return (tokens[start : start + 2**20] for start in range(0, len(tokens), 2**20))
+    yield chunk
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -614,12 +713,13 @@ def write_array(path: Path, values: np.ndarray) -> str:
     return write_atomically(path, lambda file: np.save(file, values))
 
 
-def read_json(path: Path, kind: type) -> object | None:
-    """A file's content as `kind`, None where there is no file. Raises InputError for any other content."""
+def read_metadata(folder: Path) -> Metadata | None:
+    """The metadata of a split, None where there are none. Raises InputError for any other content."""
+    path = folder / "metadata.json"
     if not path.exists():
         return None
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        return Metadata.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{key}: " for key in first["loc"])
@@ -627,10 +727,6 @@ def read_json(path: Path, kind: type) -> object | None:
             f"{path}: not what this script writes ({where}{first['msg']}): choose another --output_dir, or "
             "delete what is prepared in this one and start over"
         ) from error
-
-
-def read_metadata(folder: Path) -> Metadata | None:
-    return read_json(folder / "metadata.json", Metadata)
 
 
 def write_metadata(folder: Path, metadata: Metadata) -> None:
@@ -659,65 +755,15 @@ def write_chunk(folder: Path, name: str, chunk: Chunk, token_bytes: np.ndarray) 
         name=name,
         documents=len(offsets) - 1,
         tokens=chunk.text_tokens,
-        bytes=sum(int(token_bytes[ids].sum()) for ids in slices(tokens)),
+        bytes=int(token_bytes[tokens].sum()),
         skipped_documents=chunk.skipped,
         tokens_sha256=write_array(folder / f"{name}.tokens.npy", tokens),
         offsets_sha256=write_array(folder / f"{name}.offsets.npy", offsets),
     )
 
 
-def chunk_files(folder: Path, entry: ChunkEntry) -> dict[str, tuple[Path, int]]:
-    """The files of a chunk by kind, with their lengths."""
-    lengths = {"tokens": entry.tokens + entry.documents, "offsets": entry.documents + 1}
-    return {kind: (folder / f"{entry.name}.{kind}.npy", length) for kind, length in lengths.items()}
-
-
-def refuse_old_format(folder: Path, metadata: Metadata | None) -> None:
-    """InputError for token files of earlier versions, which had no end-of-text tokens."""
-    for entry in metadata.chunks if metadata else ():
-        path, _ = chunk_files(folder, entry)["tokens"]
-        try:
-            tokens = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError):
-            continue  # missing or damaged, and reported as that
-        if tokens.shape == (entry.tokens,):
-            # The splits alone: the source may be in the output folder too.
-            splits = [path for split in SPLITS if (path := folder.parent / split).exists()]
-            command = f"{shlex.join(['rm', '-r', *map(str, splits)])} && {preparing_command(folder.parent)}"
-            raise InputError(
-                f"{folder} has token files of an earlier version, without an end-of-text token after each "
-                f"document: make them again with: {command}"
-            )
-
-
-def preparing_command(output: Path) -> str:
-    """The command that prepares a folder like this one, from its metadata."""
-    validation, train = (read_metadata(output / split) for split in SPLITS)
-    known = train or validation
-    on_hub = is_hub_source(known.source)
-    source, _, config = known.source.partition(":") if on_hub else (known.source, "", "")
-    option = "validation_from_train" if on_hub and known.validation_from_train else "validation_tokens"
-    arguments = {
-        "source": source,
-        "config": config or None,
-        "split": known.train_split if known.train_split != "train" else None,
-        "revision": known.requested_revision,
-        "text_column": known.text_column,
-        "split_paragraphs": known.split_paragraphs,
-        # A rank file is recorded by its name and hash, without its folder.
-        "tokenizer": known.tokenizer.partition(" sha256:")[0],
-        "chunk_tokens": known.chunk_tokens,
-        option: validation.target_tokens if validation else 0,
-        "output_dir": str(output),
-    }
-    if train:
-        arguments["target_tokens"] = train.target_tokens
-    words = ["python", "dataset_download.py"]
-    for name, default in vars(parse_arguments([])).items():
-        value = arguments.get(name, default)
-        if value != default:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return shlex.join(words)
+def chunk_files(folder: Path, entry: ChunkEntry) -> dict[str, Path]:
+    return {kind: folder / f"{entry.name}.{kind}.npy" for kind in ("tokens", "offsets")}
 
 
 def refuse_other_arguments(output: Path, recorded: dict, asked: dict, targets: dict[str, int]) -> None:
@@ -739,23 +785,16 @@ def refuse_other_arguments(output: Path, recorded: dict, asked: dict, targets: d
 
 
 def cut_back(folder: Path, metadata: Metadata | None) -> Metadata | None:
-    """Metadata up to the first missing file: the rest is made again. InputError for a damaged one."""
+    """Metadata up to the first missing file: the rest is made again. --verify finds damaged ones."""
     if metadata is None:
         return None
     for number, entry in enumerate(metadata.chunks):
-        for path, length in chunk_files(folder, entry).values():
-            if not path.exists():
-                warn(f"{path} is missing: {len(metadata.chunks) - number} chunks are made again")
-                chunks = metadata.chunks[:number]
-                totals = {key: sum(getattr(kept, key) for kept in chunks) for key in TOTALS}
-                left = {"chunks": chunks, "finished": False, "resume": None}
-                return metadata.model_copy(update=totals | left)
-            try:
-                found = np.load(path, mmap_mode="r").size
-            except (ValueError, EOFError) as error:
-                found = first_line(error)
-            if found != length:
-                raise InputError(f"{path} is damaged ({found}, not {length} numbers): {REMEDY}")
+        missing = [path for path in chunk_files(folder, entry).values() if not path.exists()]
+        if missing:
+            warn(f"{missing[0]} is missing: {len(metadata.chunks) - number} chunks are made again")
+            chunks = metadata.chunks[:number]
+            totals = {key: sum(getattr(kept, key) for kept in chunks) for key in TOTALS}
+            return metadata.model_copy(update={**totals, "chunks": chunks, "finished": False, "resume": None})
     whole = all((folder / name).exists() for name in metadata.tokenizer_sha256)
     return metadata.model_copy(update={"finished": metadata.finished and whole})
 
@@ -785,8 +824,8 @@ def check_source_files(output: Path, source: Source, fresh: bool) -> None:
     found = {}
     for file in source.files:
         stat = file.stat()
-        found[str(file)] = (stat.st_size, stat.st_mtime_ns)
-    noted = None if fresh else read_json(path, dict[str, tuple[int, int]])
+        found[str(file)] = [stat.st_size, stat.st_mtime_ns]
+    noted = json.loads(path.read_bytes()) if path.exists() and not fresh else None
     if noted is None:
         write_text(path, json.dumps(found, indent=0))
         return
@@ -798,21 +837,17 @@ def check_source_files(output: Path, source: Source, fresh: bool) -> None:
         )
 
 
-def bytes_needed(source: Source, splits: dict[str, Metadata]) -> int:
-    """Disk for what is left to do, at 100 tokens a document and more.
+def check_disk(output: Path, source: Source, splits: dict[str, Metadata]) -> None:
+    """InputError where the disk has no room for what is left to do, at 100 tokens a document and more.
 
     A token takes 2 bytes; a document 2 for its end-of-text token and 8 for its offset.
     """
     tokens = sum(metadata.target_tokens for metadata in splits.values())
-    if source.files and all(path.name.endswith((*TEXT_SUFFIXES, ".jsonl")) for path in source.files):
+    if source.files and all(path.name.lower().endswith((*TEXT_SUFFIXES, ".jsonl")) for path in source.files):
         # A token is at least a byte of text.
         tokens = min(tokens, sum(path.stat().st_size for path in source.files))
     tokens -= sum(metadata.tokens for metadata in splits.values())
-    return max(0, 2 * tokens + 10 * tokens // 100)
-
-
-def check_disk(output: Path, source: Source, splits: dict[str, Metadata]) -> None:
-    needed = bytes_needed(source, splits)
+    needed = 2 * tokens + 10 * tokens // 100
     existing = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -836,8 +871,6 @@ def prepare(args: argparse.Namespace) -> None:
     earlier = recorded["validation"] or recorded["train"]
     names, asked = asked_for(args, earlier)
     refuse_other_arguments(output, recorded, asked, targets)
-    for split in SPLITS:
-        refuse_old_format(output / split, recorded[split])
     splits = {split: cut_back(output / split, recorded[split]) for split in SPLITS if targets[split]}
 
     if all(metadata and metadata.finished for metadata in splits.values()):
@@ -856,7 +889,7 @@ def prepare(args: argparse.Namespace) -> None:
                 for path in output.glob(pattern):
                     path.unlink()  # what a killed run was writing
             check_source_files(output, source, fresh=not earlier)
-            prepare_splits(output, source, tokenizer, splits)
+            prepare_splits(output, source, tokenizer, splits, args.skip_rows_without_text)
     for split, metadata in splits.items():
         report(output / split, metadata)
 
@@ -887,11 +920,10 @@ def asked_for(args: argparse.Namespace, earlier: Metadata | None) -> tuple[list[
 def new_metadata(
     args: argparse.Namespace, asked: dict, source: Source, tokenizer: Tokenizer, split: str, target: int
 ) -> Metadata:
-    from_train = not source.has_validation or bool(args.validation_from_train)
+    from_train = not source.validation or bool(args.validation_from_train)
     if split == "validation" and from_train and not source.files and not args.validation_from_train:
-        besides = " besides" if asked["train_split"] == "validation" else ""
         first = f"the first {target:,} tokens of {asked['train_split']}"
-        warn(f"{source.name} has no validation split{besides}: {first} become one")
+        warn(f"{source.name} has no validation split of its own: {first} become one")
     known = {
         **asked,
         "source": source.name,
@@ -910,56 +942,17 @@ def new_metadata(
     return Metadata(**known)
 
 
-def prepare_splits(output: Path, source: Source, tokenizer: Tokenizer, splits: dict[str, Metadata]) -> None:
+def prepare_splits(
+    output: Path, source: Source, tokenizer: Tokenizer, splits: dict[str, Metadata], skip_rows: bool
+) -> None:
     """Prepare validation, then train, which begins after the rows that were taken for validation."""
     validation = splits.get("validation")
     taken = validation if validation and validation.validation_from_train else None
-    halves = cut_single_document(source, tokenizer, taken) if taken else None
     for split, metadata in splits.items():
         if metadata.finished:
             continue
-        if halves:
-            encoded = iter(halves[split][metadata.documents + metadata.skipped_documents :])
-        else:
-            encoded = remaining_rows(source, tokenizer, metadata, taken)
-        leave_some = metadata is taken and not halves
-        try:
-            prepare_split(output / split, metadata, encoded, tokenizer, leave_some)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            needed = f"{bytes_needed(source, splits) / 1e9:,.3f} GB more are needed"
-            raise InputError(
-                f"{output}: no space left, {needed}: make room, then run the same command again"
-            ) from error
-
-
-def cut_single_document(source: Source, tokenizer: Tokenizer, validation: Metadata) -> dict | None:
-    """For a source of one document: its first tokens for validation, the rest for train, as encoded rows.
-
-    Rows without text count as validation's.
-    """
-    documents = []
-    skipped = 0
-    for text in source.read(validation.train_split, None):
-        if text is None:
-            skipped += 1
-            # Or a wrong --text_column would be known only at the end of the source.
-            refuse_many_skipped(source.name, validation.text_column, skipped, skipped + len(documents))
-            continue
-        documents.append(text)
-        if len(documents) == 2:
-            break
-    if len(documents) != 1:
-        return None
-    (ids,) = tokenizer.encode(documents)
-    tokens = validation.target_tokens
-    if len(ids) <= tokens:
-        raise nothing_left(source.name, len(ids))
-    return {
-        "validation": [(None, None)] * skipped + [(ids[:tokens], None)],
-        "train": [(ids[tokens:], None)],
-    }
+        encoded = remaining_rows(source, tokenizer, metadata, taken)
+        prepare_split(output / split, metadata, encoded, tokenizer, skip_rows, leave_some=metadata is taken)
 
 
 def remaining_rows(
@@ -973,12 +966,17 @@ def remaining_rows(
             before += taken.documents + taken.skipped_documents
         resume = {"place": None, "skip": before}
     of_train = metadata.split == "train" or metadata is taken
-    name = metadata.train_split if of_train else "validation"
+    name = metadata.train_split if of_train else source.validation
     return encode_rows(source.read(name, resume["place"]), tokenizer, resume["skip"])
 
 
 def prepare_split(
-    folder: Path, metadata: Metadata, encoded: Iterator[tuple], tokenizer: Tokenizer, leave_some: bool
+    folder: Path,
+    metadata: Metadata,
+    encoded: Iterator[tuple],
+    tokenizer: Tokenizer,
+    skip_rows: bool,
+    leave_some: bool,
 ) -> None:
     """Write a split. Metadata is written again after each chunk, so that it never names a missing file."""
     split = metadata.split
@@ -989,7 +987,7 @@ def prepare_split(
     token_bytes = write_tokenizer(folder, tokenizer, metadata)
     # disable=None: no bar where stderr is not a terminal
     with tqdm(desc=split, total=target, initial=before, unit="token", unit_scale=True, disable=None) as bar:
-        for chunk in split_chunks(encoded, metadata, leave_some, bar.update):
+        for chunk in split_chunks(encoded, metadata, skip_rows, leave_some, bar.update):
             if len(chunk.offsets) == 1:
                 metadata.skipped_documents += chunk.skipped
                 break
@@ -1026,7 +1024,6 @@ def verify(output: Path) -> int:
         if metadata is None:
             continue
         folder = output / split
-        refuse_old_format(folder, metadata)
         problems = list(find_problems(folder, metadata))
         for problem in problems:
             print(problem)
@@ -1041,17 +1038,8 @@ def find_problems(folder: Path, metadata: Metadata) -> Iterator[str]:
     for name, digest in metadata.tokenizer_sha256.items():
         yield from check_hash(folder / name, digest)
     for entry in metadata.chunks:
-        damaged = []
-        for kind, (path, _) in chunk_files(folder, entry).items():
-            damaged += check_hash(path, getattr(entry, f"{kind}_sha256"))
-        yield from damaged or check_contents(folder, entry, metadata)
-    for key in TOTALS:
-        recorded = getattr(metadata, key)
-        total = sum(getattr(entry, key) for entry in metadata.chunks)
-        # Rows without text after the last document belong to no chunk.
-        if recorded < total or (recorded > total and key != "skipped_documents"):
-            wrong = f"{folder / 'metadata.json'}: {key} {recorded:,}, and its chunks hold {total:,}"
-            yield f"{wrong}: delete what is prepared in {folder.parent} and start over"
+        for kind, path in chunk_files(folder, entry).items():
+            yield from check_hash(path, getattr(entry, f"{kind}_sha256"))
     if not metadata.finished:
         yield f"{folder}: not finished: run the command that began it again"
 
@@ -1065,39 +1053,16 @@ def check_hash(path: Path, digest: str) -> Iterator[str]:
             yield f"{path} is damaged (its SHA-256 is not the one in metadata.json): {REMEDY}"
 
 
-def check_contents(folder: Path, entry: ChunkEntry, metadata: Metadata) -> Iterator[str]:
-    """What a SHA-256 cannot tell: whether the contents were sound when they were written."""
-    (tokens_path, length), (offsets_path, count) = chunk_files(folder, entry).values()
-    tokens = np.load(tokens_path, mmap_mode="r")
-    offsets = np.load(offsets_path)
-    vocab_size = metadata.vocab_size
-    if len(tokens) != length or any(int(ids.max()) >= vocab_size for ids in slices(tokens)):
-        yield f"{tokens_path}: not {length:,} ids below {vocab_size:,}: {REMEDY}"
-        return
-    complete = len(offsets) == count and offsets[0] == 0 and offsets[-1] == length
-    if not complete or (np.diff(offsets) <= 0).any():
-        yield f"{offsets_path}: not {count:,} rising offsets from 0 to {length:,}: {REMEDY}"
-        return
-    # The end-of-text id is at the end of each document, and nowhere else.
-    ends = tokens[offsets[1:] - 1] == metadata.eos_id
-    found = sum(int((ids == metadata.eos_id).sum()) for ids in slices(tokens))
-    if not ends.all() or found != entry.documents:
-        yield f"{tokens_path}: not one end-of-text token after each of {count - 1:,} documents: {REMEDY}"
-
-
 def report(folder: Path, metadata: Metadata) -> None:
     """Print a split's totals, and how much of the paper's rows would be padding."""
     documents, tokens, size = metadata.documents, metadata.tokens, metadata.bytes
     target = metadata.target_tokens
     kept = 0
     for entry in metadata.chunks:
-        path, _ = chunk_files(folder, entry)["offsets"]
-        lengths = np.diff(np.load(path)) - 1  # without the end-of-text tokens
+        lengths = np.diff(np.load(chunk_files(folder, entry)["offsets"])) - 1  # without the end-of-text tokens
         kept += int(np.minimum(lengths, ROW_TOKENS).sum())
     if skipped := metadata.skipped_documents:
-        print(f"{folder}: {skipped:,} rows without a string under '{metadata.text_column}' were skipped")
-    if tokens >= 2 * target:
-        print(f"{folder}: asked for {target:,} tokens, and took {tokens:,}: its last document is not cut")
+        print(f"{folder}: {skipped:,} rows without text under '{metadata.text_column}' were skipped")
     if tokens < target:
         print(f"{folder}: the source ended before {target:,} tokens")
     print(
@@ -1133,21 +1098,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--source",
-        help="owner/name on the hub; a .txt, .md, .rst, .py, .jsonl, .jsonl.zst or .parquet file, or a "
-        "folder of them; stdlib or site-packages: the code of Python's standard library, or of the "
-        "installed packages",
+        help="owner/name on the hub; a .txt, .md, .rst, .py, .jsonl, .jsonl.zst, .jsonl.gz, .json.gz or .parquet "
+        "file, or a folder of them, whose parts are told apart by its README.md or by their names; stdlib or "
+        "site-packages: the code of Python's standard library, or of the installed packages",
     )
-    add("--config", help="configuration of a hub source")
-    add("--split", help="split of a hub source to train on (default: train)")
+    add("--config", help="configuration of a hub source, or of a folder whose README.md lists some")
+    add("--split", help="split of such a source to train on (default: train)")
     add("--revision", help="commit, tag or branch of a hub source (default: the newest, which is recorded)")
     add("--text_column", default="text", help="where .jsonl, .parquet and hub sources keep their text")
+    add(
+        "--skip_rows_without_text",
+        action="store_true",
+        help="skip any number of rows that have no text, not one in a hundred at most",
+    )
     add(
         "--split_paragraphs",
         action="store_true",
         help="make each paragraph of a local source a document, drop duplicates, and put them in a fixed "
         "random order; holds the corpus in memory",
     )
-    add("--tokenizer", default="gpt2", help="gpt2 (default), bytes or PATH.tiktoken")
+    add("--tokenizer", default="gpt2", help=f"{CHOICES} (default: gpt2)")
     add("--target_tokens", type=positive_token_count, default=10_000_000_000, help="for training (default: 1e10)")
     validation = parser.add_mutually_exclusive_group().add_argument
     validation("--validation_tokens", type=token_count, default=10_000_000, help="0: none (default: 1e7)")
@@ -1174,9 +1144,12 @@ def main(argv: list[str] | None = None) -> None:
         stopped = "stopped: the same command resumes after the last complete chunk"
         print(f"dataset_download.py: {stopped}", file=sys.stderr)
         sys.exit(130)
-    except (InputError, OSError) as error:
-        # OSError: a full disk, a lost connection. What is complete stays, and the same command resumes.
+    except InputError as error:
         print(f"dataset_download.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, no permission
+        again = "what is complete stays, and the same command goes on from there"
+        print(f"dataset_download.py: error: {args.output_dir}: {error}; {again}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, QuantizedCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
@@ -65,7 +65,8 @@ class QKVConfig(PreTrainedConfig):
     """The architecture: `variant`, a key of PROJECTIONS, and the fields of configs/model_config_*.yaml.
 
     n_inner None: 4 n_embd. n_kv_groups, the KV heads, None: 1 for mqa and qmqa, else n_head. ValueError where
-    the fields do not go together.
+    the fields do not go together. config.json has the library's own names for the shape as well, such as
+    num_key_value_heads, for tools that read them there.
     """
 
     model_type = "qkv"
@@ -77,6 +78,7 @@ class QKVConfig(PreTrainedConfig):
         "num_hidden_layers": "n_layer",
         "num_key_value_heads": "n_kv_groups",
     }
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # by Trainer.evaluate
 
     variant: str = "kqv"
     vocab_size: int = 50304
@@ -115,6 +117,19 @@ class QKVConfig(PreTrainedConfig):
             raise ValueError(f"n_kv_groups: expected a divisor of n_head ({n_head}), got {groups}")
         if not one_head and not grouped and groups != n_head:
             raise ValueError(f"n_kv_groups: expected n_head ({n_head}) for {variant}, got {groups}")
+
+    def to_dict(self):
+        return super().to_dict() | {name: getattr(self, own) for name, own in self.attribute_map.items()}
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As the library's; ValueError where a field has two values, under its two names."""
+        config_dict = dict(config_dict)
+        for name, own in cls.attribute_map.items():
+            value = config_dict.pop(name, None)
+            if value is not None and config_dict.setdefault(own, value) != value:
+                raise ValueError(f"{own} is {config_dict[own]}, and {name}, which is the same, {value}")
+        return super().from_dict(config_dict, **kwargs)
 
 
 # -----------------------------------------------------------------------------
@@ -274,9 +289,8 @@ class QKVModel(QKVPreTrainedModel):
         """int64 [B, T], or embeddings [B, T, n_embd] -> last_hidden_state [B, T, n_embd], and the cache.
 
         attention_mask [B, past + T]: 0 on padding. position_ids [B, T]: by default counted over what the mask
-        does not hide, so that padding may stand on either side; in a packed row, each text counts from 0, and
-        use_cache must be False: with a cache the texts see each other. ValueError for more than n_positions
-        tokens without position_ids.
+        does not hide, so that padding may stand on either side; in a packed row without a mask or a cache, each
+        text counts from 0 and sees itself alone. ValueError for more than n_positions tokens without position_ids.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
@@ -287,9 +301,7 @@ class QKVModel(QKVPreTrainedModel):
         # The past. Gradient checkpointing runs each block twice, which must not append to a cache.
         cache = cache if cache is not None else past_key_values
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            cache = None
-        elif use_cache and cache is None:
-            cache = DynamicCache(config=self.config)
+            cache, use_cache = None, False
         past = cache.get_seq_length() if isinstance(cache, Cache) else 0  # a paged cache brings position_ids
 
         # A packed row, which brings its own positions, may be longer than its texts. A static cache counts on
@@ -298,6 +310,12 @@ class QKVModel(QKVPreTrainedModel):
         if position_ids is None and total > n_positions:
             raise ValueError(f"{total} tokens do not fit the model's n_positions, {n_positions}")
 
+        # Only who brings position_ids can have packed texts into a row. The mask comes before a new cache, with
+        # which the library would not look for them.
+        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+
         # Positions are learned, so a padded row has to start at position 0 where its text starts.
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
@@ -305,7 +323,6 @@ class QKVModel(QKVPreTrainedModel):
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past)[None]
         hidden_states = inputs_embeds + self.wpe(position_ids)
 
-        causal_mask = create_causal_mask(self.config, inputs_embeds, attention_mask, cache, position_ids)
         for block in self.h:
             hidden_states = block(hidden_states, causal_mask, cache, position_ids=position_ids, **kwargs)
         return BaseModelOutputWithPast(self.ln_f(hidden_states), cache)
@@ -379,4 +396,17 @@ class QKVForCausalLM(QKVPreTrainedModel, GenerationMixin):
         return super()._get_static_cache_init_shape()
 
 
-__all__ = ["QKVConfig", "QKVForCausalLM", "QKVModel", "QKVPreTrainedModel"]
+class QKVForSequenceClassification(GenericForSequenceClassification, QKVPreTrainedModel):
+    """A linear head on the last token of a row that is not padding, for reward models and classifiers."""
+
+    base_model_prefix = "transformer"
+
+    def __init__(self, config):
+        QKVPreTrainedModel.__init__(self, config)  # the library's would look for the decoder in its own list
+        self.num_labels = config.num_labels
+        self.transformer = QKVModel(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = ["QKVConfig", "QKVForCausalLM", "QKVForSequenceClassification", "QKVModel", "QKVPreTrainedModel"]

@@ -2,7 +2,7 @@
 
 A record is a dict of one row. Beside a figure `x` it may hold `x_low` and `x_high`, the range over rounds.
 
-Contents: numbers, tables, figures.
+Contents: numbers, intervals, tables, figures.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import io
 import json
 import math
 from functools import partial
+from statistics import fmean
 
+from scipy import stats
 from tabulate import tabulate
 
-from common import VARIANTS, write_atomically
+from common import VARIANTS, write_atomically, write_text
 
 LOOKS = {alias: tuple(row["look"]) for alias, row in VARIANTS.items()}  # a colour and a marker in figures
 
@@ -40,6 +42,41 @@ def giga(value):
 def rate(value):
     """A decimal below 1,000, none above."""
     return f"{value:,.1f}" if value < 1000 else integer(value)
+
+
+# -----------------------------------------------------------------------------
+# Intervals
+
+
+def mean(name, values):
+    """Fields for the mean, and for half of the range as its spread, which one value does not have."""
+    values = list(values)
+    spread = (max(values) - min(values)) / 2 if len(values) > 1 else None
+    return {name: fmean(values) if values else None, f"{name}_spread": spread}
+
+
+def t_interval(values):
+    """95 % interval of the mean by Student's t; None for fewer than two values."""
+    values = list(values)
+    if len(values) < 2:
+        return None
+    return list(map(float, stats.t.interval(0.95, len(values) - 1, fmean(values), stats.sem(values))))
+
+
+def bootstrap(samples, coefficients=(1,)):
+    """95 % interval of the sum of coefficient x mean over samples, each resampled with replacement 10,000 times.
+
+    None where a sample has one value, so that there is nothing to draw from.
+    """
+    samples = [list(values) for values in samples]
+    if min(map(len, samples)) < 2:
+        return None
+
+    def total(*drawn, axis):
+        return sum(c * values.mean(axis=axis) for c, values in zip(coefficients, drawn, strict=True))
+
+    found = stats.bootstrap(samples, total, n_resamples=10_000, method="percentile", rng=0)
+    return list(map(float, found.confidence_interval))
 
 
 # -----------------------------------------------------------------------------
@@ -73,6 +110,29 @@ def grid(headers, rows, style):
     return tabulate(rows, headers, style, colalign=alignment, disable_numparse=True)
 
 
+def value(record, key, pattern, unit):
+    """The text of a value, with its spread or its interval where it has one; empty for None."""
+    found = record[key]
+    if found is None:
+        return ""
+    if isinstance(found, list | dict):
+        return listed(f"{part:{pattern}}" for part in (found.values() if isinstance(found, dict) else found))
+    text = f"{found:{pattern}}"
+    if record.get(f"{key}_spread") is not None:
+        text += f" ± {record[f'{key}_spread']:{pattern.lstrip('+')}}"
+    text += unit
+    if record.get(f"{key}_interval") is not None:
+        low, high = record[f"{key}_interval"]
+        text += f" [{low:{pattern}}, {high:{pattern}}]"
+    return text
+
+
+def table(columns, records, style):
+    """A table of records; a column is a header, a key, and how a number is written: its pattern and its unit."""
+    headers = [header for header, *_ in columns]
+    return grid(headers, [[value(record, *how) for _, *how in columns] for record in records], style)
+
+
 def sheet(rows):
     """Records as comma-separated values; a list is written as its items."""
     file = io.StringIO()
@@ -93,8 +153,25 @@ def as_json(records):
     return json.dumps(records, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def write_texts(folder, name, markdown, json_text):
+    """A table as <name>.md and <name>.json; returns the folder for its figures."""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{name}.md", markdown)
+    write_text(folder / f"{name}.json", json_text)
+    return folder / "figures"
+
+
 # -----------------------------------------------------------------------------
 # Figures
+
+
+def draw(path, titles, fill):
+    """A PNG with a panel for each title; fill(axes) draws in them."""
+    figure, axes = panels(titles)
+    for ax in axes:
+        ax.title.set_fontsize("medium")
+    fill(axes)
+    save_figure(path, figure)
 
 
 def panels(titles):

@@ -2,11 +2,10 @@
 
     python results_table.py                      # the outputs_* folders here: a table for each kind of run
     python results_table.py outputs_kqv outputs_gqa --format markdown
-    python results_table.py outputs_replicate --output_dir results/reduced_scale
+    python results_table.py results/reduced_scale            # its runs.jsonl, which runs/gather.py wrote
 
-A folder of runs is searched one level deep, leaving out the *.old_N that --resume never puts aside. A table
-holds runs of one shape and one data protocol; a row of it, those of one variant that differ in the seed alone.
-A row marked * was trained with other settings than QKV, which the lines below the table name.
+A table holds runs of one shape and one data protocol; a row of it, those of one variant that differ in the seed
+alone. A row marked * was trained with other settings than QKV, which the lines below the table name.
 
     perplexity        of the final evaluation, over all positions, padding included: the paper's protocol. A
                       model that was trained with the padding masked never learned to predict padding; for it
@@ -16,44 +15,32 @@ A row marked * was trained with other settings than QKV, which the lines below t
     vs QKV            from runs of the same seed, which read the same data in the same order
 
 Incomplete runs are listed below the table and enter no mean. --output_dir writes results_table.md,
-results_table.json, validation_curves.png and pareto.png. For runs over sizes, tokens and learning rates, see
-scaling_table.py.
+results_table.json and figures/. For runs over sizes, tokens and learning rates, see runs/scaling_tables.py.
 
 Contents: reading, comparing, printing, plotting, command line.
 """
 
-import contextlib
-import hashlib
 import json
 import math
 from dataclasses import asdict
 from functools import cache, cached_property
-from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
-import torch
 import yaml
 
 import analysis_computation_profiler as profiler
 import report
-import transformer_KQV_300_M as script  # what the training scripts share
 from analysis_computation_profiler import Variant
-from common import SIZES, VARIANTS, InputError, Parser, show_what_the_terminal_can, write_text
+from common import SIZES, VARIANTS, InputError, Parser, first_line, script_of, show_what_the_terminal_can
 from report import listed
 
-RECORDED = ("variant", "train_data", "val_data", "init_from", "changes")  # in run.yaml and checkpoints
+IDENTITY = ("variant", "init_from", "training text", "validation text", "tokenizer")  # of run.yaml
 TABLES = {"300M": ["300M (Table 4)"], "1.2B": ["1.2B (Table 10)"]}
 FIGURES = ("perplexity", "text_perplexity", "loss", "text_loss")  # of an evaluation
 SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
 GROUPED_BY = {*SHAPE, "n_kv_groups", "sequence", "score_padding", "seq_length"}  # into tables, or by variant
-NOT_RECORDED = {  # what is said of runs that lack it
-    "variant": "Variant taken from the folder's name",
-    "train_data": "Training data known by path",
-    "val_data": "Validation data known by path",
-}
 
 
 # -----------------------------------------------------------------------------
@@ -61,45 +48,73 @@ NOT_RECORDED = {  # what is said of runs that lack it
 
 
 def find_runs(paths):
-    """The Runs in the folders named, or in the outputs_* of this one; InputError where there are none."""
+    """The Runs in what is named, or in the outputs_* folders here; InputError where there are none."""
     runs = []
-    for path in paths or within(Path(), "outputs_*"):
-        folders = [path] if is_run(path) else [folder for folder in within(path, "*") if is_run(folder)]
-        if paths and not folders:
-            raise InputError(f"{path}: no runs found, neither a metrics.jsonl nor a folder with one")
-        runs += [Run(folder) for folder in folders]
+    for path in paths or sorted(Path().glob("outputs_*")):
+        found = [Run(record) for record in read_runs(path)]
+        if paths and not found:
+            raise InputError(f"{path}: no runs found, neither a runs.jsonl nor a metrics.jsonl")
+        runs += found
     if not runs:
         what = "no folder outputs_* with a metrics.jsonl is here; name the runs' folders"
         raise InputError(f"no runs found: {what}")
     return runs
 
 
-def within(folder, pattern):
-    """What lies in a folder, without the runs that `--resume never` has put aside."""
-    return sorted(path for path in folder.glob(pattern) if not path.match("*.old_[0-9]*"))
+def read_runs(path):
+    """The records of a runs.jsonl, of the one in a folder, or of the folder's training runs."""
+    path = Path(path)
+    if path.is_file() or (path / "runs.jsonl").exists():
+        file = path if path.is_file() else path / "runs.jsonl"
+        try:
+            return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise InputError(f"{file}: not what runs/gather.py writes: {error}") from error
+    return [read_run(folder) for folder in (path, *sorted(path.glob("*"))) if (folder / "metrics.jsonl").exists()]
 
 
-def is_run(folder):
-    """Whether a training script has written here: there is its log, or a checkpoint whose log is gone."""
-    return (folder / "metrics.jsonl").exists() or bool(script.checkpoints(folder))
+def read_run(folder):
+    """The record of an output folder, as a line of runs.jsonl holds it.
+
+    That is its name, what run.yaml says of weights and data, all settings, and the log. The log is only ever
+    appended to: a resumed run logs the steps since its checkpoint again, and the last record of a step counts.
+    """
+    try:
+        about = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
+        record = {"name": folder.resolve().name} | {key: about[key] for key in IDENTITY}
+        own = script_of(alias_of(record))
+        for key, cls in (("model_config", own.ModelConfig), ("train_config", own.TrainingConfig)):
+            record[key] = asdict(own.load_config(cls, folder / f"{key}.yaml", {}))
+        record["metrics"] = own.read_metrics(folder / "metrics.jsonl")
+    except (OSError, TypeError, LookupError, ValueError, yaml.YAMLError) as error:
+        what = f"{error} is missing" if isinstance(error, LookupError) else first_line(error)
+        raise InputError(f"{folder}: not the output of a training script: {what}") from error
+    return record
 
 
 class Run:
-    """An output folder: variant, settings, how far the run got and what its evaluations came to."""
+    """A run: variant, settings, how far it got and what its evaluations came to."""
 
-    def __init__(self, folder):
-        self.folder = folder
-        self.about = recorded(folder)
-        self.alias = alias_of(folder, self.about)
-        own = import_module(VARIANTS[self.alias]["script"]["300M"].removesuffix(".py"))
+    def __init__(self, record):
+        self.name, self.about = record["name"], record
+        self.alias = alias_of(record)
+        script = script_of(self.alias)
         try:
-            model = own.load_config(own.ModelConfig, folder / "model_config.yaml", [])
-            self.config = script.load_config(script.TrainingConfig, folder / "train_config.yaml", [])
-        except ValueError as error:  # the RunError of either script
-            raise InputError(str(error)) from error
+            model = script.ModelConfig(**record["model_config"])
+            self.config = script.TrainingConfig(**record["train_config"])
+            evaluations = {}
+            for entry in record["metrics"]:
+                if entry["kind"] != "train":
+                    numbers = {key: float(entry[key]) for key in FIGURES}
+                    if not all(map(math.isfinite, numbers.values())):
+                        raise ValueError(f"step {entry['step']}: {numbers}")
+                    evaluations[entry["step"]] = entry
+            self.step = max((entry["step"] for entry in record["metrics"]), default=0)
+        except (TypeError, LookupError, ValueError) as error:
+            raise InputError(f"{self.name}: not a record of a training run: {error}") from error
         self.variant = Variant(self.alias, "300M", **asdict(model))
         self.seed = self.config.seed
-        self.step, self.evaluations = read_metrics(folder / "metrics.jsonl")
+        self.evaluations = [evaluations[step] for step in sorted(evaluations)]
 
     @cached_property
     def final(self):
@@ -151,19 +166,16 @@ class Run:
     def setup(self):
         """The settings that runs have in common if they differ in variant and seed alone.
 
-        Leaves out what cannot change the result. In place of the data's paths stand its contents, where they
-        are known; in place of its three factors, the global batch.
+        Leaves out what cannot change the result. In place of the data's paths stand the hashes of its contents;
+        in place of its three factors, the global batch.
         """
         c = self.config
-        left_out = GROUPED_BY | set(script.MAY_CHANGE) | {"seed"}
+        left_out = GROUPED_BY | set(script_of("kqv").MAY_CHANGE) | {"seed"}
         settings = asdict(self.variant.config) | asdict(c)
-        settings = {key: value for key, value in settings.items() if key not in left_out}
-        for split in ("train_data", "val_data"):
-            chunks = self.about.get(split)
-            unknown = f"{getattr(c, split)}, contents not recorded"
-            settings[split] = fingerprint(chunks) if chunks else unknown
-        return settings | {
-            "init_from": self.about.get("init_from"),
+        return {key: value for key, value in settings.items() if key not in left_out} | {
+            "train_data": self.about["training text"],
+            "val_data": self.about["validation text"],
+            "init_from": self.about["init_from"],
             "rows a step": c.rows_per_step,
             "rows evaluated": c.eval_batches * c.micro_batch_size if c.eval_batches else "all",
         }
@@ -172,7 +184,7 @@ class Run:
         """The run in the JSON."""
         evaluated = self.evaluations[-1] if self.evaluations else {}
         return {
-            "folder": self.folder.name,
+            "folder": self.name,
             "alias": self.alias,
             "variant": self.variant.paper,
             "seed": self.seed,
@@ -185,67 +197,12 @@ class Run:
         }
 
 
-def recorded(folder):
-    """What a run recorded of itself, in run.yaml or else in its newest readable checkpoint; {} without."""
-    about = folder / "run.yaml"
-    if about.exists():
-        try:
-            return dict(yaml.safe_load(about.read_text(encoding="utf-8")))
-        except (TypeError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{about}: expected a YAML file of 'key: value' lines") from error
-    for path in (*(path for _, path in script.checkpoints(folder)), folder / "final_model.pt"):
-        with contextlib.suppress(Exception):  # a damaged file can fail in any way; the next may be whole
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return {key: contents[key] for key in RECORDED if key in contents}
-    return {}
-
-
-def alias_of(folder, about):
-    """The variant as recorded, else by the folder's name: a script's default, or ALIAS_anything."""
-    if "variant" in about:
-        names = {row["script"]["300M"]: alias for alias, row in VARIANTS.items()}
-        name = f"transformer_{about['variant']}_300_M.py"
-    else:
-        names = {name: alias for alias, row in VARIANTS.items() for name in row["output_dir"].values()}
-        names |= {alias: alias for alias in VARIANTS}
-        name = folder.name if folder.name in names else folder.name.partition("_")[0]
-    if name not in names:
-        variant = about.get("variant", "not recorded, nor told by this name")
-        raise InputError(f"{folder}: unknown variant: {variant}")
-    return names[name]
-
-
-def read_metrics(path):
-    """(the last step, the evaluations by rising step) of a metrics.jsonl.
-
-    The log is only ever appended to. A kill can cut a line short, which is passed over; a resumed run logs
-    the steps since its checkpoint again, and the last record of a step counts.
-    """
-    if not path.exists():
-        raise InputError(f"{path}: missing, though checkpoints lie beside it")
-    records = script.read_metrics(path)
-    if path.stat().st_size and not records:
-        what = "no line is a record with kind and step"
-        raise InputError(f"{path}: not the metrics of a training script: {what}")
-
-    last_step = 0
-    evaluations = {}
-    for record in records:
-        step = number(record, "step", path)
-        last_step = max(last_step, step)
-        if record["kind"] != "train":
-            wanted = ("step", "tokens", "padding_fraction", *FIGURES)
-            evaluations[step] = {"kind": record["kind"]} | {key: number(record, key, path) for key in wanted}
-    return last_step, [evaluations[step] for step in sorted(evaluations)]
-
-
-def number(record, key, path):
-    """A finite number from a record; InputError for anything else, or nothing."""
-    value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        where = f"step {record['step']}: {key}: expected a number, got {value!r}"
-        raise InputError(f"{path}: not the metrics of a training script: {where}")
-    return value
+def alias_of(record):
+    """The alias of the variant that a record names as the scripts' files do."""
+    for alias, row in VARIANTS.items():
+        if row["script"]["300M"] == f"transformer_{record['variant']}_300_M.py":
+            return alias
+    raise InputError(f"{record['name']}: unknown variant: {record['variant']}")
 
 
 @cache
@@ -255,11 +212,6 @@ def published_config(size):
 
 def shape(model):
     return [getattr(model, key) for key in SHAPE]
-
-
-def fingerprint(chunks):
-    """A short hash that stands for those of all files of a split, in their order."""
-    return hashlib.sha256(json.dumps(chunks, sort_keys=True).encode()).hexdigest()[:12]
 
 
 # -----------------------------------------------------------------------------
@@ -305,7 +257,7 @@ def refuse_twice(run, others):
     for other in others:
         if other.seed == run.seed:
             who = f"{run.variant.paper}, seed {run.seed}, same settings"
-            raise InputError(f"{other.folder} and {run.folder}: the same run twice ({who}); name one of them")
+            raise InputError(f"{other.name} and {run.name}: the same run twice ({who}); name one of them")
 
 
 def complete(row):
@@ -340,15 +292,9 @@ def row_record(row, reference, size):
         for seed in paired:
             ours, qkv = finals[seed][key], of_qkv[seed][key]
             changes.append(100 * (ours / qkv - 1) if "perplexity" in key else ours - qkv)
-        record |= mean(key, [final[key] for final in finals.values()])
-        record |= mean(f"{key}_vs_qkv", changes)
+        record |= report.mean(key, [final[key] for final in finals.values()])
+        record |= report.mean(f"{key}_vs_qkv", changes)
     return record
-
-
-def mean(name, values):
-    """Fields for the mean, and for half of the range as its spread, which one value does not have."""
-    spread = (max(values) - min(values)) / 2 if len(values) > 1 else None
-    return {name: fmean(values) if values else None, f"{name}_spread": spread}
 
 
 def differences(row, reference):
@@ -377,24 +323,11 @@ def notes(rows, reference):
             "The padding was masked in training, so a perplexity that includes it says nothing; "
             "the text perplexity does."
         )
-    return lines + recorded_notes(runs)
-
-
-def recorded_notes(runs):
-    """Lines about what runs have not recorded, and about settings that changed while they ran."""
-    lines = []
-    for run in runs:
-        if run.about.get("changes"):
-            lines.append(f"{run.folder.name}: settings changed on the way: {listed(run.about['changes'])}.")
-    for key, what in NOT_RECORDED.items():
-        without = [run for run in runs if not run.about.get(key)]
-        if without:
-            lines.append(f"{what} alone: {'all runs' if without == runs else folders(without)}.")
     return lines
 
 
 def folders(runs):
-    return listed(run.folder.name for run in runs)
+    return listed(run.name for run in runs)
 
 
 # -----------------------------------------------------------------------------
@@ -425,42 +358,16 @@ INCOMPLETE = [
 ]
 
 
-def cell(record, key, pattern, unit):
-    """The text of a value, with its spread or its interval where it has one; empty for None."""
-    value = record[key]
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return listed(f"{part:{pattern}}" for part in value)
-    if isinstance(value, dict):
-        return listed(f"{part:{pattern}}" for part in value.values())
-    text = f"{value:{pattern}}"
-    if record.get(f"{key}_spread") is not None:
-        text += f" ± {record[f'{key}_spread']:{pattern.lstrip('+')}}"
-    text += unit
-    if record.get(f"{key}_interval") is not None:
-        low, high = record[f"{key}_interval"]
-        text += f" [{low:{pattern}}, {high:{pattern}}]"
-    return text
-
-
-def grid(columns, records, style):
-    """A table of records by columns such as RESULTS, in one of tabulate's styles."""
-    headers = [header for header, *_ in columns]
-    rows = [[cell(record, *how) for _, *how in columns] for record in records]
-    return report.grid(headers, rows, style)
-
-
 def document(tables, heading, style, bullet):
     """Title, rows, incomplete runs and notes of every table."""
     texts = []
     for table in tables:
         texts.append(heading + ", ".join(table["title"]))
         columns = [(header.format(published=table["published"]), *how) for header, *how in RESULTS]
-        texts.append(grid(columns, table["rows"], style))
+        texts.append(report.table(columns, table["rows"], style))
         incomplete = [run.record() for run in table["runs"] if not run.final]
         if incomplete:
-            texts.append(grid(INCOMPLETE, incomplete, style))
+            texts.append(report.table(INCOMPLETE, incomplete, style))
         if table["notes"]:
             texts.append("\n".join(bullet + line for line in table["notes"]))
     return "\n\n".join(texts) + "\n"
@@ -494,23 +401,14 @@ FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_
 # Plotting
 
 
-def figure(path, titles, draw):
-    """A PNG with a panel for each title; draw(axes) fills them."""
-    figure, axes = report.panels(titles)
-    for ax in axes:
-        ax.title.set_fontsize("medium")
-    draw(axes)
-    report.save_figure(path, figure)
-
-
 def table_figure(path, tables, draw):
     """A panel for each table, which draw(ax, table) fills."""
 
-    def draw_all(axes):
+    def fill(axes):
         for ax, table in zip(axes, tables, strict=True):
             draw(ax, table)
 
-    figure(path, ["\n".join(table["title"]) for table in tables], draw_all)
+    report.draw(path, ["\n".join(table["title"]) for table in tables], fill)
 
 
 def curves(ax, table):
@@ -554,42 +452,28 @@ def pareto(ax, table):
 # Command line
 
 
-def write_texts(folder, name, what, forms):
-    """What was found, as <name>.md and <name>.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"{name}.md", forms["markdown"](what))
-    write_text(folder / f"{name}.json", forms["json"](what))
-
-
 def write_all(folder, tables):
-    write_texts(folder, "results_table", tables, FORMATS)
-    table_figure(folder / "validation_curves.png", tables, curves)
+    figures = report.write_texts(folder, "results_table", as_markdown(tables), as_json(tables))
+    table_figure(figures / "validation_curves.png", tables, curves)
     compared = [t for t in tables if any(row["text_loss_vs_qkv"] is not None for row in t["rows"])]
     if compared:
-        table_figure(folder / "pareto.png", compared, pareto)
-
-
-def command_line(file, description, report, forms, write, arguments):
-    """The command of a script: read the runs in the folders named, report on them, write files, and print."""
-    show_what_the_terminal_can()
-    parser = Parser(file, description)
-    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="runs, or folders of runs")
-    parser.add_argument("--format", choices=forms, default="table", help="of what is printed")
-    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write tables and figures there")
-    options = parser.parse_args(arguments)
-    try:
-        what = report(find_runs(options.folders))
-        if options.output_dir:
-            write(options.output_dir, what)
-    except ModuleNotFoundError as error:
-        parser.error(f"{error}; pip install -r requirements.txt")
-    except (InputError, OSError) as error:
-        parser.error(error)
-    print(forms[options.format](what), end="")
+        table_figure(figures / "pareto.png", compared, pareto)
 
 
 def main(arguments=None):
-    command_line(__file__, __doc__, compare, FORMATS, write_all, arguments)
+    show_what_the_terminal_can()
+    parser = Parser(__file__, __doc__)
+    parser.add_argument("runs", nargs="*", type=Path, help="runs.jsonl, output folders of runs, or folders of them")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="of what is printed")
+    parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write tables and figures there")
+    options = parser.parse_args(arguments)
+    try:
+        tables = compare(find_runs(options.runs))
+        if options.output_dir:
+            write_all(options.output_dir, tables)
+    except (InputError, OSError) as error:
+        parser.error(error)
+    print(FORMATS[options.format](tables), end="")
 
 
 if __name__ == "__main__":

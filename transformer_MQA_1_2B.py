@@ -70,7 +70,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 class CausalSelfAttention(nn.Module):
     """MQA: all query heads share one KV head; K and V of that head are cached."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config, layer):
         super().__init__()
         self.config = config
         self.layer = layer
@@ -199,6 +199,16 @@ class Block(nn.Module):
         x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
+@contextmanager
+def eval_mode(model):
+    """Switch dropout off, and restore the previous mode even after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
 class GPT_MQA(nn.Module):
     """GPT-2 style decoder: learned positions, pre-LayerNorm, output embedding tied to the input embedding."""
 
@@ -232,14 +242,14 @@ class GPT_MQA(nn.Module):
 
     def hidden_states(self, input_ids, cache=None):
         """The output of the final LayerNorm, [B, T, C]."""
-        past, T = cache.length if cache else 0, input_ids.shape[1]
-        limit = min(self.config.n_positions, cache.max_length) if cache else self.config.n_positions
+        past, T = 0 if cache is None else cache.length, input_ids.shape[1]
+        limit = self.config.n_positions if cache is None else min(self.config.n_positions, cache.max_length)
         if past + T > limit:
             raise ValueError(f"{past + T} tokens do not fit {limit} positions")
         x = self.wte(input_ids) + self.wpe(torch.arange(past, past + T, device=input_ids.device))
         for block in self.h:
             x = block(x, cache)
-        if cache:
+        if cache is not None:
             cache.length += T
         return self.ln_f(x)
 
@@ -263,7 +273,7 @@ class GPT_MQA(nn.Module):
         cache = KVCache(min(window, idx.shape[1] + max_new_tokens)) if use_cache else None
         with eval_mode(self):
             for _ in range(max_new_tokens):
-                if cache and idx.shape[1] <= window:  # prefill first, then decode one token at a time
+                if cache is not None and idx.shape[1] <= window:  # prefill, then one token at a time
                     hidden = self.hidden_states(idx[:, cache.length :], cache)
                 else:
                     hidden = self.hidden_states(idx[:, -window:])
@@ -277,16 +287,6 @@ class GPT_MQA(nn.Module):
                     token = torch.multinomial((logits / temperature).softmax(dim=-1), 1)
                 idx = torch.cat([idx, token], dim=1)
         return idx
-
-@contextmanager
-def eval_mode(model):
-    """Switch dropout off, and restore the previous mode even after an error."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 # -----------------------------------------------------------------------------
 # Configuration: the settings of configs/*.yaml
@@ -321,9 +321,9 @@ class ModelConfig:
     def __post_init__(self):
         self.n_inner = self.n_inner or 4 * self.n_embd
         require(self.n_embd % self.n_head == 0, f"n_embd: expected a multiple of n_head, {self.n_head}")
-        grouped = N_KV_GROUPS not in (None, 1) and self.n_kv_groups and self.n_head % self.n_kv_groups == 0
-        fits = grouped or self.n_kv_groups == N_KV_GROUPS
-        require(fits, f"n_kv_groups: {PAPER_NAME} with {self.n_head} heads cannot have {self.n_kv_groups}")
+        n = self.n_kv_groups  # GQA and Q-GQA alone leave a choice
+        fits = n == N_KV_GROUPS if N_KV_GROUPS in (None, 1) else n is not None and self.n_head % n == 0
+        require(fits, f"n_kv_groups: {PAPER_NAME} with {self.n_head} heads cannot have {n}")
 
 @dataclass(kw_only=True, config=CHECKS)
 class TrainingConfig:
@@ -334,7 +334,7 @@ class TrainingConfig:
     seq_length: Annotated[int, Field(ge=2)]  # tokens in a row
     micro_batch_size: PositiveInt  # rows in one forward and backward pass
     gradient_accumulation: PositiveInt  # passes of each GPU in a step
-    num_gpus: PositiveInt  # GPUs of the published run; any world size shares its batch
+    num_gpus: PositiveInt  # of the published run: a factor of the global batch, on any number of GPUs
     target_tokens: PositiveInt  # tokens to train on, padding included
     learning_rate: PositiveFloat  # at the end of the warm-up
     min_lr: NonNegativeFloat  # where the decay ends
@@ -372,10 +372,10 @@ def load_config(cls, path, settings):
     except ValidationError as error:
         first = error.errors()[0]  # of a key, or of __post_init__, where values do not go together
         place = "command line" if set(first["loc"]) & settings.keys() else path
-        key = f"{first['loc'][0]}, {first['input']!r:.40}" if first["loc"] else "together"
+        key = f"{first['loc'][0]}, {first['input']!r:.40}" if first["loc"] else "settings that do not fit"
         raise RunError(f"{place}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: expected lines of 'key: value': {error}") from error
+        raise RunError(f"{path}: cannot be read as lines of 'key: value': {error}") from error
 
 # -----------------------------------------------------------------------------
 # Data
@@ -396,7 +396,7 @@ class TokenDataset(Dataset):
             metadata = json.loads((self.path / "metadata.json").read_text(encoding="utf-8"))
             require(metadata["finished"] and metadata["documents"], "not finished, or without documents")
             self.eos_id, self.vocab_size = metadata["eos_id"], metadata["vocab_size"]
-            self.token_bytes = np.load(self.path / "token_bytes.npy").astype(np.int64)  # UTF-8 bytes of each
+            self.token_bytes = np.load(self.path / "token_bytes.npy").astype(np.int64)  # UTF-8 length of each
             self.chunks = metadata["chunks"]
             for chunk in self.chunks:
                 tokens = np.load(self.path / f"{chunk['name']}.tokens.npy", mmap_mode="r")
@@ -422,7 +422,7 @@ class TokenDataset(Dataset):
         tokens, offsets = self.tokens[chunk], self.offsets[chunk]
         if self.packed:
             ids = tokens[row * self.seq_length : (row + 1) * self.seq_length]
-        else:  # without its end-of-text token
+        else:  # without its end-of-text token, which counts as padding
             ids = tokens[offsets[row] : offsets[row + 1] - 1][: self.seq_length]
         input_ids = np.full(self.seq_length, self.eos_id, dtype=np.int64)
         input_ids[: len(ids)] = ids
@@ -467,18 +467,18 @@ def get_dataloader(data_path, batch_size, seq_length, sequence="padded", seed=No
 # -----------------------------------------------------------------------------
 # Evaluation
 
-STOP = []  # signals to stop; the step in hand is finished and saved first
+STOP = []  # signals received; after one, the step in hand is finished and saved, and the run ends
 
 @torch.no_grad()
 def evaluate(model, val_loader, max_batches: int | None = None) -> dict | None:
-    """Evaluate on val_loader, or on its first max_batches batches. Autocast is up to the caller.
+    """Evaluate on val_loader, or on its first max_batches batches.
 
     Each rank scores its share and the sums are added, so the world size does not change the result. Returns
     loss, perplexity: nats per token over all positions, padding included (the paper's protocol), and its exp;
     text_loss, text_perplexity: over text only; bits_per_byte: of its UTF-8; padding_fraction: of positions.
-    None if a signal to stop arrives meanwhile.
+    None if a signal to stop arrives meanwhile. Autocast, and init_distributed under torchrun, are up to you.
     """
-    # max_batches counts those of all ranks, which take them in turn
+    # max_batches is a total over all ranks, which take batches in turn
     share = None if max_batches is None else len(range(RANK, max_batches, WORLD_SIZE))
     token_bytes = torch.from_numpy(val_loader.dataset.token_bytes)
     sums = torch.zeros(7, dtype=torch.float64)  # as unpacked below
@@ -488,7 +488,7 @@ def evaluate(model, val_loader, max_batches: int | None = None) -> dict | None:
                 break
             inputs = input_ids.to(model.wte.weight.device)
             losses = model.token_losses(model.hidden_states(inputs), inputs).cpu().double()
-            text = is_text[:, 1:]  # the first token of a row has none before it
+            text = is_text[:, 1:]  # the first token of a row is not predicted
             text_bytes = (token_bytes[input_ids[:, 1:]] * text).sum()
             counts = losses.numel(), text.sum(), text_bytes, (~is_text).sum(), is_text.numel()
             sums += torch.tensor([losses.sum(), (losses * text).sum(), *counts], dtype=torch.float64)
@@ -500,73 +500,17 @@ def evaluate(model, val_loader, max_batches: int | None = None) -> dict | None:
     loss, text_loss = nats / positions, text_nats / text_positions
     results = {"loss": loss, "perplexity": float(np.exp(loss))}
     results |= {"text_loss": text_loss, "text_perplexity": float(np.exp(text_loss))}
-    results["bits_per_byte"] = text_nats / math.log(2) / text_bytes
-    return results | {"padding_fraction": padding / total}
+    bits_per_byte = text_nats / math.log(2) / text_bytes
+    return results | {"bits_per_byte": bits_per_byte, "padding_fraction": padding / total}
 
 # -----------------------------------------------------------------------------
 # Output folder: one folder is one run, which goes on from its newest checkpoint
 
-MAY_CHANGE = (  # when a run is resumed: text, global batch and recipe stay the same
+MAY_CHANGE = (  # on a resume; "global batch" guards the product of the first three
     "micro_batch_size", "gradient_accumulation", "num_gpus", "train_data", "val_data", "use_flash_attention",
     "compile", "log_interval", "eval_interval", "eval_batches", "save_interval", "keep_checkpoints",
     "sample_tokens", "wandb",
 )
-
-def identity_of_run(model_config, config, train_set, val_set, init_from) -> dict:
-    """All that can change the result of a run, flat; run.yaml records it, and a resume has to repeat it."""
-    identity = {"variant": VARIANT, "init_from": init_from, "global batch": config.rows_per_step}
-    for name, data in {"training text": train_set, "validation text": val_set}.items():
-        hashes = json.dumps(data.chunks, sort_keys=True).encode()  # they cover the SHA-256 of every file
-        identity[name] = hashlib.sha256(hashes).hexdigest()[:12]
-    identity["tokenizer"] = f"{train_set.tokenizer['name']} sha256:{str(train_set.tokenizer['sha256'])[:8]}"
-    settings = asdict(model_config) | asdict(config)
-    return identity | {key: value for key, value in settings.items() if key not in MAY_CHANGE}
-
-def claim(output_dir, identity, accept_changes):
-    """Lock the folder and return the lock; RunError if another run has it, or has left other work there."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    lock = open(output_dir / "run.lock", "w")  # noqa: SIM115, the kernel releases it with the process
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise RunError(f"{output_dir}: another run is writing to it ({error})") from error
-
-    record = output_dir / "run.yaml"
-    if record.exists():
-        recorded = yaml.safe_load(record.read_text(encoding="utf-8")) or {}
-        keys = [key for key in identity if identity[key] != recorded.get(key)]
-        changes = ", ".join(f"{key} {recorded.get(key)} -> {identity[key]}" for key in keys)
-        ways_on = "use another --output_dir, or resume despite the changes with --accept_changes"
-        require(not changes or accept_changes, f"{output_dir}: a run with {changes}; {ways_on}")
-    resumable = record.exists() and checkpoints(output_dir)
-    unknown = f"{output_dir}: holds weights and no run to resume; use another --output_dir"
-    require(resumable or not [*output_dir.glob("*.pt")], unknown)
-    return lock
-
-def checkpoints(output_dir) -> list:
-    """The checkpoints in a folder, the newest last."""
-    found = output_dir.glob("checkpoint_step_[0-9]*.pt")
-    return sorted(found, key=lambda path: int(path.stem.rpartition("_")[2]))
-
-def newest_checkpoint(output_dir):
-    """(path, contents) of the newest whole checkpoint; (None, None) if there is none at all."""
-    for path in reversed(checkpoints(output_dir)):
-        try:
-            return path, read_checkpoint(path)
-        except RunError as error:
-            print0(f"warning: passed over {error}")
-    require(not checkpoints(output_dir), f"{output_dir}: no checkpoint is whole; use another --output_dir")
-    return None, None
-
-def save_checkpoint(output_dir, contents, optimizer, keep, complete):
-    """Write checkpoint_step_N.pt, at the end final_model.pt too; drop all but the newest `keep`."""
-    whole = contents | {"optimizer_state_dict": optimizer.state_dict()}
-    path = output_dir / f"checkpoint_step_{contents['step']}.pt"
-    write_atomically(path, lambda file: torch.save(whole, file))
-    if complete:
-        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(contents, file))
-    for old in checkpoints(output_dir)[:-keep] if keep else []:
-        old.unlink()
 
 def write_atomically(path, write):
     """Write to a temporary file, flush it to disk and rename it: `path` never holds half a file."""
@@ -597,6 +541,63 @@ def read_checkpoint(path) -> dict:
     script = Path(__file__).name.replace(f"_{VARIANT}_", f"_{variant}_")
     require(variant == VARIANT, f"{path}: not a checkpoint of {PAPER_NAME}, but of {script}")
     return contents
+
+def identity_of_run(model_config, config, train_set, val_set, init_from) -> dict:
+    """All that can change the result of a run, flat; run.yaml records it, and a resume has to repeat it."""
+    identity = {"variant": VARIANT, "init_from": init_from, "global batch": config.rows_per_step}
+    for name, data in {"training text": train_set, "validation text": val_set}.items():
+        hashes = json.dumps(data.chunks, sort_keys=True).encode()  # they cover the SHA-256 of every file
+        identity[name] = hashlib.sha256(hashes).hexdigest()[:12]
+    identity["tokenizer"] = f"{train_set.tokenizer['name']} sha256:{str(train_set.tokenizer['sha256'])[:8]}"
+    settings = asdict(model_config) | asdict(config)
+    return identity | {key: value for key, value in settings.items() if key not in MAY_CHANGE}
+
+def checkpoints(output_dir) -> list:
+    """The checkpoints in a folder, the newest last."""
+    found = output_dir.glob("checkpoint_step_[0-9]*.pt")
+    return sorted(found, key=lambda path: int(path.stem.rpartition("_")[2]))
+
+def claim(output_dir, identity, accept_changes):
+    """Lock the folder and return the lock; RunError if another run has it, or has left other work there."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = open(output_dir / "run.lock", "w")  # noqa: SIM115, the kernel releases it with the process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RunError(f"{output_dir}: in use by another run, or without file locks: {error}") from error
+
+    record = output_dir / "run.yaml"
+    if record.exists():
+        recorded = yaml.safe_load(record.read_text(encoding="utf-8")) or {}
+        keys = [key for key in identity if identity[key] != recorded.get(key)]
+        changes = ", ".join(f"{key} {recorded.get(key)} -> {identity[key]}" for key in keys)
+        ways_on = "use another --output_dir, or resume despite the changes with --accept_changes"
+        require(not changes or accept_changes, f"{output_dir}: a run with {changes}; {ways_on}")
+    resumable = record.exists() and checkpoints(output_dir)
+    unknown = f"{output_dir}: holds weights and no run to resume; use another --output_dir"
+    require(resumable or not [*output_dir.glob("*.pt")], unknown)
+    return lock
+
+def newest_checkpoint(output_dir):
+    """(path, contents) of the newest whole checkpoint; (None, None) if there is none at all."""
+    for path in reversed(checkpoints(output_dir)):
+        try:
+            return path, read_checkpoint(path)
+        except RunError as error:
+            print0(f"warning: passed over {error}")
+    require(not checkpoints(output_dir), f"{output_dir}: no checkpoint is whole; use another --output_dir")
+    return None, None
+
+def save_checkpoint(output_dir, contents, optimizer, keep, complete):
+    """Write checkpoint_step_N.pt, at the end final_model.pt too; drop all but the newest `keep`."""
+    whole = contents | {"optimizer_state_dict": optimizer.state_dict()}
+    path = output_dir / f"checkpoint_step_{contents['step']}.pt"
+    write_atomically(path, lambda file: torch.save(whole, file))
+    if complete:
+        write_atomically(output_dir / "final_model.pt", lambda file: torch.save(contents, file))
+    for old in checkpoints(output_dir)[:-keep] if keep else []:
+        if old != path:  # it would be the oldest where a damaged one is of a later step
+            old.unlink()
 
 def load_weights(model, contents, path):
     """Copy the weights of a checkpoint into the model; RunError if it was made with another architecture."""
@@ -642,8 +643,8 @@ class Log:
 
     def __init__(self, output_dir, identity, model_config, config, step):
         self.path, self.config, self.wandb = output_dir / "metrics.jsonl", config, None
-        # a killed run has logged steps beyond its last checkpoint; they are taken, and logged, again, and so
-        # is the evaluation of the checkpoint's own step
+        # a killed run has logged steps beyond its last checkpoint: they run again, so their records go, and
+        # so does the evaluation at the checkpoint's own step, which is repeated too
         records = read_metrics(self.path)
         kept = [r for r in records if r["step"] < step or (r["step"] == step and r["kind"] == "train")]
         texts = {"metrics.jsonl": "".join(json.dumps(record) + "\n" for record in kept)}
@@ -701,7 +702,7 @@ def init_distributed() -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % n_gpus)
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if n_gpus >= int(os.environ["LOCAL_WORLD_SIZE"]) else "gloo")
+        dist.init_process_group("nccl" if n_gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) else "gloo")
     return device
 
 def all_gather(value) -> list:
@@ -713,15 +714,15 @@ def all_gather(value) -> list:
 
 @contextmanager
 def errors_on_all_ranks():
-    """What one rank cannot read or write ends all of them in one line, and none waits for it forever."""
+    """What fails inside on one rank is raised on all of them, so that none waits for it forever."""
     message = None
     try:
         yield
     except (RunError, OSError) as error:
         message = str(error)
-    messages = [message for message in all_gather(message) if message]
-    if messages:
-        raise RunError(messages[0])
+    failures = [text for text in all_gather(message) if text]
+    if failures:
+        raise RunError(failures[0])
 
 # -----------------------------------------------------------------------------
 # Training
@@ -750,11 +751,11 @@ def train(model_config, config, output_dir, init_from=None, accept_changes=False
     device = init_distributed()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
-    # data and folder: what does not fit together is refused here, on all ranks
+    # data and output folder: what does not fit together is refused here, on all ranks
     with errors_on_all_ranks():
-        rows = (config.micro_batch_size, config.seq_length, config.sequence)
-        val_loader = get_dataloader(config.val_data, *rows)
-        train_set, val_set = TokenDataset(config.train_data, *rows[1:]), val_loader.dataset
+        batch_size, row_shape = config.micro_batch_size, (config.seq_length, config.sequence)
+        val_loader = get_dataloader(config.val_data, batch_size, *row_shape)
+        train_set, val_set = TokenDataset(config.train_data, *row_shape), val_loader.dataset
         require(config.seq_length <= model_config.n_positions, "seq_length: more than n_positions")
         require(train_set.vocab_size <= model_config.vocab_size, f"vocab_size: below {train_set.vocab_size}")
         require(train_set.tokenizer == val_set.tokenizer, "train_data and val_data: two tokenizers")
@@ -784,9 +785,9 @@ def train(model_config, config, output_dir, init_from=None, accept_changes=False
             optimizer.param_groups[0].update(recipe)  # over the recorded one: a change may be accepted
         start = step = checkpoint["step"] if resumed else 0
         require(step <= config.total_steps, f"{path}: beyond the last step of these settings")
-        checkpoint = None  # or its file would stay mapped to memory
         final = output_dir / "final_model.pt"  # it may be of a shorter run
         complete = step == config.total_steps and final.exists() and read_checkpoint(final)["step"] == step
+    del checkpoint
     starts = all_gather((identity, step, complete))
     require(starts.count(starts[0]) == WORLD_SIZE, "the ranks see different settings, data or checkpoints")
 
@@ -803,8 +804,8 @@ def train(model_config, config, output_dir, init_from=None, accept_changes=False
     if dist.is_initialized():
         ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
         # DDP lays out its buckets anew after its first backward pass, and three ranks or more then sum in
-        # another order. A pass that is thrown away brings this forward: every step of a run sums alike, and
-        # a resumed run ends in the bits of an uninterrupted one.
+        # another order. This pass, thrown away, makes that happen now: all steps of a run sum alike, and on
+        # a CPU a resumed run ends in the bits of an uninterrupted one. CUDA's attention is not that exact.
         ids = torch.zeros(config.micro_batch_size, config.seq_length, dtype=torch.int64, device=device)
         with autocast:
             _, loss = ddp(ids, ids)
@@ -812,7 +813,7 @@ def train(model_config, config, output_dir, init_from=None, accept_changes=False
         optimizer.zero_grad(set_to_none=True)
 
     rows_seen = step * config.rows_per_step
-    batches = iter(get_dataloader(config.train_data, *rows, config.seed, rows_seen))
+    batches = iter(get_dataloader(config.train_data, batch_size, *row_shape, config.seed, rows_seen))
     score_padding = config.sequence == "padded" and config.score_padding
     bar = tqdm(total=config.total_steps, initial=step, disable=RANK > 0 or None)  # None: if not on a terminal
     stopping = False
@@ -821,16 +822,16 @@ def train(model_config, config, output_dir, init_from=None, accept_changes=False
     while True:  # the last iteration only evaluates and saves
         last_step = step == config.total_steps
 
-        # once in a while, and at the end: evaluate
+        # every eval_interval steps, and at the end: evaluate
         if (last_step or step % config.eval_interval == 0) and not stopping:
             with autocast:
                 results = evaluate(model, val_loader, config.eval_batches)
             stopping = results is None
             if results:
-                require(math.isfinite(results["loss"]), f"step {step}: validation loss not finite.{LOWER_RATE}")
+                require(math.isfinite(results["loss"]), f"step {step}: val loss is not finite.{LOWER_RATE}")
                 log("final" if last_step else "val", step, results)
 
-        # once in a while, at the end and when told to stop: save
+        # every save_interval steps, at the end and when told to stop: save
         complete = last_step and not stopping
         due = step > start and (stopping or step % config.save_interval == 0)
         if RANK == 0 and (complete or due):
@@ -843,7 +844,7 @@ def train(model_config, config, output_dir, init_from=None, accept_changes=False
                 with autocast:
                     write_samples(output_dir, step, model, val_set, config)
         if complete or stopping:
-            all_gather(None)  # torchrun ends all ranks soon after the first: wait for rank 0 to save
+            all_gather(None)  # a barrier: torchrun ends all ranks soon after the first; let rank 0 save
             bar.close()
             return complete
 
@@ -891,7 +892,7 @@ def train(model_config, config, output_dir, init_from=None, accept_changes=False
         rows_seen += config.rows_per_step
         bar.update()
 
-        # once in a while: log
+        # every log_interval steps, and at the end: log
         seconds += time.perf_counter() - t0
         timed_steps += 1
         if step % config.log_interval == 0 or step == config.total_steps:
@@ -914,9 +915,8 @@ def setting(text):
 def main(arguments=None):
     """Exit status 0: complete; 1: stopped by a signal, and saved; 2: failed, the last line says why."""
     configs = Path(__file__).resolve().parent / "configs"
-    layout = argparse.RawDescriptionHelpFormatter
-    where = "Every setting is explained in the files in configs/, which KEY=VALUE overrides."
-    parser = argparse.ArgumentParser(description=__doc__, epilog=where, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.epilog = "Every setting is explained in the files in configs/, which KEY=VALUE overrides."
     parser.add_argument("--model_config", default=configs / f"model_config_{SIZE}.yaml", help="architecture")
     parser.add_argument("--train_config", default=configs / f"train_config_{SIZE}.yaml", help="the recipe")
     parser.add_argument("--output_dir", default=OUTPUT_DIR, type=Path, help=f"default: {OUTPUT_DIR}")
@@ -934,15 +934,15 @@ def main(arguments=None):
             config = load_config(TrainingConfig, options.train_config, dict(options.settings))
         complete = train(model_config, config, options.output_dir, options.init_from, options.accept_changes)
     except (RunError, OSError, yaml.YAMLError, torch.OutOfMemoryError) as error:
-        if RANK == 0 or not isinstance(error, RunError):  # which all ranks raise, or rank 0 alone
+        if RANK == 0 or not isinstance(error, RunError):  # a RunError is raised on rank 0, or on all ranks
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             hint = "; halve micro_batch_size and double gradient_accumulation" if out_of_memory else ""
-            print(f"{Path(__file__).name}: error: {error}{hint}", file=sys.stderr)
+            print(f"{Path(__file__).name}: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
     if not complete:
-        print0("stopped and saved; start again to resume")
+        print0("stopped; start again to resume")
         sys.exit(1)
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The initial weights of a run of runs/scaling.sh or conversion.sh: QKV's of a seed, as far as the variant has them.
+"""The initial weights of a run of runs/scaling.sh or conversion.py: QKV's of a seed, as far as the variant has them.
 
     python runs/initial_weights.py kv --model_config configs/model_config_scaling_64.yaml --seed 42 \
         --output start.pt
@@ -12,24 +12,21 @@ numbers. Here QKV is drawn, and every other variant takes from it what they have
     fewer KV heads                          the first of QKV's
 """
 
-import argparse
 import sys
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 
 import torch
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
+from common import VARIANTS, Parser, script_of
 
 
 def build(alias, model_config):
     """A fresh model of a variant, and the module of its training script."""
-    script = import_module(VARIANTS[alias]["script"]["300M"].removesuffix(".py"))
+    script = script_of(alias)
     model = getattr(script, VARIANTS[alias]["class"])(script.ModelConfig(**model_config))
     return model, script
 
@@ -54,8 +51,7 @@ def shared_weights(alias, own, qkv):
 
 
 def main(arguments=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = Parser(__file__, __doc__)
     parser.add_argument("variant", choices=VARIANTS, help="as in configs/variants.yaml")
     parser.add_argument("--model_config", type=Path, required=True)
     parser.add_argument("--n_kv_groups", type=int, help="KV heads, for the grouped variants")

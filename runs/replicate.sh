@@ -6,11 +6,13 @@
 #   JOBS=8 bash runs/replicate.sh
 #
 # Ctrl-C (or SIGTERM to the training scripts) saves a checkpoint of each run under way and ends; the same command
-# continues from there. Runs that are complete in outputs_replicate are not repeated.
+# continues from there. On another text than the recorded runs' (another version of Python) it says so before anything
+# is trained; RESULTS=results/reduced_scale_own keeps its runs and tables apart.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export PYTHON=${PYTHON:-.venv/bin/python}
+RESULTS=${RESULTS:-results/reduced_scale}
 export OMP_NUM_THREADS=1
 mkdir -p outputs_replicate
 
@@ -21,6 +23,7 @@ mkdir -p outputs_replicate
 
 "$PYTHON" dataset_download.py --source stdlib --split_paragraphs --tokenizer bytes \
     --target_tokens 20_000_000 --validation_tokens 100_000 --output_dir replicate_data
+"$PYTHON" runs/gather.py --to $RESULTS --text replicate_data
 
 
 # -----------------------------------------------------------------------------
@@ -45,13 +48,9 @@ train() {
         score_padding=$score_padding seed=$seed >> $to.log 2>&1 || status=$?
     if [ $status -ne 0 ]; then
         echo "$name: $(tail -n 1 $to.log)" >&2
-        [ $status -lt 128 ] || return 255  # stopped by a signal: xargs starts no other run
+        [ $status -eq 2 ] || return 255  # stopped: xargs starts no other run
         return 1
     fi
-
-    mkdir -p results/reduced_scale/$name
-    cp $to/*.yaml results/reduced_scale/$name/
-    cp $to/metrics.jsonl results/reduced_scale/$name/
 }
 export -f train
 
@@ -76,4 +75,5 @@ runs() {
 
 runs | xargs -P "${JOBS:-2}" -L 1 bash -euc 'train "$@"' train
 
-"$PYTHON" results_table.py results/reduced_scale --output_dir results/reduced_scale
+"$PYTHON" runs/gather.py outputs_replicate --to $RESULTS
+"$PYTHON" results_table.py $RESULTS --output_dir $RESULTS

@@ -4,16 +4,17 @@
 #   bash runs/scaling.sh               # two runs at a time, a thread each
 #   JOBS=8 bash runs/scaling.sh
 #
-# A run whose metrics in results/scaling hold its final evaluation is not repeated, so a fresh clone continues
-# where the committed results end. Ctrl-C (or SIGTERM to the training scripts) saves a checkpoint of each run
-# under way and ends; the same command continues from there.
+# A run that is recorded in runs.jsonl, or complete in outputs_scaling, is not repeated, so a fresh clone continues where
+# the recorded results end. Ctrl-C (or SIGTERM to the training scripts) saves a checkpoint of each run under way and
+# ends; the same command continues from there. On another text than the recorded runs' (packages of other versions) it
+# says so before anything is trained; RESULTS=results/scaling_own begins a grid of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export PYTHON=${PYTHON:-.venv/bin/python}
 export RESULTS=${RESULTS:-results/scaling}
 export OMP_NUM_THREADS=1
-mkdir -p outputs_scaling $RESULTS
+mkdir -p outputs_scaling
 
 
 # -----------------------------------------------------------------------------
@@ -23,14 +24,7 @@ mkdir -p outputs_scaling $RESULTS
     --target_tokens 50_000_000 --validation_tokens 250_000 --output_dir scaling_data
 
 # Packages of other versions are another text, and its runs would not belong to the same grid.
-corpus=$(grep -som1 'sha256:[0-9a-f]*' scaling_data/train/metadata.json || true)
-recorded=$(cat $RESULTS/corpus.txt 2> /dev/null || echo $corpus)
-if [ "$corpus" != "$recorded" ]; then
-    echo "scaling.sh: scaling_data is $corpus, and the runs in $RESULTS are of $recorded. Install the packages of" \
-        "$RESULTS/environment.txt, or begin a grid of your own with RESULTS=results/scaling_own." >&2
-    exit 2
-fi
-echo $corpus > $RESULTS/corpus.txt
+"$PYTHON" runs/gather.py --to $RESULTS --text scaling_data
 
 
 # -----------------------------------------------------------------------------
@@ -41,7 +35,8 @@ train() {
     local alias=$1 width=$2 per_parameter=$3 rate=$4 seed=$5 row=$6 protocol=$7
     local name=${alias}_d${width}_n${per_parameter}_lr${rate}e-3_T${row}_${protocol}_seed${seed}
     local to=outputs_scaling/$name
-    grep -qs '"kind": "final"' $RESULTS/$name/metrics.jsonl && return
+    grep -qs "{\"name\":\"$name\"," $RESULTS/runs.jsonl && return
+    grep -qs '"kind": "final"' $to/metrics.jsonl && return
 
     # N tokens for each of the matrices' 12 x layers x width^2 parameters, in steps of 1,024
     local tokens=$((12 * width / 32 * width * width * per_parameter))
@@ -70,9 +65,7 @@ train() {
 
     # All variants of a seed start from the same weights where they share them.
     local model=configs/model_config_scaling_$width.yaml
-    local start=
-    if ! compgen -G "$to/checkpoint_step_*.pt" > /dev/null; then
-        start="--init_from $to.initial.pt"
+    if [ ! -e $to.initial.pt ]; then
         "$PYTHON" runs/initial_weights.py $alias --model_config $model ${groups:+--n_kv_groups $groups} \
             --seed $seed --output $to.initial.pt
     fi
@@ -80,17 +73,12 @@ train() {
     echo "training $name"
     local status=0
     "$PYTHON" $script --model_config $model --train_config configs/train_config_scaling.yaml \
-        --output_dir $to $start $settings >> $to.log 2>&1 || status=$?
+        --output_dir $to --init_from $to.initial.pt $settings >> $to.log 2>&1 || status=$?
     if [ $status -ne 0 ]; then
         echo "$name: $(tail -n 1 $to.log)" >&2
-        [ $status -lt 128 ] || return 255  # stopped by a signal: xargs starts no other run
+        [ $status -eq 2 ] || return 255  # stopped: xargs starts no other run
         return 1
     fi
-
-    # The metrics come last: with them the run counts as finished.
-    mkdir -p $RESULTS/$name
-    cp $to/*.yaml $RESULTS/$name/
-    cp $to/metrics.jsonl $RESULTS/$name/
 }
 export -f train
 
@@ -174,15 +162,14 @@ grid | xargs -P "${JOBS:-2}" -L 1 bash -euc 'train "$@"' train || failed=$?
 # QKV's end points as Q–K=V without training, and the tables
 
 for model in outputs_scaling/kqv_*_T256_packed_seed*/final_model.pt; do
-    [ -e $model ] || continue
     folder=$(dirname $model)
-    to=$RESULTS/$(basename $folder)/conversion.txt
-    if [ ! -e $to ]; then
+    if [ -e $model ] && [ ! -e $folder/conversion.txt ]; then
         "$PYTHON" convert_checkpoint.py --checkpoint $model --to kv --data scaling_data/train \
-            --val_data scaling_data/validation --output $folder/converted.pt > $folder/conversion.txt
-        cp $folder/conversion.txt $to
+            --val_data scaling_data/validation --output $folder/converted.pt > $folder/conversion.tmp
+        mv $folder/conversion.tmp $folder/conversion.txt
     fi
 done
 
-"$PYTHON" scaling_table.py $RESULTS --output_dir $RESULTS
+"$PYTHON" runs/gather.py outputs_scaling --to $RESULTS
+"$PYTHON" runs/scaling_tables.py $RESULTS
 exit $failed

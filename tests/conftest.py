@@ -1,6 +1,7 @@
 """Shared fixtures. The hubs are switched off before any library that would reach for them is imported."""
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -139,9 +140,12 @@ def assert_same_run(left, right):
 
 def failing_run(args, capsys, script):
     """The one line with which the script says why it cannot go on."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         script.main(args)
     assert stop.value.code == 2
+    del stop
+    gc.collect(1)  # the traceback holds the lock of the folder, which in a process of its own ends with it
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"{script.__name__}.py: error: "), lines
     return lines[0]

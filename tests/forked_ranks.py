@@ -15,6 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch._dynamo  # noqa: F401, as torch.optim does
+
 import transformer_KV_1_300_M  # noqa: F401, for what it imports
 
 commands = json.loads(sys.argv[1])

@@ -7,23 +7,23 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from datetime import date
 from functools import partial
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, prepare, script_of
-from hypothesis import Phase, assume, given, settings
-from hypothesis import strategies as st
+from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, metrics, prepare, script_of
 
 SCRIPTS = {alias: script_of(alias) for alias in VARIANTS}
 GROUPED = {alias for alias, row in VARIANTS.items() if row["groups"]}
 SCRIPT = SCRIPTS["kqv"]  # owns the text that the scripts share; another test holds the others to it
+KEYS = [field.name for kind in (SCRIPT.ModelConfig, SCRIPT.TrainingConfig) for field in fields(kind)]
+KEYS.remove("n_kv_groups")  # of this variant, always null
 CONFIGS = {"model": ROOT / "configs/model_config_demo.yaml", "train": ROOT / "configs/train_config_demo.yaml"}
 ONE_STEP = ("target_tokens=256", "warmup_steps=0")
-examples = settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,15 +38,8 @@ def surroundings(tmp_path_factory):
 
 def run(script, output_dir, *arguments, model=CONFIGS["model"], train=CONFIGS["train"]):
     """The script as its command line starts it; returns its metrics but for the speed, or else SystemExit."""
-    script.main(
-        [f"--model_config={model}", f"--train_config={train}", f"--output_dir={output_dir}", *arguments]
-    )
+    script.main([f"--model_config={model}", f"--train_config={train}", f"--output_dir={output_dir}", *arguments])
     return metrics(output_dir)
-
-
-def metrics(output_dir):
-    records = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in r.items() if name != "tokens_per_second"} for r in records]
 
 
 # ---- the published values
@@ -107,16 +100,13 @@ def test_a_run_takes_the_steps_that_its_target_tokens_allow(data, tmp_path):
 
 
 def refused(output_dir, *arguments, script=SCRIPT, **paths):
-    """The line on stderr with which the script, started so, exits with 2 before it has written anything."""
+    """The last line on stderr with which the script exits with 2, before it has written anything."""
     stderr = io.StringIO()
     with contextlib.redirect_stderr(stderr), pytest.raises(SystemExit) as exit:
         run(script, output_dir, *arguments, **paths)
     assert exit.value.code == 2
     assert not output_dir.exists()
-    lines = stderr.getvalue().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith(f"{script.__name__}.py: error: ")
-    return lines[0]
+    return stderr.getvalue().splitlines()[-1]
 
 
 def altered(folder, kind, **changes):
@@ -127,138 +117,91 @@ def altered(folder, kind, **changes):
     return path
 
 
-WRONG = [  # key, value in the file, value on the command line, what was expected
-    ("n_embd", "wide", "wide", "a valid integer"),
-    ("n_layer", True, "true", "a valid integer"),
-    ("n_head", 4.0, "4.0", "a valid integer"),
-    ("n_embd", None, "null", "a valid integer"),
-    ("vocab_size", 0, "0", "greater than 0"),
-    ("n_inner", -1, "-1", "greater than 0"),
-    ("n_inner", 0, "0", "greater than 0"),
-    ("dropout", 1.0, "1.0", "less than 1"),
-    ("dropout", -0.1, "-0.1", "greater than or equal to 0"),
-    ("layer_norm_epsilon", 0.0, "0", "greater than 0"),
-    ("initializer_range", [0.02], "[0.02]", "a valid number"),
-    ("n_kv_groups", 0, "0", "greater than 0"),
-    ("n_kv_groups", "four", "four", "a valid integer"),
-    ("use_flash_attention", 1, "1", "a valid boolean"),
-    ("layer_norm_epsilon", math.inf, "1e999", "a finite number"),
-    ("train_data", 7, "7", "a valid string"),
-    ("sequence", "stacked", "stacked", "'padded' or 'packed'"),
-    ("score_padding", 0, "0", "a valid boolean"),
-    ("learning_rate", math.nan, "nan", "number"),
-    ("learning_rate", math.nan, ".nan", "a finite number"),
-    ("learning_rate", math.inf, ".inf", "a finite number"),
-    ("learning_rate", True, "true", "a valid number"),
-    ("learning_rate", None, "null", "a valid number"),
-    ("learning_rate", "fast", "fast", "a valid number"),
-    ("min_lr", -1e-4, "-1e-4", "greater than or equal to 0"),
-    ("beta2", 1, "1", "less than 1"),
-    ("grad_clip", 0, "0", "greater than 0"),
-    ("gradient_accumulation", 2.5, "2.5", "a valid integer"),
-    ("num_gpus", 0, "0", "greater than 0"),
-    ("target_tokens", "1e6 tokens", "1e6 tokens", "a valid integer"),
-    ("warmup_steps", -1, "-1", "greater than or equal to 0"),
-    ("seed", -1, "-1", "greater than or equal to 0"),
-    ("seed", {"a": 1}, "{a: 1}", "a valid integer"),
-    ("lr_scheduler", "cosinus", "cosinus", "'cosine', 'linear' or 'constant'"),
-    ("precision", "fp16", "fp16", "'bf16' or 'fp32'"),
-    ("compile", "sometimes", "sometimes", "'auto'"),
-    ("compile", 1, "1", "'auto'"),
-    ("log_interval", 0, "0", "greater than 0"),
-    ("eval_batches", 0, "0", "greater than 0"),
-    ("eval_batches", 1.5, "1.5", "a valid integer"),
-    ("save_interval", None, "", "a valid integer"),
-    ("wandb", True, "on", "'disabled', 'offline' or 'online'"),
-]
-wrong = pytest.mark.parametrize(("key", "in_file", "typed", "expected"), WRONG)
+WRONG = {
+    "vocab_size": 0, "n_positions": -1, "n_embd": "wide", "n_layer": None, "n_head": 2.5, "n_inner": -1,
+    "n_kv_groups": "four", "dropout": 1.0, "layer_norm_epsilon": math.inf, "initializer_range": [0.02],
+    "use_flash_attention": 3, "train_data": 7, "val_data": None, "sequence": "stacked", "score_padding": "maybe",
+    "seq_length": 1, "micro_batch_size": 0, "gradient_accumulation": 2.5, "num_gpus": 0,
+    "target_tokens": "1e6 tokens", "learning_rate": math.nan, "min_lr": -1e-4, "lr_scheduler": "cosinus",
+    "warmup_steps": -1, "weight_decay": -0.1, "beta1": -0.5, "beta2": 1, "grad_clip": 0, "skip_grad_norm": 0,
+    "seed": -1, "precision": "fp16", "compile": "sometimes", "log_interval": 0, "eval_interval": 0,
+    "eval_batches": 0, "save_interval": None, "keep_checkpoints": 0, "sample_tokens": -1, "wandb": True,
+}  # fmt: skip
 
 
 def kind_of(key):
     return "model" if key in {field.name for field in fields(SCRIPT.ModelConfig)} else "train"
 
 
-@wrong
-def test_a_wrong_value_in_a_file_is_refused_with_file_key_and_what_was_expected(
-    key, in_file, typed, expected, tmp_path
-):
-    kind = kind_of(key)
-    path = altered(tmp_path, kind, **{key: in_file})
-    line = refused(tmp_path / "out", **{kind: path})
-    for part in (str(path), f"{key}: expected ", expected):
-        assert part in line
+def test_every_key_has_a_wrong_value_here():
+    assert sorted(WRONG) == sorted([*KEYS, "n_kv_groups"])
 
 
-@wrong
-def test_a_wrong_value_on_the_command_line_is_refused_with_key_and_what_was_expected(
-    key, in_file, typed, expected, tmp_path
-):
-    line = refused(tmp_path / "out", f"{key}={typed}")
-    for part in (f"{key}: expected ", expected):
-        assert part in line
-    assert "command line" in line or f" with {key}={typed}" in line
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_value_is_refused_with_its_key_and_the_file_or_the_command_line(key, tmp_path):
+    path = altered(tmp_path, kind_of(key), **{key: WRONG[key]})
+    line = refused(tmp_path / "out", **{kind_of(key): path})
+    assert f"{path}: {key}" in line
+    typed = yaml.safe_dump(WRONG[key], default_flow_style=True).splitlines()[0]
+    assert f"command line: {key}" in refused(tmp_path / "out", f"{key}={typed}")
 
 
-def test_the_setting_that_is_wrong_is_named_and_not_another_beside_it(tmp_path):
-    line = refused(tmp_path / "out", "n_embd=wide", "n_layer=2", "seed=3")
-    assert "n_embd: expected a valid integer, got 'wide'" in line
-    assert "n_layer" not in line and "seed" not in line
+AWKWARD = [
+    None, True, 10**400, -(10**400), 0.5, math.nan, math.inf, "", "nan", "1e999", "auto\n", "\u2028", b"\xff",
+    date(2024, 2, 29), [], {}, [1], {"a": None},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", AWKWARD, ids=lambda value: f"{value!r:.9}")
+def test_an_awkward_value_is_a_value_or_refused_with_its_key(value, tmp_path):
+    for key in ("n_layer", "seed", "learning_rate", "dropout", "eval_batches", "compile", "sequence"):
+        config = SCRIPT.ModelConfig if kind_of(key) == "model" else SCRIPT.TrainingConfig
+        path = altered(tmp_path, kind_of(key), **{key: value})
+        try:
+            found = getattr(SCRIPT.load_config(config, path, {}), key)
+        except SCRIPT.RunError as error:
+            assert f"{path}: {key}" in str(error) and "\n" not in str(error)
+        else:
+            assert found == value
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_an_unknown_key_in_a_file_is_refused(kind, tmp_path):
     path = altered(tmp_path, kind, learnign_rate=1e-3)
-    line = refused(tmp_path / "out", **{kind: path})
-    assert f"{path}: learnign_rate: " in line
-    assert "expected" in line
+    assert f"{path}: learnign_rate" in refused(tmp_path / "out", **{kind: path})
 
 
 @pytest.mark.parametrize("key", ["n_embd", "n_head", "micro_batch_size", "eval_batches", "wandb"])
 def test_a_missing_key_is_refused_unless_the_command_line_has_it(key, tmp_path):
     kind = kind_of(key)
     path = altered(tmp_path, kind, **{key: ...})
-    line = refused(tmp_path / "out", **{kind: path})
-    assert f"{path}: {key}: " in line
-    assert "expected" in line
+    assert f"{path}: {key}" in refused(tmp_path / "out", **{kind: path})
     value = yaml.safe_load(CONFIGS[kind].read_text())[key]
-    given_instead = refused(tmp_path / "out", f"{key}={value}", "seed=x", **{kind: path})
-    assert "seed" in given_instead
+    assert "seed" in refused(tmp_path / "out", f"{key}={value}", "seed=x", **{kind: path})
 
 
 TOGETHER = [
-    (["min_lr=2e-3", "learning_rate=1e-3"], "min_lr", "expected at most learning_rate"),
+    (["min_lr=2e-3", "learning_rate=1e-3"], "min_lr", "learning_rate"),
     (["target_tokens=255"], "target_tokens", "256"),  # 2 x 2 x 2 rows of 32
-    (["n_embd=30", "n_head=4"], "n_embd", "expected a multiple of n_head"),
-    (["seq_length=33"], "seq_length", "n_positions"),
+    (["warmup_steps=9"], "warmup_steps", "8"),
+    (["n_embd=30", "n_head=4"], "n_embd", "n_head"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "key", "expected"), TOGETHER)
-def test_values_that_do_not_go_together_are_refused(arguments, key, expected, data, tmp_path):
+@pytest.mark.parametrize(("arguments", "key", "other"), TOGETHER)
+def test_values_that_do_not_go_together_are_refused(arguments, key, other, data, tmp_path):
     line = refused(tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, *arguments)
-    assert key in line
-    assert expected in line
+    assert key in line and other in line
 
 
-WRONG_GROUPS = [  # variants, groups that are not theirs, what was expected
-    (["kqv", "qk", "kv", "k"], [1, 2, 8], "null"),
-    (["mqa", "qmqa"], [2, 8, None], "1 "),
-    (["gqa", "qgqa"], [3, 16, None], "a divisor of n_head"),
-]
+WRONG_GROUPS = [(["kqv", "qk", "kv", "k"], [1, 8]), (["mqa", "qmqa"], [2, None]), (["gqa", "qgqa"], [3, 16, None])]
 
 
-@pytest.mark.parametrize(
-    ("alias", "wrong", "expected"), [(alias, *row) for aliases, *row in WRONG_GROUPS for alias in aliases]
-)
-def test_groups_that_are_not_of_the_variant_are_refused(alias, wrong, expected, tmp_path):
+@pytest.mark.parametrize(("alias", "wrong"), [(alias, wrong) for row, wrong in WRONG_GROUPS for alias in row])
+def test_groups_that_are_not_of_the_variant_are_refused(alias, wrong, tmp_path):
     for groups in wrong:
-        typed = [f"n_kv_groups={'null' if groups is None else groups}"]
-        for arguments, paths in (
-            (typed, {}),
-            ([], {"model": altered(tmp_path, "model", n_kv_groups=groups)}),
-        ):
-            line = refused(tmp_path / "out", *arguments, script=SCRIPTS[alias], **paths)
-            assert f"n_kv_groups: expected {expected}" in line
+        line = refused(tmp_path / "out", f"n_kv_groups={groups or 'null'}", script=SCRIPTS[alias])
+        assert "n_kv_groups: " in line and str(groups) in line
 
 
 @pytest.mark.parametrize("alias", ["gqa", "qgqa"])
@@ -275,11 +218,9 @@ UNREADABLE = {
     "is a folder": lambda path: path.mkdir(),
     "is empty": lambda path: path.write_text(""),
     "is not YAML": lambda path: path.write_text("n_embd: [32\nn_layer: 2\n"),
-    "is not YAML, with a tab": lambda path: path.write_text("n_embd:\t- 32\n\tn_layer: 2\n"),
     "is a list": lambda path: path.write_text("- n_embd\n- n_layer\n"),
     "is a list of pairs": lambda path: path.write_text("- [n_embd, 32]\n- [n_layer, 2]\n"),
     "is text": lambda path: path.write_text("a model"),
-    "is a number": lambda path: path.write_text("32"),
     "is not UTF-8": lambda path: path.write_bytes(b"n_embd: 32 # \xff\xfe\n"),
     "has a date that is none": lambda path: path.write_text("n_embd: 2024-13-45\n"),
     "would run code": lambda path: path.write_text("n_embd: !!python/object/apply:os.getcwd []\n"),
@@ -291,117 +232,18 @@ UNREADABLE = {
 def test_a_file_that_is_no_config_is_refused_by_name(kind, content, tmp_path):
     path = tmp_path / "config.yaml"
     UNREADABLE[content](path)
-    line = refused(tmp_path / "out", **{kind: path})
-    assert str(path) in line
-    assert "expected" in line
+    assert str(path) in refused(tmp_path / "out", **{kind: path})
 
 
 @pytest.mark.parametrize(
     "argument",
-    ["learnign_rate=1e-3", "seed", "=3", "Seed=3", "seed =3", "output_dir=x", "seed=[", "seed={",
-     "seed=!!x 3",
+    ["learnign_rate=1e-3", "seed", "=3", "Seed=3", "seed =3", "output_dir=x", "seed=[", "seed=!!x 3",
      "train_data=2024-13-45", "seed='", "train_data=a: b: c", "train_data=@x"],
 )  # fmt: skip
 def test_what_is_no_setting_is_refused_on_the_command_line(argument, tmp_path):
+    key, _, value = argument.partition("=")
     line = refused(tmp_path / "out", argument)
-    assert "command line" in line or f" with {argument}" in line
-    assert argument.partition("=")[0] in line
-    assert "expected" in line
-
-
-def test_data_that_is_missing_is_refused_before_anything_is_written(tmp_path):
-    line = refused(tmp_path / "out", f"train_data={tmp_path}/a", f"val_data={tmp_path}/b")
-    assert "dataset_download.py" in line
-
-
-# ---- and whatever the value is
-
-CHOICES = {
-    "sequence": ["padded", "packed"],
-    "lr_scheduler": ["cosine", "linear", "constant"],
-    "precision": ["bf16", "fp32"],
-    "compile": ["auto", True, False],
-    "wandb": ["disabled", "offline", "online"],
-    "score_padding": [True, False],
-    "use_flash_attention": [True, False],
-}
-TEXTS = {"train_data", "val_data"}
-FROM_ZERO_BELOW_ONE = {"dropout", "beta1", "beta2"}
-FROM_ZERO = FROM_ZERO_BELOW_ONE | {"min_lr", "warmup_steps", "weight_decay", "seed", "sample_tokens"}
-NUMBERS = FROM_ZERO_BELOW_ONE | {
-    "layer_norm_epsilon", "initializer_range", "learning_rate", "min_lr", "weight_decay", "grad_clip",
-    "skip_grad_norm",
-}  # fmt: skip
-OR_NULL = {"n_inner", "eval_batches", "keep_checkpoints"}
-KEYS = [field.name for kind in (SCRIPT.ModelConfig, SCRIPT.TrainingConfig) for field in fields(kind)]
-KEYS.remove("n_kv_groups")  # of this variant, always null; tested above
-
-
-def acceptable(key, value):
-    """The rules once more, in other words."""
-    if key in CHOICES:
-        return any(type(value) is type(choice) and value == choice for choice in CHOICES[key])
-    if key in TEXTS:
-        return isinstance(value, str)
-    if value is None:
-        return key in OR_NULL
-    if key in NUMBERS and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except (ValueError, OverflowError):
-            return False
-    if type(value) is not (float if key in NUMBERS else int):
-        return False
-    in_range = value >= 0 if key in FROM_ZERO else value > 0
-    return in_range and value < (1 if key in FROM_ZERO_BELOW_ONE else math.inf)
-
-
-AWKWARD = [
-    None, True, False, 0, 1, -1, 10**400, -(10**400), 0.0, 1.0, 0.5, -0.5, math.nan, math.inf, -math.inf, "",
-    "1", "nan", "1e999", "true", "null", "auto\n", "Padded", "\u2028", [], {}, [1], {"a": None},
-]  # fmt: skip
-ANYTHING = st.recursive(
-    st.integers()
-    | st.floats()
-    | st.text(max_size=8)
-    | st.dates()
-    | st.binary(max_size=4)
-    | st.sampled_from(AWKWARD),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-    max_leaves=3,
-)
-
-
-@pytest.mark.parametrize("key", KEYS)
-@examples
-@given(value=ANYTHING)
-def test_any_unacceptable_value_is_refused_in_one_line_that_names_its_key(tmp_path_factory, key, value):
-    assume(not acceptable(key, value))
-    check_unacceptable(tmp_path_factory.getbasetemp(), **{key: value})
-
-
-@pytest.mark.parametrize("value", AWKWARD, ids=lambda value: f"{value!r:.9}")
-def test_an_awkward_value_is_refused_for_one_key_of_each_kind(value, tmp_path):
-    for key in (
-        "n_layer",
-        "seed",
-        "learning_rate",
-        "dropout",
-        "eval_batches",
-        "compile",
-        "sequence",
-        "score_padding",
-    ):
-        if not acceptable(key, value):
-            check_unacceptable(tmp_path, **{key: value})
-
-
-def check_unacceptable(folder, **change):
-    ((key, _),) = change.items()
-    kind = kind_of(key)
-    path = altered(folder, kind, **change)
-    line = refused(folder / "never_written", **{kind: path})
-    assert f"{path}: {key}: expected " in line
+    assert "error: " in line and (key in line or value in line or "'tag:yaml.org,2002:x'" in line)
 
 
 # ---- what is asked for is what runs
@@ -417,13 +259,12 @@ def test_the_resolved_configs_are_what_was_asked_for_and_give_the_same_run_again
     asked = [*TINY_MODEL, *TINY_RUN, *data, "dropout=0.2", "learning_rate=2e-2", "eval_batches=null"]
     asked += ["n_head=4", "n_kv_groups=2"] if alias in GROUPED else []
     records = run(script, first, *asked)
-    overrides = {
-        key: yaml.safe_load(value) for key, _, value in (setting.partition("=") for setting in asked)
-    }
+    overrides = {key: yaml.safe_load(value) for key, value in (setting.split("=") for setting in asked)}
     overrides |= {"learning_rate": 2e-2, "min_lr": 1e-3, "dropout": 0.2}
     for kind, config in (("model", script.ModelConfig), ("train", script.TrainingConfig)):
         names = {field.name for field in fields(config)}
-        expected = read(CONFIGS[kind]) | {key: value for key, value in overrides.items() if key in names}
+        expected = read(CONFIGS[kind]) | ({"n_kv_groups": None} if kind == "model" else {})
+        expected |= {key: value for key, value in overrides.items() if key in names}
         assert read(first / f"{kind}_config.yaml") == expected
     files = {"model": first / "model_config.yaml", "train": first / "train_config.yaml"}
     assert run(script, second, **files) == records
@@ -468,18 +309,14 @@ def test_the_last_of_two_values_counts(data, tmp_path):
 def test_one_process_takes_the_global_batch_of_eight(data, tmp_path):
     """However 24 rows are dealt out to processes and micro batches, the same data make the same step."""
     settings = [*TINY_MODEL, *TINY_RUN, *data, f"target_tokens={3 * 24 * 32}", "eval_batches=null"]
-    eight = run(
-        SCRIPT, tmp_path / "8", *settings, "num_gpus=8", "gradient_accumulation=3", "micro_batch_size=1"
-    )
-    one = run(
-        SCRIPT, tmp_path / "1", *settings, "num_gpus=1", "gradient_accumulation=24", "micro_batch_size=1"
+    shares = {"8": (8, 3, 1), "1": (1, 24, 1), "4": (2, 2, 6)}
+    names = ("num_gpus", "gradient_accumulation", "micro_batch_size")
+    eight, one, larger = (
+        run(SCRIPT, tmp_path / folder, *settings, *(f"{n}={x}" for n, x in zip(names, values, strict=True)))
+        for folder, values in shares.items()
     )
     assert eight == one
-    assert eight[-1]["step"] == 3
-    assert eight[-1]["tokens"] == 3 * 24 * 32
-    larger = run(
-        SCRIPT, tmp_path / "4", *settings, "num_gpus=2", "gradient_accumulation=2", "micro_batch_size=6"
-    )
+    assert (eight[-1]["step"], eight[-1]["tokens"]) == (3, 3 * 24 * 32)
     assert [record["step"] for record in larger] == [record["step"] for record in one]
     for a, b in zip(larger, one, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
@@ -555,9 +392,8 @@ def observed(data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def other_data(tmp_path_factory):
     """Settings that name a data set of other texts."""
-    return dict(
-        s.split("=") for s in prepare(tmp_path_factory.mktemp("other"), [s.upper() for s in SENTENCES])
-    )
+    paths = prepare(tmp_path_factory.mktemp("other"), [s.upper() for s in SENTENCES])
+    return dict(setting.split("=") for setting in paths)
 
 
 def changes(change, *aspects, given=()):
@@ -565,12 +401,8 @@ def changes(change, *aspects, given=()):
     return change, aspects, given
 
 
-LONG_ROWS = (
-    "sequence=padded",
-    "n_positions=128",
-    "seq_length=128",
-    "target_tokens=4096",
-)  # longer than some texts
+# longer than some texts
+LONG_ROWS = ("sequence=padded", "n_positions=128", "seq_length=128", "target_tokens=4096")
 ROWS = {
     "vocab_size": changes("vocab_size=260", "shapes", "losses"),
     "n_positions": changes("n_positions=40", "shapes", "printed"),
@@ -639,10 +471,8 @@ def test_counts_in_the_metrics_and_files_follow_the_intervals(observed):
     assert seen.checkpoints == ["checkpoint_step_2.pt", "checkpoint_step_4.pt", "final_model.pt"]
     assert sorted(seen.samples) == ["samples_step_2.txt", "samples_step_4.txt"]
     assert observed("log_interval=2").kinds("train") == [("train", 2), ("train", 4)]
-    assert observed("eval_interval=1").kinds("val", "final") == [
-        *(("val", s) for s in range(4)),
-        ("final", 4),
-    ]
+    evaluations = [*(("val", step) for step in range(4)), ("final", 4)]
+    assert observed("eval_interval=1").kinds("val", "final") == evaluations
     every = [f"checkpoint_step_{step}.pt" for step in (1, 2, 3, 4)]
     assert observed("save_interval=1").checkpoints == [*every, "final_model.pt"]
     assert observed("keep_checkpoints=1").checkpoints == ["checkpoint_step_4.pt", "final_model.pt"]
@@ -690,12 +520,7 @@ def test_compile_compiles_the_model_and_auto_does_not_on_the_cpu(
     if torch.cuda.is_available():
         pytest.skip("auto compiles where there is a GPU")
     calls = []
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module, *_, **__: calls.append(type(module).__name__)
-    )
-    monkeypatch.setattr(
-        torch, "compile", lambda module, *_, **__: calls.append(type(module).__name__) or module
-    )
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: calls.append(type(module).__name__))
     one_step(data, tmp_path, f"compile={value}")
     assert bool(calls) == compiled
 
@@ -722,10 +547,8 @@ def test_flash_attention_is_used_where_it_is_asked_for_installed_and_fits(alias,
         config = script.ModelConfig(**values, **groups, **changes)
         model = getattr(script, VARIANTS[alias]["class"])(config).eval()
         calls.clear()
-        with (
-            torch.autocast("cpu", precision, enabled=precision != torch.float32),
-            monkeypatch.context() as patch,
-        ):
+        autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+        with autocast, monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", True)
             return model(ids)[0].float()
 
@@ -748,28 +571,14 @@ class FakeWandb(ModuleType):
         super().__init__("wandb")
         self.fails_in, self.options, self.logged = fails_in, [], []
 
-    def step(self, name):
-        if name == self.fails_in:
-            raise RuntimeError(f"{name} of wandb fails")
-
-    def Settings(self, **options):
-        self.step("Settings")
-        return options
-
     def init(self, **options):
-        self.step("init")
+        assert self.fails_in != "init"
         self.options.append(options)
-        run = SimpleNamespace(
-            log=self.log, finish=lambda *_, **__: self.step("finish"), config={}, summary={}
-        )
-        return run
+        return self
 
-    def log(self, values, step=None, **_):
-        self.step("log")
+    def log(self, values, step):
+        assert self.fails_in != "log"
         self.logged.append((step, values))
-
-    def finish(self, *_, **__):
-        self.step("finish")
 
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
@@ -790,16 +599,15 @@ def test_wandb_is_not_even_imported_unless_it_is_asked_for(data, tmp_path, monke
     assert "warning" not in output.out + output.err
 
 
-@pytest.mark.parametrize("failure", ["import", "Settings", "init", "log", "finish"])
+@pytest.mark.parametrize("failure", ["import", "init", "log"])
 def test_a_run_completes_without_wandb_and_says_so(failure, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None if failure == "import" else FakeWandb(failure))
     records = one_step(data, tmp_path, "wandb=offline")
     assert records[-1]["kind"] == "final"
-    output = capsys.readouterr()
-    if failure != "finish":  # which need not be called
-        assert "warning: wandb" in output.out + output.err
+    assert "warning: no wandb" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_real_wandb_keeps_an_offline_run(data, tmp_path):
     """In a process of its own, which wandb may end as it likes."""
     settings = [*TINY_MODEL, *TINY_RUN, *data, "target_tokens=1024", "wandb=offline"]

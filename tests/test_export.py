@@ -1,11 +1,14 @@
 """export_hf.py: the folder as its readers load it, tokenizer, model card, the way back, what is refused."""
 
 import base64
+import copy
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import venv
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import GPT2_RANKS, ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, script_of
+from conftest import GPT2_RANKS, ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, gpt2_of, script_of
+from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 from packaging.requirements import Requirement
@@ -24,8 +28,13 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorWithFlattening,
     PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
@@ -189,7 +198,7 @@ def tokenizers(ranks, tmp_path_factory):
         if name != str(GPT2_RANKS) or GPT2_RANKS.exists():
             tokenizer = load_tokenizer(name)
             folder = tmp_path_factory.mktemp("tokenizer")
-            export_hf.fast_tokenizer(tokenizer, 64).save_pretrained(folder)
+            export_hf.fast_tokenizer(tokenizer, tokenizer.eos_id + 2, 64).save_pretrained(folder)
             pairs[Path(name).stem] = tokenizer, AutoTokenizer.from_pretrained(folder)
     return pairs
 
@@ -210,23 +219,123 @@ def test_the_tokenizer_encodes_as_the_training_data_were(tokenizers, name, text)
 
 def test_the_end_of_text_token(tokenizers):
     for ours, theirs in tokenizers.values():
-        assert len(theirs) == ours.eos_id + 1
-        assert [theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id] == [ours.eos_id] * 3
+        assert len(theirs) == ours.eos_id + 2
+        assert [theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id] == [ours.eos_id] * 2 + [ours.eos_id + 1]
+        assert theirs("a" + theirs.eos_token).input_ids == [*theirs("a").input_ids, ours.eos_id]
+        # What GPT-2 calls it is letters, as in the training data, and so are its own letters if one asks for that.
         assert theirs("<|endoftext|>").input_ids == ours.encode(["<|endoftext|>"])[0].tolist()
-        assert theirs.decode([97, ours.eos_id]) == theirs.decode([97]) + "<|endoftext|>"
+        letters = theirs(theirs.eos_token, split_special_tokens=True).input_ids
+        assert letters == ours.encode([theirs.eos_token])[0].tolist()
         assert theirs.decode([97, ours.eos_id], skip_special_tokens=True) == theirs.decode([97])
         assert theirs.model_max_length == 64
+
+
+def test_special_tokens_that_a_user_adds_are_one_id_each(tokenizers):
+    for ours, theirs in tokenizers.values():
+        theirs = copy.deepcopy(theirs)
+        theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        theirs.add_tokens(["<q>"])
+        found = theirs("<|im_start|>a<q><|im_end|>").input_ids
+        assert found == [ours.eos_id + 2, *ours.encode(["a"])[0].tolist(), ours.eos_id + 4, ours.eos_id + 3]
+
+
+def test_a_vocabulary_without_a_spare_id_has_none_for_padding(run, folder, checkpoints, tmp_path, capsys):
+    """Of 257 ids, a byte tokenizer needs all; of 260 not."""
+    assert AutoTokenizer.from_pretrained(folder, **TRUST).pad_token_id == 256
+    assert "no id to spare for padding" in (folder / "README.md").read_text(encoding="utf-8")
+    export("kv", run / "final_model.pt", tmp_path / "without", "--tokenizer", "bytes")
+    assert "no token id is left for padding" in capsys.readouterr().out
+    export("kv", checkpoints / "kv.pt", tmp_path / "with", "--tokenizer", "bytes")
+    assert "padding" not in capsys.readouterr().out
+    assert AutoConfig.from_pretrained(tmp_path / "with", **TRUST).pad_token_id == 257
+
+
+# -----------------------------------------------------------------------------
+# Fine-tuning
+
+
+@pytest.fixture(scope="module")
+def spacious(checkpoints, tmp_path_factory):
+    """A folder whose vocabulary has ids to spare."""
+    return export("kv", checkpoints / "kv.pt", tmp_path_factory.mktemp("spacious") / "hf", "--tokenizer", "bytes")
+
+
+def loss_of_single_texts(model, texts):
+    """The mean over all predicted tokens, text by text: nothing is padded."""
+    nats = [model(ids, labels=ids).loss.item() * (ids.shape[1] - 1) for ids in texts]
+    return sum(nats) / sum(ids.shape[1] - 1 for ids in texts)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
+def test_a_step_of_the_trainer_has_the_loss_of_single_texts_and_of_gpt2(batch_size, tmp_path):
+    """Whatever the batch size; with its end of text as a label, and from transformers' GPT-2 of the same weights."""
+    original = save("kqv", tmp_path / "a.pt")
+    folder = export("kqv", tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "bytes")
+    model = AutoModelForCausalLM.from_pretrained(folder, **TRUST)
+    tokenizer = AutoTokenizer.from_pretrained(folder, **TRUST)
+    rows = [tokenizer("a text of bytes"[: 2 * n] + tokenizer.eos_token) for n in range(1, 7)]
+    texts = [torch.tensor([row.input_ids]) for row in rows]
+    assert all(text[0, -1] == tokenizer.eos_token_id for text in texts)
+
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    batch = collator(rows)
+    assert (batch["labels"] == tokenizer.eos_token_id).sum() == 6
+    settings = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=6 // batch_size,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    expected = loss_of_single_texts(model.eval(), texts)
+    trainer = Trainer(model, settings, train_dataset=rows, eval_dataset=rows, data_collator=collator)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-3)
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss"] == pytest.approx(expected, abs=1e-3)
+    assert expected == pytest.approx(loss_of_single_texts(gpt2_of(original), texts), abs=1e-4)
+
+
+def test_texts_in_a_row_without_padding_have_the_loss_of_single_texts(spacious):
+    """A row of the stock collator, in evaluation mode and with the default of use_cache."""
+    model = AutoModelForCausalLM.from_pretrained(spacious, **TRUST)
+    tokenizer = AutoTokenizer.from_pretrained(spacious, **TRUST)
+    rows = [{"input_ids": tokenizer(text + tokenizer.eos_token).input_ids} for text in ("one", "and two", "3")]
+    batch = DataCollatorWithFlattening()(rows)
+    assert batch["input_ids"].shape[0] == 1
+    expected = loss_of_single_texts(model, [torch.tensor([row["input_ids"]]) for row in rows])
+    assert model(**batch).loss.item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_classifier_reads_the_last_token_of_the_text(side, spacious):
+    """As TRL's RewardTrainer builds on: one number a row, whatever its padding."""
+    model = AutoModelForSequenceClassification.from_pretrained(spacious, num_labels=1, **TRUST)
+    tokenizer = AutoTokenizer.from_pretrained(spacious, padding_side=side, **TRUST)
+    texts = ["good" + tokenizer.eos_token, "not so good" + tokenizer.eos_token]
+    scores = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    alone = torch.cat([model(tokenizer(text, return_tensors="pt").input_ids).logits for text in texts])
+    torch.testing.assert_close(scores, alone, atol=1e-5, rtol=1e-4)
+    hidden = model.transformer(tokenizer(texts[0], return_tensors="pt").input_ids).last_hidden_state
+    torch.testing.assert_close(alone[0], model.score(hidden[0, -1]))
+    loss = -torch.nn.functional.logsigmoid(scores[0] - scores[1]).mean()
+    loss.backward()
+    assert model.score.weight.grad.any() and model.transformer.wte.weight.grad.any()
 
 
 def test_the_default_tokenizer_is_the_one_beside_the_data(ranks, data_dir, tmp_path, capsys):
     save("kv", tmp_path / "a.pt", train_config={"train_data": str(data_dir / "train")})
     folder = export("kv", tmp_path / "a.pt", tmp_path / "hf")
-    assert len(AutoTokenizer.from_pretrained(folder)) == 257
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id == 256
     assert "tokenizer: bytes" in capsys.readouterr().out
 
     # Without the data a checkpoint may still say what it was, if that can be had by name.
     save("kv", tmp_path / "b.pt", tokenizer="bytes")
-    assert len(AutoTokenizer.from_pretrained(export("kv", tmp_path / "b.pt", tmp_path / "hf_b"))) == 257
+    folder = export("kv", tmp_path / "b.pt", tmp_path / "hf_b")
+    assert AutoTokenizer.from_pretrained(folder).eos_token_id == 256
 
 
 def test_a_tokenizer_other_than_the_checkpoint_s_is_refused(ranks, data_dir, tmp_path, capsys):
@@ -282,7 +391,7 @@ def test_the_card_of_a_run(run, folder, data_dir):
     assert rows["trained"].startswith("2,048 tokens") and "8 steps" in rows["trained"]
     assert rows["tokenizer"] == "bytes"
     assert rows["data"].startswith("local files, texts")
-    assert "MIT" in rows["licence"] and text.startswith("---\nlicense: mit\n")
+    assert "MIT" in rows["licence"] and ModelCard(text).data.license == "mit"
     assert "learning_rate: 0.01" in text
     assert str(data_dir.parent) not in text  # where things stood is nobody's business
 
@@ -357,7 +466,8 @@ def test_there_and_back_again(alias, tmp_path):
     torch.testing.assert_close(model.state_dict(), original.state_dict(), atol=0, rtol=0)
     assert model.config == original.config
     contents = torch.load(path)
-    assert contents.keys() == {"variant", "model_config", "model_state_dict"}  # and the tokenizer, if there was one
+    assert contents.keys() == {"variant", "model_config", "model_state_dict", "folder_files"}
+    assert contents["folder_files"].keys() == {"generation_config.json"}  # and the tokenizer's, if there was one
     assert ("n_kv_groups" in contents["model_config"]) == (VARIANTS[alias]["groups"] is not None)
     assert contents["variant"] == script_of(alias).VARIANT
 
@@ -390,6 +500,43 @@ def test_a_fine_tuned_model_comes_back(folder, data_dir, tmp_path):
     torch.testing.assert_close(back.state_dict(), expected, atol=0, rtol=0)
     results = script.evaluate(back, script.get_dataloader(data_dir / "validation", 4, 32, "packed"))
     assert 1 < results["text_perplexity"] < 300
+
+
+def test_added_tokens_and_a_chat_template_come_back(spacious, data_dir, tmp_path):
+    """And the way of generating; from there into another export, under whatever name of the tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(spacious, **TRUST)
+    tokenizer = AutoTokenizer.from_pretrained(spacious, **TRUST)
+    tokenizer.add_tokens(["<q>", "</q>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    model.resize_token_embeddings(300)
+    model.generation_config.eos_token_id = [256, 260]
+    model.save_pretrained(tmp_path / "tuned")
+    tokenizer.save_pretrained(tmp_path / "tuned")
+    export_hf.main(["--to_checkpoint", str(tmp_path / "tuned"), "--output_dir", str(tmp_path / "back")])
+    path = tmp_path / "back/final_model.pt"
+    assert torch.load(path)["tokenizer"] == script_of("kv").TokenDataset(data_dir / "train", 32).tokenizer
+
+    for number, options in enumerate(([], ["--tokenizer", "bytes"])):
+        folder = export("kv", path, tmp_path / f"again{number}", *options)
+        again = AutoTokenizer.from_pretrained(folder, **TRUST)
+        text = "<q>a</q><|im_end|><|endoftext|>"
+        assert again(text).input_ids == tokenizer(text).input_ids
+        assert again(text).input_ids[:4] == [258, 97, 259, 260]
+        chat = [{"role": "user", "content": "a"}]
+        assert again.apply_chat_template(chat) == tokenizer.apply_chat_template(chat)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, **TRUST)
+        assert loaded.generation_config.eos_token_id == [256, 260] and loaded.config.vocab_size == 300
+    folder = export("kv", path, tmp_path / "bare", "--tokenizer", "none")
+    assert not TOKENIZER_FILES & {file.name for file in folder.iterdir()}
+
+
+def test_a_tokenizer_of_another_vocabulary_is_not_taken_for_the_recorded_one(spacious, ranks, tmp_path):
+    other = shutil.copytree(spacious, tmp_path / "other")
+    export_hf.fast_tokenizer(load_tokenizer(str(ranks)), 300, 64).save_pretrained(other)
+    export_hf.main(["--to_checkpoint", str(other), "--output_dir", str(tmp_path / "back")])
+    recorded = torch.load(tmp_path / "back/final_model.pt")["tokenizer"]
+    assert recorded["sha256"] == load_tokenizer(str(ranks)).sha256
 
 
 def spoil(folder, **changes):
@@ -429,8 +576,10 @@ def truncate(folder):
         (lambda folder: spoil(folder, model_type="gpt2"), "a gpt2 model, not one that export_hf.py wrote"),
         (lambda folder: spoil(folder, tie_word_embeddings=False), "untied embeddings"),
         (lambda folder: spoil(folder, variant="qkv"), "variant: expected one of"),
-        (lambda folder: spoil(folder, n_inner=48), "do not fit, mismatched keys"),
-        (lambda folder: spoil(folder, n_layer=3), "do not fit, missing keys: transformer.h.2"),
+        (lambda folder: spoil(folder, n_inner=48), "n_inner is 48, and intermediate_size"),
+        (lambda folder: spoil(folder, n_inner=48, intermediate_size=48), "do not fit, mismatched keys"),
+        (lambda folder: spoil(folder, n_layer=3, num_hidden_layers=3), "missing keys: transformer.h.2"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge_and_unload"),
         (lambda folder: (folder / "model.safetensors").unlink(), "not a whole model"),
         (truncate, "not a whole model"),
@@ -486,8 +635,8 @@ def checkpoints(tmp_path_factory):
         (["--model", "kv", "--checkpoint", "text.pt"], "text.pt"),
         (["--model", "kv", "--checkpoint", "part.pt"], "part.pt"),
         (["--model", "kv", "--checkpoint", "nan.pt"], "nan.pt: ln_f.bias holds values that are not finite"),
-        (["--model", "kv", "--checkpoint", "kv.pt"], "pass --tokenizer gpt2, bytes, PATH.tiktoken or none"),
-        (["--model", "kv", "--checkpoint", "gone.pt"], "pass --tokenizer gpt2, bytes, PATH.tiktoken or none"),
+        (["--model", "kv", "--checkpoint", "kv.pt"], "pass --tokenizer"),
+        (["--model", "kv", "--checkpoint", "gone.pt"], "pass --tokenizer"),
         (["--model", "kv", "--checkpoint", "kv.pt", "--tokenizer", "words"], "--tokenizer words"),
         (["--model", "kv", "--checkpoint", "kv.pt", "--tokenizer", "broken.tiktoken"], "broken.tiktoken"),
     ],
@@ -534,6 +683,24 @@ def test_an_empty_folder_may_be_filled(checkpoints, tmp_path):
     (tmp_path / "hf").mkdir()
     export("kv", checkpoints / "kv.pt", tmp_path / "hf", "--tokenizer", "none")
     assert {path.name for path in (tmp_path / "hf").iterdir()} == FILES
+
+
+@pytest.mark.parametrize("target", ["disk", "not_there_yet"])
+def test_the_folder_may_be_a_link(target, checkpoints, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "hf").symlink_to(tmp_path / target)
+    folder = export("kv", checkpoints / "kv.pt", tmp_path / "hf", "--tokenizer", "none")
+    assert folder.is_symlink() and {path.name for path in (tmp_path / target).iterdir()} == FILES
+
+
+@pytest.mark.parametrize("output", ["> /dev/full", ">&-", "| true"])
+def test_an_export_whose_report_nobody_reads_is_complete(output, checkpoints, tmp_path):
+    command = [sys.executable, ROOT / "export_hf.py", "--model", "kv", "--checkpoint", checkpoints / "kv.pt"]
+    command += ["--tokenizer", "bytes", "--output_dir", tmp_path / "hf"]
+    line = f"set -o pipefail; {shlex.join(map(str, command))} {output}"
+    ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert ended.returncode == 0 and "Traceback" not in ended.stderr
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == FILES | TOKENIZER_FILES
 
 
 def full_disk(*arguments, **options):

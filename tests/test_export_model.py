@@ -172,12 +172,13 @@ def test_only_the_logits_asked_for_are_computed():
 
 @pytest.mark.parametrize("alias", VARIANTS)
 def test_the_cache_takes_the_bytes_of_the_profiler_s_formula(alias):
-    model, exported = build(alias)
+    _, exported = build(alias)
     config = exported.config
     for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=30)):
         exported(tokens(3, 20), **{CACHE_NAME: cache})
         exported(tokens(3, 10), **{CACHE_NAME: cache})
-        assert sum(tensor.nbytes for tensor in tensors_of(cache)) == model.make_cache(3, max_length=30).nbytes
+        bytes_a_position = len(VARIANTS[alias]["cached"]) * config.n_kv_groups * 8 * 4  # heads of width 8 in fp32
+        assert sum(tensor.nbytes for tensor in tensors_of(cache)) == bytes_a_position * config.n_layer * 3 * 30
 
     # Two of the 20 layers at 300M, without the memory: shapes alone, against the profiler's committed output.
     with torch.device("meta"):
@@ -361,9 +362,10 @@ def test_texts_in_a_packed_row_do_not_see_each_other(alias, attention):
     exported.set_attn_implementation(attention)
     texts = [tokens(length, seed=length) for length in (30, 5, 20)]  # 55 tokens in a model of 48 positions
     positions = torch.cat([torch.arange(len(text)) for text in texts])
-    packed = exported(torch.cat(texts)[None], position_ids=positions[None], use_cache=False).logits
     alone = torch.cat([exported(text[None]).logits for text in texts], dim=1)
-    torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
+    for use_cache in (True, False):
+        packed = exported(torch.cat(texts)[None], position_ids=positions[None], use_cache=use_cache).logits
+        torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_more_tokens_than_positions_are_an_error_with_both_numbers():
@@ -465,6 +467,44 @@ def test_lora_attaches_and_trains():
         assert isinstance(merged, QKVForCausalLM) and not torch.allclose(merged(input_ids).logits, before)
 
 
+@pytest.mark.parametrize("alias", VARIANTS)
+def test_a_prefix_of_the_keys_and_values_of_a_prompt_is_that_prompt(alias):
+    """PEFT's prefix tuning, whose prefix can be any; it learns its shape from config.to_dict()."""
+    peft = pytest.importorskip("peft")
+    _, exported = build(alias)
+    text, prompt = tokens(2, 9), tokens(1, 3, seed=5)
+    cache = cache_of(exported(prompt, use_cache=True))
+    expected = exported(torch.cat([prompt.expand(2, 3), text], dim=1)).logits[:, 3:]
+    settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    tuned = peft.get_peft_model(exported, settings)
+    halves = [(layer.keys, layer.values if layer.values.numel() else layer.keys) for layer in cache.layers]
+    prefix = torch.stack([half[0].transpose(0, 1) for layer in halves for half in layer], dim=1)
+    tuned.prompt_encoder["default"].embedding.weight.data = prefix.flatten(1).detach().clone()
+    torch.testing.assert_close(tuned(text).logits, expected, atol=1e-4, rtol=1e-4)
+    tuned(text, labels=text).loss.backward()
+    assert tuned.prompt_encoder["default"].embedding.weight.grad.any()
+
+
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "IA3Config", "LoHaConfig", "OFTConfig"])
+def test_other_ways_of_peft_attach_and_train(method):
+    peft = pytest.importorskip("peft")
+    options = {"num_virtual_tokens": 3} if method.startswith("Prompt") else {"target_modules": ["c_q", "c_k", "c_fc"]}
+    options |= {"feedforward_modules": ["c_fc"]} if method == "IA3Config" else {}
+    options |= {"r": 4, "oft_block_size": 0} if method == "OFTConfig" else {}
+    _, exported = build("kv")
+    tuned = peft.get_peft_model(exported, getattr(peft, method)(task_type="CAUSAL_LM", **options))
+    input_ids = tokens(2, 12)
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(3):
+        loss = tuned(input_ids, labels=input_ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+
+
 # -----------------------------------------------------------------------------
 # Configuration, saving, embeddings
 
@@ -530,8 +570,12 @@ def test_the_names_that_the_library_has_for_the_shape(variant, groups):
     config = QKVConfig(variant=variant, vocab_size=61, max_position_embeddings=48, **shape)
     own_names = QKVConfig(variant=variant, n_kv_groups=groups, **SHAPE | {"dropout": 0.1})
     assert config.to_dict() == own_names.to_dict()
+    assert shape.items() - {("num_key_value_heads", None)} <= config.to_dict().items()
+    assert QKVConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
     with pytest.raises(ValueError, match="n_embd: expected a multiple of n_head"):
         QKVConfig(variant=variant, hidden_size=30, num_attention_heads=4)
+    with pytest.raises(ValueError, match="n_layer is 2, and num_hidden_layers, which is the same, 3"):
+        QKVConfig.from_dict(config.to_dict() | {"num_hidden_layers": 3})
 
 
 @pytest.mark.slow

@@ -6,13 +6,13 @@ from itertools import product
 
 import numpy as np
 import pytest
+import scaling_table
 import scipy.stats
 import yaml
 from conftest import ROOT, VARIANTS, script_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-import scaling_table
 from results_table import find_runs
 
 DATA = {"train_data": [{"name": "a", "tokens_sha256": "1"}], "val_data": [{"name": "b"}]}

@@ -5,8 +5,8 @@
     python tests/benchmarks/attention.py --show attention.json       # the table again
 
 `causal_attention` takes the way marked with a star. Milliseconds of one decode step's attention in all
-layers, medians of interleaved rounds. Every layer has its own cache, a part of a longer one as in `KVCache`, and
-together they are beyond the processor's caches.
+layers, medians of interleaved rounds. Every layer has its own cache, a part of a longer one as in `KVCache`,
+and together they are beyond the processor's caches.
 """
 
 import argparse

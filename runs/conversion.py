@@ -1,0 +1,377 @@
+"""The grid of results/conversion/README.md. It starts from the runs of runs/scaling.sh, so run that first.
+
+    python runs/conversion.py                          # all parts, two jobs at a time, a thread each
+    python runs/conversion.py --parts 1 2 3 --jobs 8
+    python runs/conversion.py --scaling results/scaling_own --results results/conversion_own
+
+A run that is recorded is not repeated, nor is a conversion that stands in one_shot.jsonl. A source whose
+checkpoints are gone is trained again when a conversion needs them, and all stops if it ends elsewhere than its
+record, as on a processor that rounds in another way. A run that fails is named, and the others go on. Ctrl-C (or
+SIGTERM to the process group) saves a checkpoint of the runs under way; the same command continues from there.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import conversion_tables
+from gather import finished, gather, refuse_another_text, text_of
+from one_shot import DEFAULT, SHARED, WAYS, missing
+
+from common import ROOT, VARIANTS, InputError, Parser, script_of
+from results_table import read_runs
+
+PYTHON = os.environ.get("PYTHON", sys.executable)
+OUTPUTS = Path("outputs_conversion")
+SEEDS = (42, 43, 44)
+
+
+class Stopped(Exception):
+    """A job was stopped by a signal, or what it found forbids all others."""
+
+
+class Failed(Exception):
+    """A job failed; the others go on."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run from the start. Its shape is a width of runs/scaling.sh, a width and a number of heads (96h8), or
+    replica; `n` is tokens per parameter.
+    """
+
+    alias: str
+    shape: str
+    n: int
+    seed: int
+
+    @property
+    def configs(self):
+        """Files and settings of its model and recipe."""
+        width, _, heads = self.shape.partition("h")
+        model, train = ("replicate",) * 2 if self.shape == "replica" else (f"scaling_{width}", "scaling")
+        arguments = ["--model_config", f"configs/model_config_{model}.yaml"]
+        arguments += ["--train_config", f"configs/train_config_{train}.yaml"]
+        return arguments + ([f"n_head={heads}"] if heads else []) + self.groups
+
+    @property
+    def groups(self):
+        return ["n_kv_groups=2"] if self.alias in ("gqa", "qgqa") else []
+
+    @property
+    def steps(self):
+        """Of 1,024 tokens, for the 12 x layers x width^2 parameters of QKV's matrices."""
+        if self.shape == "replica":
+            return 1500
+        width = int(self.shape.partition("h")[0])
+        return 12 * (width // 32) * width**2 * self.n // 1024
+
+    @property
+    def data(self):
+        return "replicate_data" if self.shape == "replica" else "scaling_data"
+
+    def name(self, rate):
+        """As in runs/scaling.sh; the rate in thousandths."""
+        protocol = "padded" if self.shape == "replica" else "packed"
+        return f"{self.alias}_d{self.shape}_n{self.n}_lr{rate:g}e-3_T256_{protocol}_seed{self.seed}"
+
+    def checkpoint(self, folder, tenths):
+        step = self.steps if tenths == 10 else self.steps // 10 * tenths
+        return folder / f"checkpoint_step_{step}.pt"
+
+    def rate_at(self, step, peak):
+        """What get_lr says of a step of this run with a peak rate; in thousandths, as the peak."""
+        script = script_of(self.alias)
+        settings = yaml.safe_load((ROOT / self.configs[3]).read_text(encoding="utf-8"))
+        settings |= {"target_tokens": 1024 * self.steps, "warmup_steps": self.steps // 10}
+        settings |= {"learning_rate": peak / 1000, "min_lr": peak / 10_000}
+        return 1000 * script.get_lr(step, script.TrainingConfig(**settings))
+
+
+class Study:
+    """The jobs, over what is recorded in the two studies and what lies in outputs_conversion."""
+
+    def __init__(self, scaling, results):
+        self.scaling, self.results = scaling, results
+        self.locks = defaultdict(threading.Lock)
+        self.stopped = threading.Event()
+
+    def records(self):
+        """{name: record} of all runs there are."""
+        records = [*finished(OUTPUTS), *read_runs(self.results), *read_runs(self.scaling)]
+        return {record["name"]: record for record in records}  # a recorded one counts
+
+    def best_rate(self, alias, shape, n):
+        """The peak rate, in thousandths, at which a variant was best."""
+        started, _ = conversion_tables.by_place(self.records().values())
+        if (alias, shape, n) not in started:
+            what = f"{alias} of d{shape} at {n} tokens per parameter"
+            raise InputError(f"{what}: no finished runs; see runs/scaling.sh")
+        return conversion_tables.best_rate(started[alias, shape, n])
+
+    def command(self, *arguments, log=None):
+        """Run a script of this repository; what it prints goes to the log."""
+        with open(log or os.devnull, "a", encoding="utf-8") as file:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            status = subprocess.call([PYTHON, *map(str, arguments)], stdout=file, stderr=file, env=environment)
+        if status:
+            last = Path(log).read_text(encoding="utf-8").splitlines()[-1:] if log else []
+            raise (Failed if status == 2 else Stopped)(f"{Path(log or arguments[0]).stem}: {' '.join(last)}")
+
+    def train_run(self, name, source, start, settings):
+        """Train; of the settings, None stands for YAML's null."""
+        print(f"training {name}", flush=True)
+        words = [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
+        script = VARIANTS[source.alias]["script"]["300M"]
+        init = ["--init_from", start] if start else []
+        to = OUTPUTS / name
+        self.command(script, "--output_dir", to, *source.configs, *init, *words, log=f"{to}.log")
+
+    # ---- three kinds of jobs
+
+    def train(self, source, rate):
+        """From the start."""
+        if source.name(rate) not in self.records():
+            self.from_the_first_step(source, rate)
+
+    def from_the_first_step(self, source, rate):
+        # All variants of a seed start from the same weights where they share them; not with other heads, nor
+        # the replica.
+        name, start = source.name(rate), None
+        if source.shape.isdigit():
+            start = OUTPUTS / f"{name}.initial.pt"
+            if not start.exists():
+                groups = ["--n_kv_groups", 2] if source.groups else []
+                model = source.configs[:2]
+                how = [source.alias, *model, *groups, "--seed", source.seed, "--output", start]
+                self.command("runs/initial_weights.py", *how)
+        steps = source.steps
+        settings = {"seed": source.seed, "target_tokens": 1024 * steps, "warmup_steps": steps // 10}
+        settings |= {"learning_rate": f"{rate:g}e-3", "min_lr": f"{rate / 10:g}e-3", "keep_checkpoints": None}
+        settings |= {"log_interval": steps // 20, "eval_interval": steps // 2, "save_interval": steps // 10}
+        self.train_run(name, source, start, settings)
+
+    def folder(self, source, rate):
+        """Where the checkpoints of a run are, or will be."""
+        name = source.name(rate)
+        before = Path("outputs_scaling") / name
+        return before if source.checkpoint(before, 10).exists() else OUTPUTS / name
+
+    def restored(self, source):
+        """The folder of the run at the best rate, trained again if its checkpoints are gone."""
+        rate = self.best_rate(source.alias, source.shape, source.n)
+        name = source.name(rate)
+        with self.locks[name]:  # several jobs may need it
+            folder = self.folder(source, rate)
+            if source.checkpoint(folder, 10).exists():
+                return folder
+            if OUTPUTS.joinpath(f"{name}.differs").exists():
+                raise Stopped(f"{name}: trained again, it did not end where its record does: {folder}.differs")
+            recorded = self.records().get(name)
+            self.from_the_first_step(source, rate)
+            (again,) = read_runs(folder)
+            ends = [run["metrics"][-1]["text_loss"] for run in (again, recorded or again)]
+            if abs(ends[0] - ends[1]) > 1e-4:
+                folder.rename(f"{folder}.differs")
+                own = "--scaling results/scaling_own --results results/conversion_own"
+                apart = f"{name} ends at {ends[0]:.5f}, its record at {ends[1]:.5f}: another processor?"
+                raise Stopped(f"{apart} Study a grid of your own: {own}")
+            return folder
+
+    def train_on(self, source, tenths, method, percent):
+        """The run at the best rate, converted by a method (none: not at all) after some tenths of its steps, and
+        trained on: to the same total, or after the end for `percent` more. own_rate is joint_svd, trained on at
+        the best rate of Q–K=V's schedule in the place of the source's.
+        """
+        alias, shape, n, seed = source.alias, source.shape, source.n, source.seed
+        name = f"{alias}_d{shape}_n{n}_at{10 * tenths}_{method}_{percent}_seed{seed}"
+        if name in self.records():
+            return
+        rate, target = self.best_rate(alias, shape, n), source
+        if method == "none":
+            folder = self.folder(source, rate)
+            start = source.checkpoint(folder, tenths)
+            if not begun(name):
+                start = source.checkpoint(self.restored(source), tenths)
+        else:
+            target = Source(SHARED[alias], shape, n, seed)
+            start = OUTPUTS / f"{name}.initial.pt"
+            if not start.exists():
+                checkpoint = source.checkpoint(self.restored(source), tenths)
+                how = {"own_rate": [], "joint_svd": [], "unweighted": ["--weighting", "none"]}
+                script = "convert_checkpoint.py" if method in ("own_rate", "joint_svd") else "runs/other_conversions.py"
+                way = [*how.get(method, ["--method", method]), "--checkpoint", checkpoint, "--to", target.alias]
+                way += ["--data", f"{source.data}/train", "--output", start]
+                self.command(script, *way, log=OUTPUTS / f"{name}.log")
+        if method == "own_rate":
+            rate = self.best_rate(target.alias, shape, n)
+
+        # After the end a fifth of the peak rate; before it, the rate that the schedule has there.
+        if tenths == 10:
+            more, peak, lowest = source.steps * percent // 100, rate / 5, rate / 50
+        else:
+            step = source.steps // 10 * tenths
+            more, peak, lowest = source.steps - step, source.rate_at(step, rate), rate / 10
+        settings = {"seed": seed + 100, "target_tokens": 1024 * more, "keep_checkpoints": 1}
+        settings |= {"warmup_steps": more // 50 + 10, "learning_rate": f"{peak:.6g}e-3", "min_lr": f"{lowest:.6g}e-3"}
+        settings |= {"log_interval": more // 10, "eval_interval": more // 4 + 1, "save_interval": more // 10 + 1}
+        self.train_run(name, target, start, settings)
+
+    def one_shot(self, source, tenths, every=False):
+        """Conversion alone, of the run at the best rate."""
+        record = self.results / "one_shot.jsonl"
+        rate = self.best_rate(source.alias, source.shape, source.n)
+        checkpoint = source.checkpoint(self.folder(source, rate), tenths)
+        if missing(checkpoint, [DEFAULT, *(WAYS if every else [])], record):
+            checkpoint = source.checkpoint(self.restored(source), tenths)
+            how = [checkpoint, "--data", source.data, "--record", record, *(["--all"] if every else [])]
+            self.command("runs/one_shot.py", *how, log=OUTPUTS / f"{checkpoint.parent.name}.one_shot.log")
+
+    # ---- many jobs
+
+    def do(self, jobs, at_once):
+        """Do [(function, arguments)], some at once; returns how many failed."""
+
+        def attempt(job):
+            function, *arguments = job
+            if self.stopped.is_set():
+                return False
+            try:
+                function(*arguments)
+            except Failed as error:
+                print(error, file=sys.stderr)
+                return True
+            except BaseException:
+                self.stopped.set()
+                raise
+            return False
+
+        with ThreadPoolExecutor(at_once) as pool:
+            return sum(pool.map(attempt, jobs))
+
+    def stages(self, part):
+        """Lists of jobs of a part; the rates of a list may come from the runs of the one before it."""
+
+        def everywhere(function, alias, shape, n, *arguments):
+            return [(function, Source(alias, shape, n, seed), *arguments) for seed in SEEDS]
+
+        def on_all_seeds(alias, shape, n, tenths=10, every=False):
+            return everywhere(self.one_shot, alias, shape, n, tenths, every)
+
+        def after_the_end(alias, shape, n, percents, methods=("none", "joint_svd")):
+            choices = [(10, method, percent) for percent in percents for method in methods]
+            return [job for choice in choices for job in everywhere(self.train_on, alias, shape, n, *choice)]
+
+        def before_the_end(alias, shape, n, *tenths):
+            choices = [(tenth, method, 0) for tenth in tenths for method in ("none", "joint_svd")]
+            return [job for choice in choices for job in everywhere(self.train_on, alias, shape, n, *choice)]
+
+        def from_the_start(shape, n, rates, *aliases):
+            """The rates on seed 42, and the best of them on 43 and 44."""
+            yield [(self.train, Source(alias, shape, n, 42), rate) for alias in aliases for rate in rates]
+            best = {alias: self.best_rate(alias, shape, n) for alias in aliases}
+            yield [(self.train, Source(alias, shape, n, seed), best[alias]) for alias in aliases for seed in (43, 44)]
+
+        if part == 1:
+            jobs = [job for tenths in range(1, 11) for job in on_all_seeds("kqv", "64", 80, tenths)]
+            jobs += on_all_seeds("kqv", "64", 5) + on_all_seeds("kqv", "64", 20)
+            yield jobs + on_all_seeds("kqv", "64", 80, 10, True)
+        if part == 2:
+            jobs = after_the_end("kqv", "64", 80, (1, 5, 10)) + before_the_end("kqv", "64", 80, 5, 1)
+            jobs += after_the_end("kqv", "64", 80, (10,), ("mean", "drop_v", "unweighted"))
+            yield jobs + everywhere(self.train_on, "kqv", "64", 80, 1, "own_rate", 0)
+        if part == 3:
+            rate, rate_kv = (self.best_rate(alias, "64", 80) for alias in ("kqv", "kv"))
+            yield from from_the_start("64", 80, around(rate), "gqa", "mqa")
+            yield from from_the_start("64", 80, [*around(rate_kv), 4 * rate_kv], "qgqa", "qmqa")
+            jobs = on_all_seeds("gqa", "64", 80) + on_all_seeds("mqa", "64", 80)
+            jobs += after_the_end("gqa", "64", 80, (10,)) + after_the_end("mqa", "64", 80, (10,))
+            yield jobs + before_the_end("gqa", "64", 80, 5) + before_the_end("mqa", "64", 80, 5)
+        if part == 4:
+            yield from from_the_start("96", 60, around(self.best_rate("kqv", "96", 5)), "kqv", "kv")
+            yield on_all_seeds("kqv", "96", 60) + after_the_end("kqv", "96", 60, (1, 5, 10))
+        if part == 5:
+            heads = ("96h8", "96h4", "96h3", "96h2")
+            rate, rate_kv = (self.best_rate(alias, "96", 20) for alias in ("kqv", "kv"))
+            jobs = [job for shape in heads for job in everywhere(self.train, "kqv", shape, 20, rate)]
+            yield jobs + everywhere(self.train, "kqv", "128h2", 5, self.best_rate("kqv", "128", 5))
+            jobs = [job for shape in heads for job in on_all_seeds("kqv", shape, 20)]
+            yield jobs + [(self.train, Source("kv", shape, 20, 42), rate_kv) for shape in heads]
+            yield on_all_seeds("kqv", "128h2", 5)
+            # Does the price stay small in wide heads after long training? One seed, see "Changes since".
+            yield [(self.train, Source("kqv", "96h2", 60, 42), rate)]
+            yield [(self.one_shot, Source("kqv", "96h2", 60, 42), 10)]
+        if part == 6:
+            yield from from_the_start("replica", 1, (0.5, 1, 2), "kqv", "kv")
+            jobs = on_all_seeds("kqv", "replica", 1) + after_the_end("kqv", "replica", 1, (10,))
+            yield jobs + before_the_end("kqv", "replica", 1, 5)
+        if part == 7:
+            yield before_the_end("kqv", "96", 60, 5, 1)
+        if part == 8:
+            yield on_all_seeds("kqv", "96", 20, 10, True) + on_all_seeds("kqv", "96", 5) + on_all_seeds("kqv", "128", 5)
+
+
+def begun(name):
+    """Whether there is a run to resume."""
+    return any((OUTPUTS / name).glob("checkpoint_step_*.pt"))
+
+
+def around(rate):
+    return rate / 2, rate, 2 * rate
+
+
+def prepare_data(scaling, results):
+    """The text of runs/scaling.sh, and for part 6 that of runs/replicate.sh; it has to be the recorded runs'."""
+    for source, folder, tokens, held_out in (
+        ("site-packages", "scaling_data", "50_000_000", "250_000"),
+        ("stdlib", "replicate_data", "20_000_000", "100_000"),
+    ):
+        how = ["--split_paragraphs", "--tokenizer", "bytes", "--target_tokens", tokens, "--validation_tokens", held_out]
+        command = [PYTHON, "dataset_download.py", "--source", source, *how, "--output_dir", folder]
+        subprocess.run(command, check=True)
+    refuse_another_text([text_of(Path("scaling_data"))], read_runs(scaling), scaling)
+    for folder in ("scaling_data", "replicate_data"):
+        replica = folder == "replicate_data"
+        recorded = [record for record in read_runs(results) if ("_dreplica_" in record["name"]) == replica]
+        refuse_another_text([text_of(Path(folder))], recorded, results)
+
+
+def main(arguments=None):
+    parser = Parser(__file__, __doc__)
+    environment = os.environ.get
+    folder = {"type": Path, "metavar": "DIR"}
+    parser.add_argument("--parts", type=int, nargs="*", default=range(1, 9), choices=range(1, 9))
+    parser.add_argument("--jobs", type=int, default=2, help="at once (default: %(default)s)")
+    parser.add_argument("--scaling", default=environment("SCALING", "results/scaling"), **folder)
+    parser.add_argument("--results", default=environment("RESULTS", "results/conversion"), **folder)
+    options = parser.parse_args(arguments)
+    scaling, results = options.scaling, options.results
+    os.chdir(ROOT)
+    OUTPUTS.mkdir(exist_ok=True)
+    results.mkdir(parents=True, exist_ok=True)
+    study, failed = Study(scaling, results), 0
+    try:
+        prepare_data(scaling, results)
+        for part in options.parts:
+            print(f"part {part}", flush=True)
+            for jobs in study.stages(part):
+                failed += study.do(jobs, options.jobs)
+            known = {record["name"] for record in read_runs(scaling)}  # sources that were trained again
+            gather([record for record in finished(OUTPUTS) if record["name"] not in known], results)
+            conversion_tables.write_all(scaling, results)
+    except (InputError, Stopped, subprocess.CalledProcessError, OSError) as error:
+        parser.error(error)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

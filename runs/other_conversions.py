@@ -1,0 +1,80 @@
+"""What the joint decomposition of convert_checkpoint.py is compared with: plainer choices, and other metrics.
+
+    python runs/other_conversions.py --method drop_v --checkpoint PATH --to kv --data DIR --output OUT
+
+takes convert_checkpoint.py's options beside its own, and writes the same kind of checkpoint.
+
+    joint_svd   convert_checkpoint.py's choice, in the metric of --weighting
+    drop_v      the keys as they are, for the values too
+    mean        the plain mean over the heads and, without cached values, over key and value: as Ainslie et al.
+                (2023) start the training of GQA from a model with full heads
+
+    gradient    convert_checkpoint.py's metric
+    activation  what an error changes next alone, and every position counts alike
+    none        every number and every position counts alike
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import convert_checkpoint as cc
+
+METHODS = ("joint_svd", "drop_v", "mean")
+WEIGHTINGS = ("gradient", "activation", "none")
+
+
+class WeightedMoments(cc.Moments):
+    """Moments in the metric of a weighting."""
+
+    def __init__(self, heads, weighting):
+        super().__init__(heads)
+        self.weighting = weighting
+
+    def position_weights(self, g):
+        return super().position_weights(g) if self.weighting == "gradient" else torch.ones_like(g[..., :1])
+
+    def metric(self, attention):
+        if self.weighting == "none":
+            return torch.eye(self.first.shape[1], dtype=torch.float64).expand_as(self.second)
+        return self.activation_metric(attention) if self.weighting == "activation" else super().metric(attention)
+
+
+def average(attention, heads, covariance, metric, mean, method):
+    """(D, U, mean) as of convert_checkpoint.choose: the mean of all the heads in a block, or of its first half."""
+    n_blocks, n_heads = heads.blocks.shape
+    n_averaged = n_heads // 2 if method == "drop_v" else n_heads  # keys come first in a block
+    share = torch.zeros(1, n_heads, dtype=torch.float64)
+    share[:, :n_averaged] = 1 / n_averaged
+    identity = torch.eye(heads.head_dim, dtype=torch.float64)
+    down = torch.kron(share, identity).expand(n_blocks, -1, -1)
+    up = torch.kron(torch.ones(n_heads, 1, dtype=torch.float64), identity).expand(n_blocks, -1, -1)
+    return down, up, torch.zeros_like(mean)
+
+
+def convert(model, to, config, loader, n_tokens=32768, method="joint_svd", weighting="gradient"):
+    """As convert_checkpoint.convert, by another method and in another metric."""
+    if method == "drop_v" and "v" in cc.VARIANTS[to]["cached"]:
+        raise cc.InputError(f"--method drop_v: {to} keeps its values; use joint_svd or mean")
+    choose = cc.choose if method == "joint_svd" else partial(average, method=method)
+    return cc.convert(model, to, config, loader, n_tokens, partial(WeightedMoments, weighting=weighting), choose)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", choices=METHODS, default=METHODS[0])
+    parser.add_argument("--weighting", choices=WEIGHTINGS, default=WEIGHTINGS[0])
+    options, others = parser.parse_known_args(arguments)
+    if {"-h", "--help"} & set(others):
+        print(__doc__)
+    weighting = options.weighting if options.method == "joint_svd" else None
+    cc.main(others, partial(convert, **vars(options)), {"method": options.method, "weighting": weighting})
+
+
+if __name__ == "__main__":
+    main()
