@@ -5,16 +5,16 @@
     python analysis_computation_profiler.py decode --variants kqv kv gqa --contexts 2048 8192 --batches 1 8
     python analysis_computation_profiler.py train --sizes 300M --format csv > train.csv
 
-`count`, the default, runs no model: PyTorch's meta device knows shapes alone. A forward pass of one sequence is
-accounted for three times: by the closed formula; by fvcore's MACs, which equal it; and by torch.profiler's
+`count`, the default, runs no model: PyTorch's meta device knows shapes alone. A forward pass of one sequence
+is accounted for three times: by the closed formula; by fvcore's MACs, which equal it; and by torch.profiler's
 FLOPs, which are 2 x MACs plus the element-wise work that is itemised. If the three disagree, the exit status
 is 1. An analysis of all variants writes comprehensive_flop_analysis_<size>.json, for 300M unless --sizes says
 otherwise.
 
 `decode` fills the KV cache through the scripts' `generate` and decodes from it; `train` trains the scripts'
-model (earlier: --measure, --measure train). Weights are random, and each run has as many positions as its own
-context needs. The variants take turns, after a warm-up round that does not count. Figures are medians over the
-rounds (lowest to highest); "vs QKV" compares the turns of one round.
+model (earlier: --measure, --measure train). Weights are random, and each run has as many positions as its
+own context needs. The variants take turns, after a warm-up round that does not count. Figures are medians
+over the rounds (lowest to highest); "vs QKV" compares the turns of one round.
 
     peak memory   of weights and run together; on a CPU, resident memory, reported on Linux only
     roofline      the decode rate if a step took no longer than reading the weights and the cache
@@ -23,8 +23,8 @@ rounds (lowest to highest); "vs QKV" compares the turns of one round.
 
 GB are 10^9 bytes, GiB 2^30.
 
-Contents: variants, accounts, measurement (the machine, decoding, training, rounds), printing, figures, command
-line.
+Contents: variants, accounts, measurement (the machine, decoding, training, rounds), printing, figures,
+command line.
 """
 
 import argparse
@@ -36,7 +36,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -58,7 +57,16 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from common import ROOT, SIZES, VARIANTS, InputError, Parser, script_of, show_what_the_terminal_can, write_text
+from common import (
+    ROOT,
+    SIZES,
+    VARIANTS,
+    InputError,
+    Parser,
+    script_of,
+    show_what_the_terminal_can,
+    write_text,
+)
 from report import (
     LOOKS,
     amount,
@@ -591,23 +599,18 @@ def take_turns(variants, turn, needs, rounds, available, progress):
     """
     results = {variant.alias: [] for variant in variants}
     skipped = {}
-    for variant in variants:
+    for _, variant in product(range(rounds + 1), variants):
+        progress()
         needed = needs(variant)
         if needed > available:
             reason = f"needs about {needed / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are available"
             skipped[variant.alias] = reason
-    for number, variant in product(range(rounds + 1), variants):
-        progress()
-        if variant.alias in skipped:
-            continue
-        try:
-            result = turn(variant)
-        except torch.OutOfMemoryError:
-            skipped[variant.alias] = "out of memory"
-        else:
-            if number > 0:
-                results[variant.alias].append(result)
-    return {alias: turns for alias, turns in results.items() if alias not in skipped}, skipped
+        if variant.alias not in skipped:
+            try:
+                results[variant.alias].append(turn(variant))
+            except torch.OutOfMemoryError:
+                skipped[variant.alias] = "out of memory"
+    return {alias: turns[1:] for alias, turns in results.items() if alias not in skipped}, skipped
 
 
 def points_of(options, size):
@@ -742,14 +745,6 @@ FORMATS = {
 # Figures
 
 
-def context_axis(ax, contexts):
-    """A logarithmic x axis with a tick at each context."""
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(contexts, [integer(context) for context in contexts], rotation=30)
-    ax.minorticks_off()
-    ax.set_xlabel("context, tokens")
-
-
 def pareto_figure(path, variants):
     """Published perplexity against the saved part of the KV cache, with a line through the Pareto front.
 
@@ -802,52 +797,30 @@ def cache_figure(path, variants, memory):
 
         ax.axhline(memory / 1e9, color="0.5", linestyle="--")
         ax.annotate(f"{memory / 1e9:g} GB", (contexts[0], memory / 1e9), (0, 4), textcoords="offset points")
-        context_axis(ax, contexts)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(contexts, [integer(context) for context in contexts], rotation=30)
+        ax.minorticks_off()
+        ax.set_xlabel("context, tokens")
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.set_ylabel("KV cache of a sequence, GB")
     save_figure(path, figure)
 
 
-def decode_figure(path, records):
-    """Measured decode rate against context, medians with their range; a panel for each size and batch."""
-    (machine,) = records["machine"]
-    panel_of = {}
-    for record in records["decode"]:
-        panel_of.setdefault((record["size"], record["batch"]), []).append(record)
-    figure, axes = panels([f"{size}, batch {batch}, {machine['dtype']}" for size, batch in panel_of])
-    figure.suptitle(machine["device"], fontsize="small")
-    for ax, here in zip(axes, panel_of.values(), strict=True):
-        for alias, variant in dict.fromkeys((record["alias"], record["variant"]) for record in here):
-            line = sorted((r for r in here if r["alias"] == alias), key=lambda r: r["context"])
-            contexts = [r["context"] for r in line]
-            rates = [r["decode"] for r in line]
-            below = [r["decode"] - r["decode_low"] for r in line]
-            above = [r["decode_high"] - r["decode"] for r in line]
-            colour, marker = LOOKS[alias]
-            look = {"color": colour, "marker": marker, "capsize": 3, "label": variant}
-            ax.errorbar(contexts, rates, (below, above), **look)
-        context_axis(ax, sorted({record["context"] for record in here}))
-        ax.set_ylim(bottom=0)
-        ax.set_ylabel("decode, tokens per second")
-        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(path, figure)
-
-
 # -----------------------------------------------------------------------------
 # Command line
 
-DEFAULTS = {  # where an option is not given; None stands for all variants, or for the published setting
-    ("decode", "cpu"): {"contexts": [512, 2_048], "batches": [1], "steps": 32},
+ON_CPU = {"sizes": ["300M"], "variants": ["kqv", "kv", "gqa", "qmqa"]}  # takes minutes
+DEFAULTS = {  # where an option is not given; elsewhere None stands for all, or for the published setting
+    ("decode", "cpu"): ON_CPU | {"contexts": [512, 2_048], "batches": [1], "steps": 32},
     ("decode", "cuda"): {
         "sizes": ["1.2B"], "contexts": [2_048, 8_192, 32_000], "batches": [1, 8], "steps": 128,
     },
-    ("train", "cpu"): {
+    ("train", "cpu"): ON_CPU | {
         "micro_batch_size": 1, "seq_length": 256, "accumulation": 1, "steps": 1, "compile": False,
     },
-    ("train", "cuda"): {"accumulation": 8, "steps": 3, "compile": True},
+    ("train", "cuda"): {"sizes": ["300M"], "accumulation": 8, "steps": 3, "compile": True},
 }  # fmt: skip
-ON_CPU = ["kqv", "kv", "gqa", "qmqa"]  # measured within minutes
 
 
 def memory_size(text):
@@ -890,12 +863,13 @@ def command_line():
     def command(name, about):
         add = commands.add_parser(name, description=about, help=about).add_argument
         add("--sizes", nargs="+", choices=SIZES, help="default: both; measured: 300M, decode on CUDA 1.2B")
-        aliases = f"{', '.join(VARIANTS)} (default: all; measured on a CPU: {', '.join(ON_CPU)})"
+        aliases = f"{', '.join(VARIANTS)} (default: all; measured on a CPU: {', '.join(ON_CPU['variants'])})"
         add("--variants", nargs="+", choices=VARIANTS, metavar="ALIAS", help=aliases)
         add("--format", choices=FORMATS, default="table", help="of what is printed")
         if name != "train":
-            add("--contexts", nargs="+", type=positive, metavar="T", help="tokens in the KV cache")
-            add("--figures", type=Path, metavar="DIR", help="write PNG figures there")
+            contexts = PAPER_CONTEXTS if name == "count" else None
+            tokens = "tokens in the KV cache"
+            add("--contexts", nargs="+", type=positive, default=contexts, metavar="T", help=tokens)
         if name == "count":
             return add
         add("--memory", type=memory_size, metavar="SIZE", help="what a run may take (default: what is free)")
@@ -910,6 +884,7 @@ def command_line():
     add = command("count", "parameters, operations and cache without running a model (the default)")
     memory = "for weights and caches, such as 24GiB (default: 40GB)"
     add("--memory", type=memory_size, default=40 * 10**9, metavar="SIZE", help=memory)
+    add("--figures", type=Path, metavar="DIR", help="write PNG figures there")
     add("--output_dir", type=Path, default=Path(), metavar="DIR", help="of the JSON (default: here)")
     add = command("decode", "prefill and decode through the KV cache")
     add("--batches", nargs="+", type=positive, metavar="B", help="sequences at the same time")
@@ -922,7 +897,7 @@ def command_line():
 
 
 def with_command(arguments):
-    """The arguments behind a subcommand: `count` unless one is named; `--measure [train]` is its older name."""
+    """The arguments behind a subcommand: `count` if none is named; earlier, `--measure` led."""
     if "--measure" in arguments:
         name = "train" if "train" in arguments else "decode"
         return [name, *(argument for argument in arguments if argument not in ("--measure", name))]
@@ -931,34 +906,21 @@ def with_command(arguments):
 
 
 def complete(options):
-    """Fill in the defaults that depend on the device, and make the folders; InputError where one cannot be."""
-    if options.command == "count":
-        options.contexts = options.contexts or PAPER_CONTEXTS
-        folders = [options.figures, None if options.variants else options.output_dir]  # see run_accounts
-    else:
-        has_cuda = torch.cuda.is_available()
-        if options.device == "cuda" and not has_cuda:
-            raise InputError("--device cuda: PyTorch finds no CUDA device")
-        options.device = torch.device(options.device or ("cuda" if has_cuda else "cpu"))
-        options.dtype = options.dtype or ("bf16" if bf16_is_native(options.device) else "fp32")
-        on_cpu = options.device.type == "cpu"
-        defaults = {"sizes": ["300M"], "variants": ON_CPU if on_cpu else None}
-        for name, value in (defaults | DEFAULTS[options.command, options.device.type]).items():
-            if getattr(options, name) is None:
-                setattr(options, name, value)
-        folders = [options.figures] if options.command == "decode" else []
-
-    # What would end a run when its work is done ends it here.
-    for folder in filter(None, folders):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise InputError(f"{folder}: cannot write there: {error.strerror}") from error
+    """Fill in what depends on the device of a measurement; InputError where it is not there."""
+    has_cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not has_cuda:
+        raise InputError("--device cuda: PyTorch finds no CUDA device")
+    options.device = torch.device(options.device or ("cuda" if has_cuda else "cpu"))
+    options.dtype = options.dtype or ("bf16" if bf16_is_native(options.device) else "fp32")
+    for name, value in DEFAULTS[options.command, options.device.type].items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
 
 
 def run_accounts(options):
     """The records of an analysis without measuring; writes the JSON and the figures."""
+    for folder in filter(None, (options.output_dir, options.figures)):
+        folder.mkdir(parents=True, exist_ok=True)
     variants = chosen(options.sizes, options.variants, {})
     everyone = [variant for of_size in variants.values() for variant in of_size]
     # Tracing and reading traces is Python's work: two processes take half the time.
@@ -986,21 +948,16 @@ def run_accounts(options):
     return records
 
 
-def run_measurement(options):
-    """The records of a measurement; writes the figure of the decode rates."""
-    records = measure(chosen(options.sizes, options.variants, dict(options.set)), options)
-    if options.command == "decode" and options.figures and records["decode"]:
-        decode_figure(options.figures / "decode.png", records)
-    return records
-
-
 def main(arguments=None):
     show_what_the_terminal_can()
     parser = command_line()
     options = parser.parse_args(with_command(sys.argv[1:] if arguments is None else arguments))
     try:
-        complete(options)
-        records = run_accounts(options) if options.command == "count" else run_measurement(options)
+        if options.command == "count":
+            records = run_accounts(options)
+        else:
+            complete(options)
+            records = measure(chosen(options.sizes, options.variants, dict(options.set)), options)
     except ModuleNotFoundError as error:
         parser.error(f"{error}; pip install -r requirements.txt")
     except (InputError, OSError) as error:

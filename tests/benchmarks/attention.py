@@ -1,15 +1,16 @@
 """Ways to let one new token attend to a KV cache on a CPU: layouts, SDPA and matrix products.
 
     python tests/benchmarks/attention.py
-    python tests/benchmarks/attention.py --context 8192 --batch_size 8 --dtypes bf16
+    python tests/benchmarks/attention.py --context 8192 --batch_size 8 --dtypes bf16 --json attention.json
+    python tests/benchmarks/attention.py --show attention.json       # the table again
 
-`causal_attention` takes the way marked with a star. Milliseconds of one decode step's attention in all layers,
-medians of interleaved rounds. Every layer has its own cache, a part of a longer one as in `KVCache`, and
-together they are beyond the processor's caches.
+`causal_attention` takes the way marked with a star. Milliseconds of one decode step's attention in all
+layers, medians of interleaved rounds. Every layer has its own cache, a part of a longer one as in `KVCache`,
+and together they are beyond the processor's caches.
 """
 
 import argparse
-import os
+import json
 import sys
 import time
 from pathlib import Path
@@ -21,9 +22,11 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from decode import machine  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
-from analysis_computation_profiler import DTYPES, device_name  # noqa: E402
+from analysis_computation_profiler import DTYPES  # noqa: E402
+from common import write_text  # noqa: E402
 
 N_HEAD, HEAD_DIM = 16, 64
 
@@ -61,12 +64,12 @@ def products_by_column(q, k, v):
 
 CASES = [  # KV heads, tensors a layer, a way, and in which dtypes the scripts take it
     (16, 2, "SDPA on [B, S, n_head, head_dim]", sdpa_projected, ()),
-    (16, 2, "SDPA", sdpa, ("fp32",)),
-    (16, 2, "SDPA, the query twice", sdpa_two_rows, ("bf16",)),
+    (16, 2, "SDPA", sdpa, ("fp32", "bf16")),
+    (16, 2, "SDPA, the query twice", sdpa_two_rows, ()),
     (16, 2, "q @ k.mT, softmax, @ v", products, ()),
     (16, 2, "k @ q.mT, softmax, v.mT @", products_by_column, ()),
-    (16, 1, "SDPA", sdpa, ("fp32",)),
-    (16, 1, "SDPA, the query twice", sdpa_two_rows, ("bf16",)),
+    (16, 1, "SDPA", sdpa, ("fp32", "bf16")),
+    (16, 1, "SDPA, the query twice", sdpa_two_rows, ()),
     (16, 1, "q @ k.mT, softmax, @ v", products, ()),
     (16, 1, "k @ q.mT, softmax, v.mT @", products_by_column, ()),
     (4, 2, "SDPA, enable_gqa", sdpa_grouped, ()),
@@ -80,12 +83,11 @@ CASES = [  # KV heads, tensors a layer, a way, and in which dtypes the scripts t
 
 @torch.no_grad()
 def measure(options, dtype):
-    """Milliseconds by case and round."""
+    """Milliseconds of every round, in the order of CASES."""
     q = torch.randn(options.batch_size, N_HEAD, 1, HEAD_DIM, dtype=DTYPES[dtype])
-    times = {case: [] for case in CASES}
+    times = [[] for _ in CASES]
     for number in range(options.rounds + 1):  # the first is the warm-up
-        for case in CASES:
-            n_kv_head, n_tensors, _, attend, _ = case
+        for case, (n_kv_head, n_tensors, _, attend, _) in enumerate(CASES):
             shape = (options.batch_size, n_kv_head, options.context + 32, HEAD_DIM)
             if attend is sdpa_projected:
                 shape = (options.batch_size, options.context, n_kv_head, HEAD_DIM)
@@ -103,6 +105,18 @@ def measure(options, dtype):
     return times
 
 
+def show(results):
+    """The table of what --json keeps."""
+    about = results["machine"] | results["options"]
+    print(", ".join(f"{key} {value}" for key, value in about.items() if key != "transformers"), end="\n\n")
+    times = results["milliseconds"]
+    rows = []
+    for case, (n_kv_head, n_tensors, name, _, taken) in enumerate(CASES):
+        cells = [f"{median(times[dtype][case]):.1f}{' *' if dtype in taken else ''}" for dtype in times]
+        rows.append([n_kv_head, ("K = V", "K and V")[n_tensors - 1], name, *cells])
+    print(tabulate(rows, ["KV heads", "cached", "way", *times], tablefmt="pipe", disable_numparse=True))
+
+
 def main(arguments=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
@@ -111,16 +125,17 @@ def main(arguments=None):
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep machine, options and all times there")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="only print the table of a file")
     options = parser.parse_args(arguments)
-    print(f"{device_name(torch.device('cpu'))} of {os.cpu_count()} cores, torch {torch.__version__}")
-    print(f"{options.layers} layers, {options.context} tokens, batch {options.batch_size}\n")
+    if options.show:
+        return show(json.loads(options.show.read_text(encoding="utf-8")))
+    asked = {key: getattr(options, key) for key in ("context", "batch_size", "layers", "rounds")}
     times = {dtype: measure(options, dtype) for dtype in options.dtypes}
-    rows = []
-    for case in CASES:
-        n_kv_head, n_tensors, name, _, taken = case
-        cells = [f"{median(times[dtype][case]):.1f}{' *' if dtype in taken else ''}" for dtype in options.dtypes]
-        rows.append([n_kv_head, ("K = V", "K and V")[n_tensors - 1], name, *cells])
-    print(tabulate(rows, ["KV heads", "cached", "way", *options.dtypes], tablefmt="pipe", disable_numparse=True))
+    results = {"machine": machine(), "options": asked, "milliseconds": times}
+    if options.json:
+        write_text(options.json, json.dumps(results, indent=1) + "\n")
+    show(results)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/decode.py                                # all variants; an hour on 2 cores, 12 GB
     python tests/benchmarks/decode.py --scenes long --dtypes fp32 --variants kqv kv --rounds 9
-    python tests/benchmarks/decode.py --scenes short --scripts DIR   # another checkout, in turn with this one
+    python tests/benchmarks/decode.py --json decode.json             # keep every time of every round
+    python tests/benchmarks/decode.py --show decode.json             # the tables again
 
     short   4 layers, d 512, 8 heads, a prompt of 384 tokens and 128 new ones
     long    8 layers of the 300M width (d 1024, 16 heads), a prompt of 4,064 tokens and 32 new ones
@@ -13,22 +14,24 @@ disagree on a token. All go through their own `generate`. The contestants take t
 that is not counted. A ratio is that of one round, so that what else the machine does falls on both: the
 median of the rounds (lowest to highest).
 
-    prefill   the prompt and the first new token. Where the processor only emulates bf16, it is not measured
-              there: the caches are filled in fp32 and cast
+    prefill   the prompt and the first new token
     decode    the other new tokens, out of the filled cache
     better    the faster of the two transformers caches, in each round
     step      bytes that a decode step has to read: the weights without the positions, and the cache
     share     of the read bandwidth, measured in each round by passes over a large matrix that only read
     over QKV  QKV's time over the variant's, and what the bytes of a step promise
+
+A processor that only emulates bf16 is measured in fp32 alone.
 """
 
 import argparse
 import copy
 import inspect
+import json
 import os
+import platform
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -39,12 +42,18 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-import yaml  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
-from analysis_computation_profiler import DTYPES, bf16_is_native, device_name, read_bandwidth  # noqa: E402
+from analysis_computation_profiler import (  # noqa: E402
+    DTYPES,
+    Variant,
+    bf16_is_native,
+    device_name,
+    read_bandwidth,
+    step_bytes,
+)
+from common import VARIANTS, write_text  # noqa: E402
 
-VARIANTS = yaml.safe_load((ROOT / "configs/variants.yaml").read_text(encoding="utf-8"))
 SCENES = {  # shape, tokens of the prompt, new tokens
     "short": ({"n_layer": 4, "n_embd": 512, "n_head": 8}, 384, 128),
     "long": ({"n_layer": 8, "n_embd": 1024, "n_head": 16}, 4064, 32),
@@ -59,16 +68,6 @@ CACHE_ARGUMENT = "cache" if "cache" in FORWARD else "past_key_values"
 
 # -----------------------------------------------------------------------------
 # Contestants
-
-
-def build(alias, **shape):
-    """A variant's model with the KV heads of its 300M script and random weights."""
-    variant = VARIANTS[alias]
-    script = import_module(variant["script"]["300M"].removesuffix(".py"))
-    groups = variant["groups"] and variant["groups"]["300M"]
-    torch.manual_seed(0)
-    config = script.ModelConfig(**shape, n_kv_groups=groups, initializer_range=0.2)
-    return getattr(script, variant["class"])(config).eval()
 
 
 def build_gpt2(qkv, **settings):
@@ -91,14 +90,18 @@ def build_gpt2(qkv, **settings):
 class Script:
     """A variant's model as its training script has it."""
 
-    def __init__(self, model):
-        self.model, self.embedding = model, model.wte
+    def __init__(self, alias, **shape):
+        # the KV heads of 300M; larger weights, so that the greedy choice is no near tie
+        self.variant = Variant(alias, "300M", **shape, n_inner=None, initializer_range=0.2)
+        torch.manual_seed(0)
+        self.model = self.variant.build("cpu")
+        self.embedding = self.model.wte
 
     def empty_cache(self, length):
-        return self.model.make_cache(1, length)
+        return self.variant.script.KVCache(length)
 
     def generate(self, tokens, new, cache):
-        with patch.object(self.model, "make_cache", lambda *_: cache):
+        with patch.object(self.variant.script, "KVCache", lambda _: cache):
             return self.model.generate(tokens, new, temperature=0)
 
 
@@ -118,21 +121,6 @@ class GPT2:
         return self.model.generate(tokens, do_sample=False, **length, **{CACHE_ARGUMENT: cache})
 
 
-def cast_cache(cache, dtype):
-    """The same cache with its keys and values in another dtype."""
-    for layer in cache.layers:
-        if isinstance(layer, list):
-            layer[:] = [tensor.to(dtype) for tensor in layer]
-        else:
-            layer.keys, layer.values, layer.dtype = layer.keys.to(dtype), layer.values.to(dtype), dtype
-
-
-def step_bytes(model, length):
-    """Bytes that a decode step reads with `length` tokens in the cache."""
-    weights = sum(p.nbytes for p in model.parameters()) - model.wpe.weight.nbytes
-    return weights + model.make_cache(1, length).nbytes
-
-
 # -----------------------------------------------------------------------------
 # Measurement
 
@@ -150,23 +138,17 @@ def timed(contestant, tokens, new, cache):
 
 
 def measure(contestants, prompt, new, dtype, rounds):
-    """Seconds of prefill and of a decode step by contestant and round, and each round's read bandwidth."""
+    """Seconds of prefill and of a decode step by contestant and round; read bandwidths; bytes of a step."""
     prefill, decode = {name: [] for name in contestants}, {name: [] for name in contestants}
     filled, first, bandwidths = {}, {}, []
 
     # prefill; it leaves the caches from which the decode starts
-    native = dtype == "fp32" or bf16_is_native(CPU)
-    for _ in range(PREFILL_ROUNDS if native else 1):
+    for _ in range(PREFILL_ROUNDS):
         for name, contestant in contestants.items():
-            contestant.model.to(DTYPES[dtype] if native else torch.float32)
+            contestant.model.to(DTYPES[dtype])
             filled[name] = contestant.empty_cache(prompt.shape[1] + new)
             seconds, _, first[name] = timed(contestant, prompt, 1, filled[name])
             prefill[name].append(seconds)
-    if not native:
-        prefill = None
-        for name, contestant in contestants.items():
-            contestant.model.to(DTYPES[dtype])
-            cast_cache(filled[name], DTYPES[dtype])
 
     # decode, from a copy of the filled cache; the first round is the warm-up
     for number in range(rounds + 1):
@@ -182,7 +164,10 @@ def measure(contestants, prompt, new, dtype, rounds):
         if dtype == "fp32" and "kqv" in answers:
             for name in (DYNAMIC, STATIC):
                 assert torch.equal(answers["kqv"], answers[name]), f"QKV and {name} disagree on a token"
-    return prefill, decode, bandwidths
+    length = prompt.shape[1] + new // 2
+    ours = {name: each.variant for name, each in contestants.items() if name in VARIANTS}
+    read = {name: step_bytes(variant, length, 1, DTYPES[dtype].itemsize) for name, variant in ours.items()}
+    return {"prefill": prefill, "decode": decode, "bandwidth": bandwidths, "step_bytes": read}
 
 
 # -----------------------------------------------------------------------------
@@ -200,27 +185,21 @@ def ratio_and_range(theirs, ours):
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def table(contestants, prefill, decode, bandwidths, length):
+def table(times):
     """The results of `measure`, as a table in Markdown."""
-    read = {}
-    for name, contestant in contestants.items():
-        if isinstance(contestant, Script):
-            read[name] = step_bytes(contestant.model, length)
+    prefill, decode, read = times["prefill"], times["decode"], times["step_bytes"]
     rows = []
-    for name in contestants:
+    for name in decode:
         row = {"": VARIANTS[name]["paper"] if name in VARIANTS else name}
-        if prefill:
-            better = list(map(min, prefill[DYNAMIC], prefill[STATIC]))
-            row["prefill, s"] = f"{median(prefill[name]):.2f}"
-            row["vs transformers"] = ratio(better, prefill[name]) if name in read else ""
+        row["prefill, s"] = f"{median(prefill[name]):.2f}"
         row["decode, tokens/s"] = f"{1 / median(decode[name]):.1f}"
         if name in read:
-            better = list(map(min, decode[DYNAMIC], decode[STATIC]))
+            row["prefill vs better"] = ratio(list(map(min, prefill[DYNAMIC], prefill[STATIC])), prefill[name])
             row["vs dynamic"] = ratio(decode[DYNAMIC], decode[name])
             row["vs static"] = ratio(decode[STATIC], decode[name])
-            row["vs better"] = ratio_and_range(better, decode[name])
+            row["vs better"] = ratio_and_range(list(map(min, decode[DYNAMIC], decode[STATIC])), decode[name])
             row["step, MB"] = f"{read[name] / 1e6:.0f}"
-            shares = [read[name] / s / b for s, b in zip(decode[name], bandwidths, strict=True)]
+            shares = [read[name] / s / b for s, b in zip(decode[name], times["bandwidth"], strict=True)]
             row["share"] = f"{100 * median(shares):.0f} %"
         if name in read and "kqv" in read:
             row["over QKV"] = ratio_and_range(decode["kqv"], decode[name])
@@ -229,40 +208,55 @@ def table(contestants, prefill, decode, bandwidths, length):
     return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
 
 
+def machine():
+    """What the figures were taken on."""
+    return {
+        "processor": device_name(CPU), "cores": os.cpu_count(), "load": os.getloadavg()[0],
+        "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def show(results):
+    """The tables of what --json keeps."""
+    print(", ".join(f"{key} {value}" for key, value in (results["machine"] | results["options"]).items()))
+    for times in results["times"]:
+        bandwidth = median(times["bandwidth"]) / 1e9
+        print(f"\n### {times['scene']}, {times['dtype']}, reads at {bandwidth:.1f} GB/s\n\n{table(times)}")
+
+
 def main(arguments=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--scenes", nargs="+", choices=SCENES, default=list(SCENES))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    native = list(DTYPES) if bf16_is_native(CPU) else ["fp32"]
+    parser.add_argument("--dtypes", nargs="+", choices=native, default=native)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="ALIAS")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    busy = "time of the process on the processor, not on the clock: for a machine at work, with --threads 1"
-    parser.add_argument("--cpu_time", action="store_true", help=busy)
-    parser.add_argument("--vocab_size", type=int, default=50304)
-    parser.add_argument("--scripts", default=ROOT, help="folder of the training scripts to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep machine, options and all times there")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="only print the tables of a file")
     options = parser.parse_args(arguments)
-    sys.path.insert(0, str(options.scripts))
+    if options.show:
+        return show(json.loads(options.show.read_text(encoding="utf-8")))
     torch.set_num_threads(options.threads)
-    if options.cpu_time:
-        time.perf_counter = time.process_time
 
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{device_name(CPU)} of {os.cpu_count()} cores, {versions}")
-    print(f"{'CPU time' if options.cpu_time else 'wall-clock time'}, load {os.getloadavg()[0]:.1f}")
+    results = {"machine": machine(), "options": {"rounds": options.rounds}, "times": []}
     for scene in options.scenes:
         shape, prompt_length, new = SCENES[scene]
-        shape = shape | {"n_positions": prompt_length + new, "vocab_size": options.vocab_size}
-        qkv = build("kqv", **shape)
-        gpt2 = build_gpt2(qkv)
+        shape = shape | {"n_positions": prompt_length + new}
+        qkv = Script("kqv", **shape)
+        gpt2 = build_gpt2(qkv.model)
         contestants = {DYNAMIC: GPT2(gpt2, static=False), STATIC: GPT2(gpt2, static=True)}
         for alias in options.variants:
-            contestants[alias] = Script(qkv if alias == "kqv" else build(alias, **shape))
-        prompt = torch.randint(options.vocab_size, (1, prompt_length))
+            contestants[alias] = qkv if alias == "kqv" else Script(alias, **shape)
+        prompt = torch.randint(qkv.variant.config.vocab_size, (1, prompt_length))
         for dtype in options.dtypes:
-            results = measure(contestants, prompt, new, dtype, options.rounds)
-            print(f"\n### {scene}, {dtype}, reads at {median(results[-1]) / 1e9:.1f} GB/s\n")
-            print(table(contestants, *results, prompt_length + new // 2))
+            times = measure(contestants, prompt, new, dtype, options.rounds)
+            results["times"].append({"scene": scene, "dtype": dtype} | times)
+            if options.json:
+                write_text(options.json, json.dumps(results, indent=1) + "\n")
+    show(results)
 
 
 if __name__ == "__main__":
