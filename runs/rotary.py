@@ -9,11 +9,17 @@
 
 import argparse
 import hashlib
+import json
+import math
 import re
 import sys
 import sysconfig
+import time
 from html.parser import HTMLParser
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -49,8 +55,6 @@ class PlainText(HTMLParser):
 
 def prepare(work, packages, debs):
     """The model as an ordinary folder, and the texts: calibration/, held_out.txt (same book), code.txt (another kind)."""
-    import torch
-
     sys.path.insert(0, str(packages))
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -85,11 +89,145 @@ def prepare(work, packages, debs):
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(work / "model")
 
 
+# -- Runs ----------------------------------------------------------------------------------------------------------------
+
+FIT = dict(tokens=16384, epochs=3, rate=0.01, own_inputs=True, gradient_metric=False)
+RUNS = {
+    "original": dict(),
+    "values regressed on keys": dict(form="regressed"),
+    "free joint SVD": dict(form="svd"),
+    "closed form": dict(),
+    **{f"closed form {share} layers": dict(shared=share) for share in (24, 20, 15, 10)},
+    "fit 16k": dict(fit=FIT),
+    "fit 16k rate 0.02": dict(fit=FIT | dict(rate=0.02)),
+    "fit 16k gradient metric": dict(fit=FIT | dict(gradient_metric=True)),
+    "fit 16k original's inputs": dict(fit=FIT | dict(own_inputs=False)),
+    "closed form floor 0.03": dict(floor=0.03),
+    "closed form floor 0.3": dict(floor=0.3),
+}
+
+
+def solutions_for(C, G, form, floor):
+    """(M, B, price) of each layer and KV head. For the free SVD M is the projection of [k; v] itself, and B None."""
+    import share_kv
+
+    if form == "als":
+        return [[share_kv.solve(c, g, floor) for c, g in zip(*pair)] for pair in zip(C, G)]
+    hd = C.shape[-1] // 2
+    eye, result = torch.eye(hd, dtype=C.dtype), []
+    for pair in zip(C, G):
+        result.append([])
+        for c, g in zip(*pair):
+            if form == "regressed":
+                M, B = torch.cat([eye, 0 * eye], 1), c[hd:, :hd] @ torch.linalg.inv(c[:hd, :hd])
+            else:
+                d = torch.diag(g)
+                R = torch.linalg.cholesky(g + floor * torch.diag(torch.cat([x.mean().expand(hd) for x in d.split(hd)]))).T
+                U = torch.linalg.eigh(R @ c @ R.T)[1][:, hd:]
+                M, B = torch.linalg.solve(R, U @ U.T @ R), None
+            result[-1].append((M, B, 0.0))
+    return result
+
+
+def branch_metric(model, rows):
+    """For each layer a root of E[g gT], with a floor, of the gradients where attention joins the residual stream."""
+    import share_kv
+
+    moments, hooks, kept = [], [], {}
+    for i, layer in enumerate(model.get_decoder().layers):
+        def hook(module, inputs, output, i=i):
+            kept[i] = output[0] if isinstance(output, tuple) else output
+            kept[i].retain_grad()
+
+        hooks.append(share_kv.attention_branch(layer).register_forward_hook(hook))
+        moments.append(0)
+    for row in rows.split(1):
+        embedded = model.get_input_embeddings()(row).requires_grad_()
+        logits = model(inputs_embeds=embedded, use_cache=False).logits
+        F.cross_entropy(logits[0, :-1].float(), row[0, 1:], reduction="sum").backward()
+        for i, y in kept.items():
+            g = y.grad[0].double()
+            moments[i] = moments[i] + g.T @ g
+    for hook in hooks:
+        hook.remove()
+    roots = []
+    for m in moments:
+        m = m + share_kv.FLOOR * m.diagonal().mean() * torch.eye(len(m), dtype=m.dtype)
+        roots.append(torch.linalg.cholesky(m / m.diagonal().mean()).float())
+    return roots
+
+
+def cached(path, make):
+    if not path.exists():
+        torch.save(make(), path)
+    return torch.load(path)
+
+
+def run(work, names):
+    """Each run that runs.jsonl does not hold yet: a line with its settings and the loss of each held-out row."""
+    import share_kv
+
+    out = ROOT / "results/rotary/runs.jsonl"
+    done = {json.loads(line)["name"] for line in out.open()} if out.exists() else set()
+    original, tokenizer = share_kv.load_model(str(work / "model"))
+    texts = {name: share_kv.read_rows([work / f"{name}.txt"], tokenizer, n) for name, n in (("held_out", 24), ("code", 12))}
+    pool = cached(work / "pool.pt", lambda: share_kv.read_rows([work / "calibration"], tokenizer, 1100))
+    C, G = cached(work / "moments.pt", lambda: share_kv.second_moments(original, pool[: share_kv.MOMENT_TOKENS // 1024]))
+    layers = original.config.num_hidden_layers
+
+    for name in names or RUNS:
+        if name in done:
+            continue
+        settings, started = RUNS[name], time.time()
+        form, floor, fit = settings.get("form", "als"), settings.get("floor", share_kv.FLOOR), settings.get("fit")
+        student, shared = share_kv.make_student(original), []
+        if name != "original":
+            solutions = solutions_for(C, G, form, floor)
+            prices = [sum(s[2] for s in heads) for heads in solutions]
+            shared = sorted(sorted(range(layers), key=prices.__getitem__)[: settings.get("shared", layers)])
+        for i in shared:
+            attention = student.get_decoder().layers[i].self_attn
+            if form == "svd":
+                for j, (P, _, _) in enumerate(solutions[i]):
+                    part, hd = slice(j * attention.head_dim, (j + 1) * attention.head_dim), attention.head_dim
+                    both = torch.cat([attention.k_proj.weight[part], attention.v_proj.weight[part]]).double()
+                    attention.k_proj.weight.data[part], attention.v_proj.weight.data[part] = (P @ both).float().split(hd)
+            else:
+                share_kv.share_attention(attention, solutions[i])
+        line = {"name": name, "settings": settings, "shared_layers": len(shared), "cache": 1 - len(shared) / 2 / layers}
+        if fit:
+            root = cached(work / "metric.pt", lambda: branch_metric(original, pool[:16])) if fit["gradient_metric"] else None
+            torch.manual_seed(0)
+            share_kv.fit_layers(
+                original, student, pool[: fit["tokens"] // 1024], shared, fit["epochs"], work / "states" / name,
+                fit["rate"], fit["own_inputs"], root,
+            )  # fmt: skip
+        line["fit_seconds"] = round(time.time() - started)
+        if tokens := settings.get("train"):
+            losses = []
+            rows = pool[fit["tokens"] // 1024 :][: tokens // 1024]
+            path = work / "states" / name / "train.pt"
+            share_kv.train(
+                original, student, rows, path, settings["train_rate"], 32, lambda n, kl: losses.append(round(kl, 4))
+            )
+            line |= {"train_seconds": round(time.time() - started) - line["fit_seconds"], "kl": losses}
+        for text, rows in texts.items():
+            line[text] = [round(x, 5) for x in share_kv.row_losses(student, rows).tolist()]
+        line["seconds"] = round(time.time() - started)
+        with out.open("a") as f:
+            f.write(json.dumps(line) + "\n")
+        print(name, *(f"{text} {math.exp(sum(line[text]) / len(line[text])):.3f}" for text in texts), line["seconds"], "s", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what")
+    parser.add_argument("what", choices=["prepare", "run", "tables"])
+    parser.add_argument("names", nargs="*")
     parser.add_argument("--work", type=Path)
     parser.add_argument("--packages", type=Path)
     parser.add_argument("--debs", type=Path)
     a = parser.parse_args()
-    prepare(a.work, a.packages, a.debs)
+    if a.what == "prepare":
+        prepare(a.work, a.packages, a.debs)
+    elif a.what == "run":
+        run(a.work, a.names)

@@ -1,0 +1,661 @@
+"""Q–K=V in a model you already have: key and value of a rotary transformers model become one tensor.
+
+    python share_kv.py --model HuggingFaceTB/SmolLM2-135M --text prose/ --output_dir OUT
+
+In each KV head the cached numbers are s, unrotated: the key is s after the model's own norm (where it has one) and
+rotation, the value is s. So `v_proj` equals `k_proj` and the model stays an ordinary LlamaForCausalLM, MistralForCausalLM,
+...; `SharedKVCache` keeps s alone, half of the bytes of a DynamicCache:
+
+    model.generate(**inputs, past_key_values=SharedKVCache(model))
+
+Three stages, each measured with --eval_text:
+
+1. Closed form: s = M [k; v] with k ~ s and v ~ B s, by alternating least squares in a metric from the gradients of the
+   loss; B goes into `o_proj`. Exact where values are a linear map of the keys.
+2. Fit (--fit_epochs): layer by layer, the shared attention (q, k, o) is fitted on the inputs of the layers converted
+   before it, so that the residual stream comes back to the original's.
+3. Training (--train_tokens): the attention of all layers, end to end, towards the original's own predictions.
+
+Memory: the original's weights, the attention once more in fp32, and the calibration text's hidden states, three times,
+in main memory in the model's dtype: 1.6 GB for 65,536 tokens at a width of 4,096. Interrupted, the same command goes on
+from the last layer.
+"""
+
+import argparse
+import copy
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")  # those the tests convert
+ROW = 1024  # tokens of a row of calibration text
+MOMENT_TOKENS = 32768  # of the calibration text, those that the closed form is taken from
+FLOOR = 0.1  # of the gradients' mean square, added to their metric: directions without a gradient are not let go of
+FIT_RATE = 0.01  # learning rate of the fit, in units of a weight's root mean square
+TRAIN_RATE = 5e-4  # the same for training end to end
+
+
+# -- The cache ---------------------------------------------------------------------------------------------------------
+
+
+class RotaryWatch:
+    """Sees the cosines and sines of each forward pass; one for a model, however many caches it has."""
+
+    def __init__(self, rotary):
+        self.latest = None
+        rotary.register_forward_hook(self.see, with_kwargs=True)
+
+    def see(self, module, args, kwargs, output):
+        kind = kwargs.get("layer_type", args[2] if len(args) > 2 else "full_attention")  # Gemma 3: a call for each kind
+        if kind == "full_attention":
+            self.latest = output
+
+    def __deepcopy__(self, memo):
+        return self  # a copied cache belongs to the same model
+
+
+class SharedLayer(DynamicLayer):
+    """Keeps s alone, [B, KV heads, positions, head_dim], in storage that grows by `SPARE` positions at a time."""
+
+    SPARE = 256
+
+    def __init__(self, owner, attention):
+        super().__init__()
+        self.owner = owner
+        self.norm = getattr(attention, "k_norm", None)
+        self.rotates = bool(getattr(attention, "use_rope", True))  # SmolLM3 has layers without rotation
+        self.s, self.length = None, 0
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        past, length = self.length, self.length + value_states.shape[-2]
+        if self.s is None or length > self.s.shape[-2]:
+            batch, heads, _, width = value_states.shape
+            s = value_states.new_empty(batch, heads, length + self.SPARE, width)
+            if past:
+                s[:, :, :past] = self.s[:, :, :past]
+            self.s = s
+        self.s[:, :, past:length] = value_states.detach()
+        self.length, self.device, self.is_initialized = length, value_states.device, True
+        self.owner.see_positions(length)
+        values = self.s[:, :, :length]
+        if not past:
+            return key_states, values
+        if not self.rotates:
+            return values, values
+        keys = self.owner.scratch_like(self.s)[:, :, :length]
+        self.owner.rotate(self.s[:, :, :past], keys[:, :, :past], self.norm)
+        keys[:, :, past:] = key_states.detach()
+        return keys, values
+
+    def get_seq_length(self):
+        return self.length
+
+    def crop(self, n):
+        if n > 0:
+            super().crop(n)  # raises: n is minus the number of positions to drop
+        self.length = max(self.length + n, 0)
+
+    def reset(self):
+        self.s, self.length, self.is_initialized = None, 0, False
+
+    def rows(self, select):
+        if self.s is not None:
+            self.s = select(self.s)
+
+    def reorder_cache(self, beam_idx):
+        self.rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        self.rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices):
+        self.rows(lambda x: x[indices])
+
+
+class SharedKVCache(DynamicCache):
+    """A transformers cache for a model whose keys and values are shared; layers that are not keep both.
+
+    Pass it to `forward` or `generate` as `cache` (transformers 5.24) or `past_key_values`. What is kept is s, unrotated;
+    keys are made on each read, in blocks, in one buffer that all layers use in turn. Positions' cosines and sines are
+    kept once for all layers. For inference: no gradient flows through it.
+    """
+
+    BLOCK = 2**17  # numbers rotated at a time: they stay in the processor's cache
+
+    def __init__(self, model):
+        super().__init__(config=model.config)
+        decoder = model.get_decoder()
+        for i, layer in enumerate(decoder.layers):
+            if type(self.layers[i]) is DynamicLayer and is_shared(layer.self_attn):
+                self.layers[i] = SharedLayer(self, layer.self_attn)
+        if not any(isinstance(layer, SharedLayer) for layer in self.layers):
+            raise ValueError("no layer of this model has k_proj equal to v_proj: convert it with share_kv.py first")
+        if not hasattr(decoder.rotary_emb, "shared_kv_watch"):
+            decoder.rotary_emb.shared_kv_watch = RotaryWatch(decoder.rotary_emb)
+        self.watch = decoder.rotary_emb.shared_kv_watch
+        self.positions, self.seen, self.scratch = None, 0, None  # positions: cosines and sines, [B or 1, 1, S, head_dim]
+
+    @property
+    def nbytes(self):
+        """Bytes of the keys and values kept for the positions seen."""
+        total = 0
+        for layer in self.layers:
+            kept = [layer.s] if isinstance(layer, SharedLayer) else [layer.keys, layer.values]
+            for x in kept:
+                if x is not None:
+                    length = layer.length if isinstance(layer, SharedLayer) else x.shape[-2]
+                    total += x.shape[0] * x.shape[1] * length * x.shape[-1] * x.itemsize
+        return total
+
+    def see_positions(self, length):
+        """The first shared layer of a pass adds the cosines and sines of its new positions."""
+        if length == self.seen:
+            return
+        new = [x.unsqueeze(1).detach() for x in self.watch.latest]
+        if self.positions is not None and (grown := new[0].shape[0]) != self.positions[0].shape[0]:
+            rows = max(grown, self.positions[0].shape[0])
+            new = [x.expand(rows, -1, -1, -1) for x in new]
+            self.positions = [x.expand(rows, -1, -1, -1).contiguous() for x in self.positions]
+        if self.positions is None or length > self.positions[0].shape[-2]:
+            room = [x.new_empty(*x.shape[:2], length + SharedLayer.SPARE, x.shape[-1]) for x in new]
+            for x, old in zip(room, self.positions or room):
+                x[:, :, : self.seen] = old[:, :, : self.seen]
+            self.positions = room
+        for x, y in zip(self.positions, new):
+            x[:, :, self.seen : length] = y
+        self.seen = length
+
+    def scratch_like(self, s):
+        x = self.scratch
+        if x is None or x.shape != s.shape or x.dtype != s.dtype or x.device != s.device:
+            self.scratch = torch.empty_like(s)
+        return self.scratch
+
+    def rotate(self, s, keys, norm):
+        """keys = the rotated s of the first positions, both [B, KV heads, S, head_dim]."""
+        cos, sin = (x.to(s.device) for x in self.positions)
+        half = s.shape[-1] // 2
+        step = s.shape[-2] if s.is_cuda else max(self.BLOCK // (s.shape[0] * s.shape[1] * s.shape[-1]), 16)
+        with torch.no_grad():
+            for i in range(0, s.shape[-2], step):
+                block = slice(i, min(i + step, s.shape[-2]))
+                x, out, c, n = s[:, :, block], keys[:, :, block], cos[:, :, block], sin[:, :, block]
+                if norm is not None:
+                    x = norm(x)
+                torch.mul(x, c, out=out)
+                out[..., :half].addcmul_(x[..., half:], n[..., :half], value=-1)
+                out[..., half:].addcmul_(x[..., :half], n[..., half:])
+
+    def rows(self, select):
+        self.scratch = None
+        if self.positions is not None and self.positions[0].shape[0] > 1:
+            self.positions = [select(x) for x in self.positions]
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self.rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self.rows(lambda x: x.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.rows(lambda x: x[indices])
+
+    def crop(self, n):
+        super().crop(n)
+        self.seen = next(layer.length for layer in self.layers if isinstance(layer, SharedLayer))
+
+    def reset(self):
+        super().reset()
+        self.positions, self.seen, self.scratch = None, 0, None
+
+
+def is_shared(attention):
+    k, v = attention.k_proj, attention.v_proj
+    return k is v or all(torch.equal(x, y) for x, y in zip(k.parameters(), v.parameters()))
+
+
+# -- The model and the text --------------------------------------------------------------------------------------------
+
+
+def load_model(name):
+    """(model, tokenizer), in the model's own dtype, or a ValueError that says why it cannot be shared."""
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"{name} is a {config.model_type} model; those that can be shared: {', '.join(FAMILIES)}")
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{name} holds quantised weights; convert the original and quantise the result")
+    if config.hidden_size and not shareable(config):
+        raise ValueError(f"all layers of {name} have a sliding window; only layers that keep every position are shared")
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    if model.dtype == torch.float16:  # its range is too small for gradients
+        model = model.float()
+    if any(is_shared(layer.self_attn) for layer in model.get_decoder().layers):
+        raise ValueError(f"{name} shares key and value already")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(name)
+
+
+def shareable(config):
+    """The layers that attend to all positions."""
+    return [i for i, layer in enumerate(DynamicCache(config=config).layers) if type(layer) is DynamicLayer]
+
+
+def read_documents(paths, seed=0):
+    """Documents of plain text files, of .jsonl files with a field "text", and of folders of both, shuffled by file."""
+    files = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    random.Random(seed).shuffle(files)
+    for path in files:
+        try:
+            with open(path, encoding="utf-8") as f:
+                if path.suffix == ".jsonl":
+                    yield from (json.loads(line)["text"] for line in f)
+                else:
+                    yield f.read()
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
+            raise ValueError(
+                f"{path}: expected plain text in UTF-8, or .jsonl with a field \"text\" ({type(e).__name__}: {e})"
+            ) from None
+
+
+def read_rows(paths, tokenizer, count, length=ROW, most=0, seed=0):
+    """int64 [count, length]: rows drawn from up to four times as many, of documents one after another."""
+    tokens = []
+    for document in read_documents(paths, seed):
+        tokens += tokenizer(document, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(tokens) > 4 * max(count, most) * length:
+            break
+    rows = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+    if len(rows) < count:
+        raise ValueError(f"the text holds {len(tokens):,} tokens, {count * length:,} are asked for")
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: max(count, most)]]
+
+
+def precision(model, fast):
+    """bf16 autocast where the model is in bf16, and for fits (`fast`) where the processor is quick at it."""
+    quick = model.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16 or (fast and quick))
+
+
+@torch.no_grad()
+def row_losses(model, rows):
+    """Mean loss in nats of each row, float64 [N]."""
+    losses = []
+    with precision(model, fast=False):
+        for row in rows.to(model.device).split(1):
+            logits = model(row, use_cache=False).logits[0, :-1].float()
+            losses.append(F.cross_entropy(logits, row[0, 1:]).double().cpu())
+    return torch.stack(losses)
+
+
+# -- The closed form ---------------------------------------------------------------------------------------------------
+
+
+def attention_branch(layer):
+    """The module whose output joins the residual stream after attention."""
+    return layer.post_attention_layernorm if hasattr(layer, "pre_feedforward_layernorm") else layer.self_attn
+
+
+def second_moments(model, rows):
+    """C = E[x xT] and G = E[g gT] of x = [k; v] in each layer and KV head, float64 [L, KV heads, 2 hd, 2 hd].
+
+    k and v are the outputs of the projections, before norm and rotation; g is the gradient of the rows' summed loss.
+    """
+    hd = model.get_decoder().layers[0].self_attn.head_dim
+    L, g = model.config.num_hidden_layers, model.config.num_key_value_heads
+    C = torch.zeros(L, g, 2 * hd, 2 * hd, dtype=torch.float64, device=model.device)
+    G = torch.zeros_like(C)
+    kept, hooks = {}, []
+
+    def keep(name):
+        def hook(module, inputs, output):
+            output.retain_grad()
+            kept[name] = output
+
+        return hook
+
+    for i, layer in enumerate(model.get_decoder().layers):
+        for name in ("k_proj", "v_proj"):
+            hooks.append(getattr(layer.self_attn, name).register_forward_hook(keep((i, name))))
+    try:
+        for row in tqdm(rows.to(model.device).split(1), "second moments", unit="row"):
+            embedded = model.get_input_embeddings()(row).requires_grad_()
+            with precision(model, fast=False):
+                logits = model(inputs_embeds=embedded, use_cache=False).logits
+            F.cross_entropy(logits[0, :-1].float(), row[0, 1:], reduction="sum").backward()
+            for i in range(L):
+                k, v = kept.pop((i, "k_proj")), kept.pop((i, "v_proj"))
+                for total, parts in ((C, (k.detach(), v.detach())), (G, (k.grad, v.grad))):
+                    x = torch.cat([p.view(-1, g, hd) for p in parts], -1).double()
+                    total[i] += torch.einsum("tgd,tge->gde", x, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return C.cpu() / rows.numel(), G.cpu() / rows.numel()
+
+
+def solve(C, G, floor=FLOOR, iterations=60):
+    """(M [hd, 2 hd], B [hd, hd], predicted price): s = M [k; v] with k ~ s, v ~ B s in the metric G, for one KV head."""
+    hd = len(C) // 2
+    diagonal = torch.diag(G)
+    metric = G + floor * torch.diag(torch.cat([d.mean().expand(hd) for d in diagonal.split(hd)]))
+    eye = torch.eye(hd, dtype=C.dtype)
+    M = torch.cat([eye, torch.zeros_like(eye)], 1)
+    for _ in range(iterations):
+        S, X = M @ C @ M.T, C @ M.T
+        correction = torch.linalg.solve(metric[hd:, hd:], metric[hd:, :hd] @ (X[:hd] - S))
+        B = (X[hd:] + correction) @ torch.linalg.inv(S + 1e-10 * S.trace() / hd * eye)
+        W = torch.cat([eye, B])
+        M = torch.linalg.solve(W.T @ metric @ W + 1e-10 * metric.trace() / hd * eye, W.T @ metric)
+    rest = torch.eye(2 * hd, dtype=C.dtype) - W @ M
+    return M, B, float(torch.trace(G @ rest @ C @ rest.T))
+
+
+def share_attention(attention, solutions):
+    """Put s into k_proj, the same module into v_proj, and each KV head's B into o_proj."""
+    hd, g = attention.head_dim, len(solutions)
+    k, v, o = attention.k_proj, attention.v_proj, attention.o_proj
+    out = o.weight.double().view(-1, g, o.weight.shape[1] // hd // g, hd)
+    for j, (M, B, _) in enumerate(solutions):
+        M, B = M.to(out.device), B.to(out.device)
+        for x, y in zip(k.parameters(), v.parameters()):  # weights and, where there are any, biases
+            part = slice(j * hd, (j + 1) * hd)
+            x.data[part] = (M[:, :hd] @ x.data[part].double() + M[:, hd:] @ y.data[part].double()).to(x.dtype)
+        out[:, j] = out[:, j] @ B
+    attention.v_proj = k
+    o.weight.data = out.reshape(o.weight.shape).to(o.weight.dtype)
+
+
+def make_student(original):
+    """A model with attention weights of its own, in fp32; all others are the original's."""
+    own = {id(p) for layer in original.get_decoder().layers for p in layer.self_attn.parameters()}
+    memo = {id(p): p for p in original.parameters() if id(p) not in own}
+    student = copy.deepcopy(original, memo)
+    for layer in student.get_decoder().layers:
+        layer.self_attn.float().requires_grad_()
+    return student
+
+
+# -- Fit and training --------------------------------------------------------------------------------------------------
+
+
+def optimizer_for(modules, rate, betas):
+    """Adam with a learning rate for each tensor, in units of its root mean square."""
+    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
+    groups = [{"params": [p], "scale": rate * max(p.detach().pow(2).mean().sqrt().item(), 1e-3)} for p in parameters]
+    return torch.optim.Adam(groups, lr=0.0, betas=betas)
+
+
+def step(optimizer, progress):
+    """A step on a cosine from the full rate to nothing, after a twentieth of warm-up."""
+    rate = min(1.0, progress / 0.05) * (1 + math.cos(math.pi * progress)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = group["scale"] * rate
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def layer_arguments(model, row):
+    """What each layer and its attention are called with beside the hidden states: (layers' kwargs, attentions' kwargs)."""
+    arguments, hooks = ([], []), []
+    for layer in model.get_decoder().layers:
+        for kept, module in zip(arguments, (layer, layer.self_attn)):
+            def hook(module, args, kwargs, kept=kept):
+                kept.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    with torch.no_grad():
+        model(row.to(model.device), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return arguments
+
+
+def attend(layer, states, arguments):
+    """What attention adds to the residual stream."""
+    y = layer.self_attn(hidden_states=layer.input_layernorm(states), **arguments)[0]
+    return y if attention_branch(layer) is layer.self_attn else layer.post_attention_layernorm(y)
+
+
+def fit_layers(original, student, rows, shared, epochs, folder=None, rate=FIT_RATE, own_inputs=True, root=None):
+    """Fit the attention of the `shared` layers, in order, on the inputs that the layers before them give.
+
+    `folder` keeps each fitted layer, and what it holds is not fitted again. With own_inputs=False the inputs and the
+    targets are the original's. `root`: a square root of the error's metric for each layer.
+    """
+    layer_kwargs, attention_kwargs = layer_arguments(original, rows[:1])
+    with torch.no_grad():
+        before = torch.cat([original.get_input_embeddings()(row.to(original.device)).cpu() for row in rows.split(1)])
+    after, target = before.clone(), torch.empty_like(before)
+    to = original.device
+    for i, (old, new) in enumerate(zip(original.get_decoder().layers, student.get_decoder().layers)):
+        path = folder and folder / f"layer{i:03d}.pt"
+        if i in shared and path and path.exists():
+            new.self_attn.load_state_dict(torch.load(path, map_location=to))
+        elif i in shared:
+            inputs = after if own_inputs else before
+            with torch.no_grad(), precision(original, fast=True):
+                for n in range(len(rows)):
+                    x = before[n : n + 1].to(to)
+                    target[n] = (x + attend(old, x, attention_kwargs[i]) - inputs[n : n + 1].to(to))[0].cpu()
+            power = sum(target[n].float().pow(2).mean() for n in range(len(rows))).item() / len(rows)
+            optimizer = optimizer_for([new.self_attn], rate, (0.9, 0.98))
+            order = torch.cat([torch.randperm(len(rows)) for _ in range(epochs)]).tolist() if epochs else []
+            bar = tqdm(order, f"layer {i}", unit="row", leave=False)
+            for k, n in enumerate(bar):
+                with precision(original, fast=True):
+                    y = attend(new, inputs[n : n + 1].to(to), attention_kwargs[i])
+                error = y.float() - target[n : n + 1].to(to).float()
+                loss = (error if root is None else error @ root[i]).pow(2).mean() / power
+                loss.backward()
+                step(optimizer, (k + 1) / len(order))
+                bar.set_postfix(error=f"{loss.item():.4f}", refresh=False)
+            if path:
+                save(new.self_attn.state_dict(), path)
+        with torch.no_grad(), precision(original, fast=True):
+            for states, layer in ((before, old), (after, new)):
+                if i + 1 < len(student.get_decoder().layers):
+                    for n in range(len(rows)):
+                        states[n] = layer(states[n : n + 1].to(to), **layer_kwargs[i])[0].cpu()
+
+
+def train(original, student, rows, path=None, rate=TRAIN_RATE, every=200, watch=None):
+    """The attention of all layers, end to end, one row a step: KL divergence from the original's predictions."""
+    optimizer = optimizer_for([layer.self_attn for layer in student.get_decoder().layers], rate, (0.9, 0.95))
+    start = 0
+    if path and path.exists():
+        state = torch.load(path, map_location=original.device)
+        student.load_state_dict(state["model"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    bar = tqdm(range(start, len(rows)), "training", unit="row", initial=start, total=len(rows))
+    for n in bar:
+        row = rows[n : n + 1].to(original.device)
+        with precision(original, fast=True):
+            with torch.no_grad():
+                wanted = original(row, use_cache=False).logits
+            got = student(row, use_cache=False).logits
+        wanted, got = (x[0].float().log_softmax(-1) for x in (wanted, got))
+        loss = F.kl_div(got, wanted, log_target=True, reduction="sum") / row.numel()
+        loss.backward()
+        step(optimizer, (n + 1) / len(rows))
+        bar.set_postfix(kl=f"{loss.item():.4f}", refresh=False)
+        if path and (n + 1) % every == 0:
+            weights = {k: v for k, v in student.state_dict().items() if ".self_attn." in k}
+            save({"model": weights, "optimizer": optimizer.state_dict(), "step": n + 1}, path)
+        if watch:
+            watch(n + 1, loss.item())
+
+
+def save(state, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, f"{path}.partial")
+    os.replace(f"{path}.partial", path)
+
+
+# -- The output --------------------------------------------------------------------------------------------------------
+
+GENERATE = '''"""`generate` with a cache that keeps key and value as one tensor (written by share_kv.py)."""
+
+import inspect
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+{classes}
+
+
+def generate(model, **arguments):
+    """As `model.generate`, with a SharedKVCache where no cache is given."""
+    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    if arguments.get(name) is None and arguments.get("use_cache") is not False:
+        arguments[name] = SharedKVCache(model)
+    return type(model).generate(model, **arguments)
+'''
+
+CARD = """# {name}, key and value shared
+
+Made from {name} with share_kv.py. In {shared} of {layers} layers `v_proj` equals `k_proj`: the value is the key before
+its norm and rotation, so one tensor can be cached in place of two. With such a cache a token takes {after:,} bytes
+instead of {before:,} ({share:.0%}) in {dtype}{window}.
+
+{table}
+Text: {tokens:,} tokens (sha256 of the token ids {digest}), fit {epochs} passes, training {train:,} tokens.
+
+The folder loads everywhere as the {architecture} that it is, with a cache of the usual size. The smaller cache:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{out}")
+tokenizer = AutoTokenizer.from_pretrained("{out}")
+inputs = tokenizer("The key is", return_tensors="pt")
+model.generate(**inputs, custom_generate="{out}", trust_remote_code=True)
+```
+
+`custom_generate/generate.py` holds it, in plain Python; `SharedKVCache(model)` there can be passed to `forward` too.
+"""
+
+
+def write_output(original, student, shared, tokenizer, out, card):
+    """The finished folder, under `out`; the student's attention goes into the original, in its own dtype."""
+    for old, new in zip(original.get_decoder().layers, student.get_decoder().layers):
+        for name, p in old.self_attn.named_parameters():
+            p.data.copy_(new.self_attn.get_parameter(name).data)
+    original.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "custom_generate").mkdir(exist_ok=True)
+    classes = (RotaryWatch, SharedLayer, SharedKVCache, is_shared)
+    code = GENERATE.format(classes="\n\n".join(inspect.getsource(c).rstrip() + "\n" for c in classes).rstrip())
+    (out / "custom_generate" / "generate.py").write_text(code, encoding="utf-8")
+    (out / "README.md").write_text(card, encoding="utf-8")
+
+
+def convert(a):
+    out, work = Path(a.output_dir), Path(f"{a.output_dir.rstrip('/')}.partial")
+    if out.exists():
+        raise ValueError(f"{out} exists; choose another --output_dir or remove it")
+    original, tokenizer = load_model(a.model)
+    config, length = original.config, min(ROW, original.config.max_position_embeddings)
+    candidates = shareable(config)
+    number = round(2 * len(candidates) * (1 - a.cache))
+    if not 0.5 <= a.cache < 1 or not number:
+        raise ValueError(f"--cache {a.cache}: between 0.5 (every layer) and {1 - 0.5 / len(candidates):.3g} (one layer)")
+    fit_rows, train_rows = max(a.tokens // length, 1), a.train_tokens // length
+    rows = read_rows(a.text, tokenizer, fit_rows + train_rows, length)
+    if rows.max() >= config.vocab_size:
+        raise ValueError(f"the tokenizer of {a.model} makes token {rows.max()}, the model knows {config.vocab_size}")
+    held_out = None
+    if a.eval_text:
+        held_out = read_rows([a.eval_text], tokenizer, 1, length, most=64)
+
+    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:12]
+    settings = {"model": a.model, "text": digest, "tokens": a.tokens, "cache": a.cache, "fit_epochs": a.fit_epochs}
+    settings["train_tokens"] = a.train_tokens
+    work.mkdir(parents=True, exist_ok=True)
+    kept = work / "settings.json"
+    if kept.exists() and (was := json.loads(kept.read_text())) != settings:
+        changed = ", ".join(f"{k} was {was.get(k)}" for k in settings if was.get(k) != settings[k])
+        raise ValueError(f"{work} belongs to another conversion ({changed}): repeat its command or remove it")
+    kept.write_text(json.dumps(settings))
+
+    stages = {}
+
+    def measure(stage, model):
+        if held_out is not None:
+            stages[stage] = math.exp(row_losses(model, held_out).mean())
+            print(f"perplexity, {stage}: {stages[stage]:.3f}", flush=True)
+
+    measure("original", original)
+    if not (work / "moments.pt").exists():
+        save(second_moments(original, rows[: max(MOMENT_TOKENS // length, 1)][:fit_rows]), work / "moments.pt")
+    C, G = torch.load(work / "moments.pt")
+    solutions = {i: [solve(c, g) for c, g in zip(C[i], G[i])] for i in tqdm(candidates, "closed form", unit="layer")}
+    shared = sorted(sorted(candidates, key=lambda i: sum(price for _, _, price in solutions[i]))[:number])
+    student = make_student(original)
+    for i in shared:
+        share_attention(student.get_decoder().layers[i].self_attn, solutions[i])
+    measure("closed form", student)
+    if a.fit_epochs:
+        fit_layers(original, student, rows[:fit_rows], shared, a.fit_epochs, work / "layers")
+        measure("fit", student)
+    if train_rows:
+        train(original, student, rows[fit_rows:], work / "train.pt")
+        measure("training", student)
+
+    layers = config.num_hidden_layers
+    token = 2 * config.num_key_value_heads * original.get_decoder().layers[0].self_attn.head_dim * original.dtype.itemsize
+    before, after = token * len(candidates), token * len(candidates) - token // 2 * len(shared)
+    table = "| perplexity | |\n|---|---:|\n" + "".join(f"| {k} | {v:.3f} |\n" for k, v in stages.items()) if stages else ""
+    card = CARD.format(
+        name=a.model, shared=len(shared), layers=layers, after=after, before=before, share=after / before,
+        dtype=str(original.dtype).removeprefix("torch."), table=table, tokens=rows.numel(), digest=digest,
+        epochs=a.fit_epochs, train=train_rows * length, out=out, architecture=config.architectures[0],
+        window="" if len(candidates) == layers else f"; {layers - len(candidates)} layers with a window are as they were",
+    )  # fmt: skip
+    write_output(original, student, shared, tokenizer, work / "model", card)
+    again = AutoModelForCausalLM.from_pretrained(work / "model", dtype="auto").to(original.device).eval()
+    measure("as saved", again)
+    os.replace(work / "model", out)
+    shutil.rmtree(work)
+    print(f"{out}: {len(shared)} of {layers} layers shared, {after:,} bytes of cache a token instead of {before:,}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="folder or hub id of a transformers model")
+    parser.add_argument("--text", required=True, nargs="+", help="plain text or .jsonl files, or folders of them")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--tokens", type=int, default=65536, help="of calibration text (default 65536)")
+    parser.add_argument("--cache", type=float, default=0.5, help="share of the cache that is left (default 0.5: all layers)")
+    parser.add_argument("--fit_epochs", type=int, default=3, help="passes of the fit; 0: the closed form alone")
+    parser.add_argument("--train_tokens", type=int, default=0, help="of text to train on, end to end, after the fit")
+    parser.add_argument("--eval_text", help="text of which the perplexity is printed, before and after each stage")
+    try:
+        convert(parser.parse_args(argv))
+    except (ValueError, OSError) as e:
+        sys.exit(f"share_kv.py: {e}")
+
+
+if __name__ == "__main__":
+    main()
