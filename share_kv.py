@@ -67,72 +67,49 @@ class RotaryWatch:
 
 
 class SharedLayer(DynamicLayer):
-    """Keeps s alone, [B, KV heads, positions, head_dim], in storage that grows by `SPARE` positions at a time."""
+    """Keeps s alone, as its values [B, KV heads, positions, head_dim]; its keys have no width."""
 
-    SPARE = 256
+    SPARE = 256  # positions allocated in advance
 
     def __init__(self, owner, attention):
         super().__init__()
-        self.owner = owner
+        self.owner, self.room = owner, None
         self.norm = getattr(attention, "k_norm", None)
         self.rotates = bool(getattr(attention, "use_rope", True))  # SmolLM3 has layers without rotation
-        self.s, self.length = None, 0
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        past, length = self.length, self.length + value_states.shape[-2]
-        if self.s is None or length > self.s.shape[-2]:
-            batch, heads, _, width = value_states.shape
-            s = value_states.new_empty(batch, heads, length + self.SPARE, width)
-            if past:
-                s[:, :, :past] = self.s[:, :, :past]
-            self.s = s
-        self.s[:, :, past:length] = value_states.detach()
-        self.length, self.device, self.is_initialized = length, value_states.device, True
-        self.owner.see_positions(length)
-        values = self.s[:, :, :length]
-        if not past:
-            return key_states, values
-        if not self.rotates:
-            return values, values
-        keys = self.owner.scratch_like(self.s)[:, :, :length]
-        self.owner.rotate(self.s[:, :, :past], keys[:, :, :past], self.norm)
-        keys[:, :, past:] = key_states.detach()
-        return keys, values
 
     def get_seq_length(self):
-        return self.length
+        return self.values.shape[-2] if self.is_initialized and self.values.numel() else 0
 
-    def crop(self, n):
-        if n > 0:
-            super().crop(n)  # raises: n is minus the number of positions to drop
-        self.length = max(self.length + n, 0)
-
-    def reset(self):
-        self.s, self.length, self.is_initialized = None, 0, False
-
-    def rows(self, select):
-        if self.s is not None:
-            self.s = select(self.s)
-
-    def reorder_cache(self, beam_idx):
-        self.rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats):
-        self.rows(lambda x: x.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices):
-        self.rows(lambda x: x[indices])
+    def update(self, key_states, value_states, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past, length = self.get_seq_length(), self.get_seq_length() + value_states.shape[-2]
+        if self.room is None or self.room.data_ptr() != self.values.data_ptr() or length > self.room.shape[-2]:
+            batch, heads, _, width = value_states.shape
+            self.room = value_states.new_empty(batch, heads, length + self.SPARE, width)
+            if past:
+                self.room[:, :, :past] = self.values
+        self.room[:, :, past:length] = value_states.detach()
+        self.values = s = self.room[:, :, :length]
+        self.keys = s[..., :0]
+        cos, sin = self.owner.positions_up_to(length, s)
+        if not past:
+            return key_states, s
+        if not self.rotates:
+            return s, s
+        keys = self.owner.room_for_keys(s)
+        rotate(s[:, :, :past], cos, sin, self.norm, out=keys[:, :, :past])
+        keys[:, :, past:] = key_states.detach()
+        return keys, s
 
 
 class SharedKVCache(DynamicCache):
     """A transformers cache for a model whose keys and values are shared; layers that are not keep both.
 
     Pass it to `forward` or `generate` as `cache` (transformers 5.24) or `past_key_values`. What is kept is s, unrotated;
-    keys are made on each read, in blocks, in one buffer that all layers use in turn. Positions' cosines and sines are
-    kept once for all layers. For inference: no gradient flows through it.
+    keys are made on each read, in one buffer that all layers use in turn. One more layer, after the model's own, keeps
+    the positions' cosines and sines. For inference: no gradient flows through it.
     """
-
-    BLOCK = 2**17  # numbers rotated at a time: they stay in the processor's cache
 
     def __init__(self, model):
         super().__init__(config=model.config)
@@ -144,89 +121,45 @@ class SharedKVCache(DynamicCache):
             raise ValueError("no layer of this model has k_proj equal to v_proj: convert it with share_kv.py first")
         if not hasattr(decoder.rotary_emb, "shared_kv_watch"):
             decoder.rotary_emb.shared_kv_watch = RotaryWatch(decoder.rotary_emb)
-        self.watch = decoder.rotary_emb.shared_kv_watch
-        self.positions, self.seen, self.scratch = None, 0, None  # positions: cosines and sines, [B or 1, 1, S, head_dim]
+        self.watch, self.positions, self.buffer = decoder.rotary_emb.shared_kv_watch, DynamicLayer(), None
+        self.layers.append(self.positions)  # so that it is cropped, reordered and copied with the others
 
     @property
     def nbytes(self):
         """Bytes of the keys and values kept for the positions seen."""
-        total = 0
-        for layer in self.layers:
-            kept = [layer.s] if isinstance(layer, SharedLayer) else [layer.keys, layer.values]
-            for x in kept:
-                if x is not None:
-                    length = layer.length if isinstance(layer, SharedLayer) else x.shape[-2]
-                    total += x.shape[0] * x.shape[1] * length * x.shape[-1] * x.itemsize
-        return total
+        return sum(x.nbytes for layer in self.layers[:-1] if layer.is_initialized for x in (layer.keys, layer.values))
 
-    def see_positions(self, length):
-        """The first shared layer of a pass adds the cosines and sines of its new positions."""
-        if length == self.seen:
-            return
-        new = [x.unsqueeze(1).detach() for x in self.watch.latest]
-        if self.positions is not None and (grown := new[0].shape[0]) != self.positions[0].shape[0]:
-            rows = max(grown, self.positions[0].shape[0])
-            new = [x.expand(rows, -1, -1, -1) for x in new]
-            self.positions = [x.expand(rows, -1, -1, -1).contiguous() for x in self.positions]
-        if self.positions is None or length > self.positions[0].shape[-2]:
-            room = [x.new_empty(*x.shape[:2], length + SharedLayer.SPARE, x.shape[-1]) for x in new]
-            for x, old in zip(room, self.positions or room):
-                x[:, :, : self.seen] = old[:, :, : self.seen]
-            self.positions = room
-        for x, y in zip(self.positions, new):
-            x[:, :, self.seen : length] = y
-        self.seen = length
+    def positions_up_to(self, length, s):
+        """Cosines and sines, [B, 1, length, head_dim]; the first shared layer of a pass adds those of the new tokens."""
+        if self.positions.get_seq_length() < length:
+            self.positions.update(*(x.detach().unsqueeze(1).expand(len(s), -1, -1, -1) for x in self.watch.latest))
+        return self.positions.keys.to(s.device), self.positions.values.to(s.device)
 
-    def scratch_like(self, s):
-        x = self.scratch
-        if x is None or x.shape != s.shape or x.dtype != s.dtype or x.device != s.device:
-            self.scratch = torch.empty_like(s)
-        return self.scratch
+    def room_for_keys(self, s):
+        """A contiguous tensor of the shape of s."""
+        x = self.buffer
+        if x is None or x.numel() < s.numel() or x.dtype != s.dtype or x.device != s.device:
+            self.buffer = s.new_empty(s.numel() + s.numel() // s.shape[-2] * SharedLayer.SPARE)
+        return self.buffer[: s.numel()].view(s.shape)
 
-    def rotate(self, s, keys, norm):
-        """keys = the rotated s of the first positions, both [B, KV heads, S, head_dim]."""
-        cos, sin = (x.to(s.device) for x in self.positions)
-        half = s.shape[-1] // 2
-        step = s.shape[-2] if s.is_cuda else max(self.BLOCK // (s.shape[0] * s.shape[1] * s.shape[-1]), 16)
-        with torch.no_grad():
-            for i in range(0, s.shape[-2], step):
-                block = slice(i, min(i + step, s.shape[-2]))
-                x, out, c, n = s[:, :, block], keys[:, :, block], cos[:, :, block], sin[:, :, block]
-                if norm is not None:
-                    x = norm(x)
-                torch.mul(x, c, out=out)
-                out[..., :half].addcmul_(x[..., half:], n[..., :half], value=-1)
-                out[..., half:].addcmul_(x[..., :half], n[..., half:])
 
-    def rows(self, select):
-        self.scratch = None
-        if self.positions is not None and self.positions[0].shape[0] > 1:
-            self.positions = [select(x) for x in self.positions]
-
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
-        self.rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
-
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        self.rows(lambda x: x.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.rows(lambda x: x[indices])
-
-    def crop(self, n):
-        super().crop(n)
-        self.seen = next(layer.length for layer in self.layers if isinstance(layer, SharedLayer))
-
-    def reset(self):
-        super().reset()
-        self.positions, self.seen, self.scratch = None, 0, None
+@torch.no_grad()
+def rotate(s, cos, sin, norm, out):
+    """The keys of s [B, KV heads, S, head_dim], on a CPU in blocks that stay in its cache."""
+    half, numbers = s.shape[-1] // 2, s.shape[0] * s.shape[1] * s.shape[-1]
+    size = s.shape[-2] if s.is_cuda else max(2**20 // numbers, 16)
+    for i in range(0, s.shape[-2], size):
+        x, keys = s[:, :, i : i + size], out[:, :, i : i + size]
+        c, n = (p[:, :, i : i + x.shape[-2]] for p in (cos, sin))
+        x = x if norm is None else norm(x)
+        torch.mul(x, c, out=keys)
+        keys[..., :half].addcmul_(x[..., half:], n[..., :half], value=-1)
+        keys[..., half:].addcmul_(x[..., :half], n[..., half:])
 
 
 def is_shared(attention):
     k, v = attention.k_proj, attention.v_proj
-    return k is v or all(torch.equal(x, y) for x, y in zip(k.parameters(), v.parameters()))
+    return k is v or all(torch.equal(x, y) for x, y in zip(k.parameters(), v.parameters(), strict=True))
 
 
 # -- The model and the text --------------------------------------------------------------------------------------------
@@ -459,7 +392,8 @@ def fit_layers(original, student, rows, shared, epochs, folder=None, rate=FIT_RA
                     target[n] = (x + attend(old, x, attention_kwargs[i]) - inputs[n : n + 1].to(to))[0].cpu()
             power = sum(target[n].float().pow(2).mean() for n in range(len(rows))).item() / len(rows)
             optimizer = optimizer_for([new.self_attn], rate, (0.9, 0.98))
-            order = torch.cat([torch.randperm(len(rows)) for _ in range(epochs)]).tolist() if epochs else []
+            generator = torch.Generator().manual_seed(i)  # the order is that of an uninterrupted conversion
+            order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(epochs)]).tolist()
             bar = tqdm(order, f"layer {i}", unit="row", leave=False)
             for k, n in enumerate(bar):
                 with precision(original, fast=True):
@@ -565,7 +499,7 @@ def write_output(original, student, shared, tokenizer, out, card):
     original.save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "custom_generate").mkdir(exist_ok=True)
-    classes = (RotaryWatch, SharedLayer, SharedKVCache, is_shared)
+    classes = (RotaryWatch, SharedLayer, SharedKVCache, rotate, is_shared)
     code = GENERATE.format(classes="\n\n".join(inspect.getsource(c).rstrip() + "\n" for c in classes).rstrip())
     (out / "custom_generate" / "generate.py").write_text(code, encoding="utf-8")
     (out / "README.md").write_text(card, encoding="utf-8")

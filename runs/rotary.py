@@ -97,13 +97,14 @@ RUNS = {
     "values regressed on keys": dict(form="regressed"),
     "free joint SVD": dict(form="svd"),
     "closed form": dict(),
-    **{f"closed form {share} layers": dict(shared=share) for share in (24, 20, 15, 10)},
     "fit 16k": dict(fit=FIT),
-    "fit 16k rate 0.02": dict(fit=FIT | dict(rate=0.02)),
-    "fit 16k gradient metric": dict(fit=FIT | dict(gradient_metric=True)),
-    "fit 16k original's inputs": dict(fit=FIT | dict(own_inputs=False)),
-    "closed form floor 0.03": dict(floor=0.03),
-    "closed form floor 0.3": dict(floor=0.3),
+    "fit 16k, gradient metric": dict(fit=FIT | dict(gradient_metric=True)),
+    "fit 16k, rate 0.02": dict(fit=FIT | dict(rate=0.02)),
+    "fit 64k": dict(fit=FIT | dict(tokens=65536)),
+    **{f"closed form, {n} layers": dict(shared=n) for n in (15, 24, 20, 10)},
+    "fit 16k, original's inputs": dict(fit=FIT | dict(own_inputs=False)),
+    "closed form, floor 0.03": dict(floor=0.03),
+    "closed form, floor 0.3": dict(floor=0.3),
 }
 
 

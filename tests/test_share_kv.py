@@ -173,3 +173,174 @@ def test_layers_that_are_not_shared_keep_both():
     assert cache.nbytes == (2 + 1 + 1) * kept
     with pytest.raises(ValueError, match="share_kv.py"):
         SharedKVCache(make_model("llama"))
+
+
+# -- The command, on a small trained model ----------------------------------------------------------------------------
+
+
+def make_text(n, seed):
+    """Sentences that repeat their own made-up names, so that predicting them takes attention."""
+    generator = torch.Generator().manual_seed(seed)
+    lines = []
+    for _ in range(n):
+        name, place = ("".join(chr(97 + c) for c in torch.randint(0, 8, (4,), generator=generator)) for _ in "12")
+        lines.append(f"{name} is in {place}, in {place} is {name}.\n")
+    return "".join(lines)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A llama of bytes, trained for some seconds, its tokenizer, and text/ to convert it on."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    root = tmp_path_factory.mktemp("trained")
+    alphabet = {c: i + 3 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab=alphabet | {"<pad>": 0, "<s>": 1, "</s>": 2}, merges=[]))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **names)
+    torch.manual_seed(0)
+    settings = dict(vocab_size=259, initializer_range=0.1, num_key_value_heads=1, head_dim=8)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES | settings))
+    ids = torch.tensor(tokenizer(make_text(4000, 0))["input_ids"])
+    rows = ids[: len(ids) // 64 * 64].view(-1, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98))
+    for i in range(300):
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * min(1, i / 20) * (1 - i / 300)
+        batch = rows[torch.randint(len(rows), (16,))]
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.generation_config.temperature = 0.5
+    model.generation_config.do_sample = True
+    model.to(torch.bfloat16).save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    (root / "text").mkdir()
+    (root / "text" / "a.txt").write_text(make_text(800, 1))
+    (root / "text" / "b.jsonl").write_text("".join(json.dumps({"text": make_text(40, n)}) + "\n" for n in (2, 3, 4)))
+    (root / "held_out.txt").write_text(make_text(60, 5))
+    return root
+
+
+def convert(folder, out, *more, text="text", model="model"):
+    argv = ["--model", folder / model, "--text", folder / text, "--output_dir", out, "--tokens", 4096, *more]
+    share_kv.main([str(x) for x in argv])
+    return AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+
+
+def perplexities(capsys):
+    lines = capsys.readouterr().out.splitlines()
+    return {line.split(", ")[1].split(":")[0]: float(line.split()[-1]) for line in lines if line.startswith("perplexity")}
+
+
+def test_each_stage_brings_the_model_back(folder, tmp_path, capsys):
+    """The fit, and training alone, each make up for most of what the closed form costs."""
+    evaluate = ["--eval_text", folder / "held_out.txt"]
+    convert(folder, tmp_path / "trained", "--fit_epochs", 0, "--train_tokens", 16384, *evaluate)
+    trained = perplexities(capsys)
+    model = convert(folder, tmp_path / "out", *evaluate)
+    at = perplexities(capsys)
+    assert list(at) == ["original", "closed form", "fit", "as saved"]
+    price = at["closed form"] - at["original"]
+    assert at["fit"] - at["original"] < price / 2 > trained["training"] - at["original"] and price > 0.02
+    assert at["as saved"] == pytest.approx(at["fit"], rel=0.01)
+    assert type(model).__name__ == "LlamaForCausalLM" and model.dtype == torch.bfloat16
+    for layer in model.model.layers:
+        assert torch.equal(layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight)
+    original = AutoModelForCausalLM.from_pretrained(folder / "model", dtype="auto")
+    torch.testing.assert_close(model.model.layers[1].mlp.up_proj.weight, original.model.layers[1].mlp.up_proj.weight)
+    assert model.generation_config.temperature == 0.5
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{at['fit']:.3f}" in card and f"{3 * 8 * 2:,} bytes" in card
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "trained"]
+
+
+def test_dial_shares_the_cheapest_layers(folder, tmp_path, capsys):
+    settings = ["--fit_epochs", 0, "--eval_text", folder / "held_out.txt"]
+    got = {}
+    for share in (0.5, 0.66, 0.83):
+        model = convert(folder, tmp_path / str(share), "--cache", share, *settings)
+        cache = SharedKVCache(model)
+        generated(model, cache)
+        assert cache.nbytes / (2 * 3 * 2 * 8 * 2 * cache.get_seq_length()) == pytest.approx(share, abs=0.01)
+        got[share] = perplexities(capsys)["as saved"]
+    assert got[0.5] > got[0.66] > got[0.83]
+
+
+def test_interrupted_conversion_goes_on_from_the_last_layer(folder, tmp_path, monkeypatch, capsys):
+    whole = convert(folder, tmp_path / "whole", "--train_tokens", 2048)
+    real, saved = share_kv.save, []
+
+    def dies(state, path):
+        if path.name == "layer002.pt":
+            raise KeyboardInterrupt
+        saved.append(path.name)
+        real(state, path)
+
+    monkeypatch.setattr(share_kv, "save", dies)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, tmp_path / "out", "--train_tokens", 2048)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(share_kv, "save", lambda state, path: (saved.append(path.name), real(state, path)))
+    with pytest.raises(SystemExit, match="another conversion"):
+        convert(folder, tmp_path / "out", "--fit_epochs", 1)
+    resumed = convert(folder, tmp_path / "out", "--train_tokens", 2048)
+    assert [name for name in saved if name.startswith("layer")] == ["layer000.pt", "layer001.pt", "layer002.pt"]
+    for x, y in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(x, y, atol=0, rtol=0)
+
+
+def test_output_loads_from_another_directory(folder, tmp_path):
+    """In a process that knows nothing of this repository, transformers takes the cache from the folder itself."""
+    convert(folder, tmp_path / "out", "--fit_epochs", 0)
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model, tokenizer = (c.from_pretrained(sys.argv[1]) for c in (AutoModelForCausalLM, AutoTokenizer))
+inputs = tokenizer(["abcd is in", "hgfe is in bcda, in bc"], return_tensors="pt", padding=True, padding_side="left")
+settings = dict(max_new_tokens=20, do_sample=False, return_dict_in_generate=True)
+stock = model.generate(**inputs, **settings)
+small = model.generate(**inputs, **settings, custom_generate=sys.argv[1], trust_remote_code=True)
+assert torch.equal(stock.sequences, small.sequences)
+print(type(small.past_key_values).__name__)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" or "transformers" in v}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, tmp_path / "out"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "SharedKVCache"
+
+
+def test_what_cannot_be_converted_is_one_line(folder, tmp_path):
+    def refused(*more, **where):
+        with pytest.raises(SystemExit) as error:
+            convert(folder, tmp_path / "out", *more, **where)
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+        return str(error.value)
+
+    original = json.loads((folder / "model" / "config.json").read_text())
+
+    def variant(name, **changes):
+        new = folder / name
+        new.mkdir()
+        for path in (folder / "model").iterdir():
+            os.link(path, new / path.name)
+        (new / "config.json").unlink()
+        (new / "config.json").write_text(json.dumps(original | changes))
+        return name
+
+    assert "phi3" in refused(model=variant("fused", model_type="phi3"))
+    assert "quantised" in refused(model=variant("quantised", quantization_config={"quant_method": "gptq", "bits": 4}))
+    assert "window" in refused(model=variant("windows", model_type="mistral", sliding_window=8))
+    (folder / "binary.bin").write_bytes(b"\xff\xfe\x00")
+    assert "binary.bin" in refused(text="binary.bin")
+    assert "nowhere" in refused(text="nowhere")
+    (folder / "rows.jsonl").write_text('{"content": "x"}\n')
+    assert '"text"' in refused(text="rows.jsonl")
+    assert "1,000,000" in refused("--tokens", 1_000_000).replace("999,936", "1,000,000")
+    assert "--cache" in refused("--cache", 0.3)
+    convert(folder, folder / "shared", "--fit_epochs", 0)
+    assert "already" in refused(model="shared")
+    assert "exists" in str(pytest.raises(SystemExit, convert, folder, folder / "shared").value)
