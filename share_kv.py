@@ -3,22 +3,19 @@
     python share_kv.py --model HuggingFaceTB/SmolLM2-135M --text prose/ --output_dir OUT
 
 In each KV head the cached numbers are s, unrotated: the key is s after the model's own norm (where it has one) and
-rotation, the value is s. So `v_proj` equals `k_proj` and the model stays an ordinary LlamaForCausalLM, MistralForCausalLM,
-...; `SharedKVCache` keeps s alone, half of the bytes of a DynamicCache:
-
-    model.generate(**inputs, past_key_values=SharedKVCache(model))
-
-Three stages, each measured with --eval_text:
+rotation, the value is s. `v_proj` equals `k_proj`, and the model stays an ordinary LlamaForCausalLM, Qwen3ForCausalLM,
+and so on. `SharedKVCache(model)` keeps s alone, half of the bytes of a DynamicCache. Three stages, each measured with
+--eval_text:
 
 1. Closed form: s = M [k; v] with k ~ s and v ~ B s, by alternating least squares in a metric from the gradients of the
    loss; B goes into `o_proj`. Exact where values are a linear map of the keys.
-2. Fit (--fit_epochs): layer by layer, the shared attention (q, k, o) is fitted on the inputs of the layers converted
-   before it, so that the residual stream comes back to the original's.
+2. Fit (--fit_epochs): layer by layer, the shared attention (q, k, o) is fitted on the inputs that the layers converted
+   before it give, so that the residual stream comes back to the original's.
 3. Training (--train_tokens): the attention of all layers, end to end, towards the original's own predictions.
 
-Memory: the original's weights, the attention once more in fp32, and the calibration text's hidden states, three times,
-in main memory in the model's dtype: 1.6 GB for 65,536 tokens at a width of 4,096. Interrupted, the same command goes on
-from the last layer.
+Memory: the original's weights, the attention once more in fp32 (with its gradients and Adam's moments for one layer in
+the fit, for all in training), and in main memory three times the hidden states of the calibration text, in the model's
+dtype: 1.6 GB for 65,536 tokens of width 4,096 in bf16. Interrupted, the same command goes on from the last layer.
 """
 
 import argparse
@@ -44,7 +41,7 @@ ROW = 1024  # tokens of a row of calibration text
 MOMENT_TOKENS = 32768  # of the calibration text, those that the closed form is taken from
 FLOOR = 0.1  # of the gradients' mean square, added to their metric: directions without a gradient are not let go of
 FIT_RATE = 0.01  # learning rate of the fit, in units of a weight's root mean square
-TRAIN_RATE = 5e-4  # the same for training end to end
+TRAIN_RATE = 3e-4  # the same for training end to end
 
 
 # -- The cache ---------------------------------------------------------------------------------------------------------
@@ -106,9 +103,9 @@ class SharedLayer(DynamicLayer):
 class SharedKVCache(DynamicCache):
     """A transformers cache for a model whose keys and values are shared; layers that are not keep both.
 
-    Pass it to `forward` or `generate` as `cache` (transformers 5.24) or `past_key_values`. What is kept is s, unrotated;
-    keys are made on each read, in one buffer that all layers use in turn. One more layer, after the model's own, keeps
-    the positions' cosines and sines. For inference: no gradient flows through it.
+    Pass it to `forward` or `generate` as `cache` (transformers 5.24) or `past_key_values`. What is kept is s; keys are
+    made on each read, in one buffer that all layers use in turn. One more layer, after the model's own, keeps the
+    positions' cosines and sines. For inference: no gradient flows through it.
     """
 
     def __init__(self, model):
@@ -130,9 +127,10 @@ class SharedKVCache(DynamicCache):
         return sum(x.nbytes for layer in self.layers[:-1] if layer.is_initialized for x in (layer.keys, layer.values))
 
     def positions_up_to(self, length, s):
-        """Cosines and sines, [B, 1, length, head_dim]; the first shared layer of a pass adds those of the new tokens."""
+        """Cosines and sines, [B, 1, length, head_dim]; the first shared layer of a pass adds the new tokens'."""
         if self.positions.get_seq_length() < length:
-            self.positions.update(*(x.detach().unsqueeze(1).expand(len(s), -1, -1, -1) for x in self.watch.latest))
+            new = (x.detach().unsqueeze(1).expand(len(s), -1, -1, -1) for x in self.watch.latest)
+            self.positions.update(*new)
         return self.positions.keys.to(s.device), self.positions.values.to(s.device)
 
     def room_for_keys(self, s):
@@ -153,34 +151,41 @@ def rotate(s, cos, sin, norm, out):
         c, n = (p[:, :, i : i + x.shape[-2]] for p in (cos, sin))
         x = x if norm is None else norm(x)
         torch.mul(x, c, out=keys)
-        keys[..., :half].addcmul_(x[..., half:], n[..., :half], value=-1)
-        keys[..., half:].addcmul_(x[..., :half], n[..., half:])
+        keys[..., :half] -= x[..., half:] * n[..., :half]  # rounded as in the models: the same keys to the last bit
+        keys[..., half:] += x[..., :half] * n[..., half:]
 
 
 def is_shared(attention):
+    """Whether key and value are the same projection."""
     k, v = attention.k_proj, attention.v_proj
     return k is v or all(torch.equal(x, y) for x, y in zip(k.parameters(), v.parameters(), strict=True))
+
+
+def generate(model, **arguments):
+    """As `model.generate`, with a SharedKVCache where no cache is given."""
+    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    if arguments.get(name) is None and arguments.get("use_cache") is not False:
+        arguments[name] = SharedKVCache(model)
+    return type(model).generate(model, **arguments)
 
 
 # -- The model and the text --------------------------------------------------------------------------------------------
 
 
 def load_model(name):
-    """(model, tokenizer), in the model's own dtype, or a ValueError that says why it cannot be shared."""
+    """(model, tokenizer), or a ValueError that says why the model cannot be shared."""
     config = AutoConfig.from_pretrained(name)
     if config.model_type not in FAMILIES:
         raise ValueError(f"{name} is a {config.model_type} model; those that can be shared: {', '.join(FAMILIES)}")
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{name} holds quantised weights; convert the original and quantise the result")
-    if config.hidden_size and not shareable(config):
+    if not shareable(config):
         raise ValueError(f"all layers of {name} have a sliding window; only layers that keep every position are shared")
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    if model.dtype == torch.float16:  # its range is too small for gradients
-        model = model.float()
     if any(is_shared(layer.self_attn) for layer in model.get_decoder().layers):
         raise ValueError(f"{name} shares key and value already")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval().requires_grad_(False), AutoTokenizer.from_pretrained(name)
+    model.to("cuda" if torch.cuda.is_available() else "cpu", None if model.dtype != torch.float16 else torch.float32)
+    return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(name)  # fp16 is too narrow for gradients
 
 
 def shareable(config):
@@ -199,14 +204,10 @@ def read_documents(paths, seed=0):
     for path in files:
         try:
             with open(path, encoding="utf-8") as f:
-                if path.suffix == ".jsonl":
-                    yield from (json.loads(line)["text"] for line in f)
-                else:
-                    yield f.read()
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as e:
-            raise ValueError(
-                f"{path}: expected plain text in UTF-8, or .jsonl with a field \"text\" ({type(e).__name__}: {e})"
-            ) from None
+                yield from (json.loads(line)["text"] for line in f) if path.suffix == ".jsonl" else [f.read()]
+        except (ValueError, KeyError, TypeError) as e:
+            wanted = 'plain text in UTF-8, or .jsonl with a field "text"'
+            raise ValueError(f"{path}: expected {wanted} ({type(e).__name__}: {e})") from None
 
 
 def read_rows(paths, tokenizer, count, length=ROW, most=0, seed=0):
@@ -242,11 +243,6 @@ def row_losses(model, rows):
 # -- The closed form ---------------------------------------------------------------------------------------------------
 
 
-def attention_branch(layer):
-    """The module whose output joins the residual stream after attention."""
-    return layer.post_attention_layernorm if hasattr(layer, "pre_feedforward_layernorm") else layer.self_attn
-
-
 def second_moments(model, rows):
     """C = E[x xT] and G = E[g gT] of x = [k; v] in each layer and KV head, float64 [L, KV heads, 2 hd, 2 hd].
 
@@ -257,39 +253,33 @@ def second_moments(model, rows):
     C = torch.zeros(L, g, 2 * hd, 2 * hd, dtype=torch.float64, device=model.device)
     G = torch.zeros_like(C)
     kept, hooks = {}, []
-
-    def keep(name):
-        def hook(module, inputs, output):
-            output.retain_grad()
-            kept[name] = output
-
-        return hook
-
     for i, layer in enumerate(model.get_decoder().layers):
         for name in ("k_proj", "v_proj"):
-            hooks.append(getattr(layer.self_attn, name).register_forward_hook(keep((i, name))))
-    try:
-        for row in tqdm(rows.to(model.device).split(1), "second moments", unit="row"):
-            embedded = model.get_input_embeddings()(row).requires_grad_()
-            with precision(model, fast=False):
-                logits = model(inputs_embeds=embedded, use_cache=False).logits
-            F.cross_entropy(logits[0, :-1].float(), row[0, 1:], reduction="sum").backward()
-            for i in range(L):
-                k, v = kept.pop((i, "k_proj")), kept.pop((i, "v_proj"))
-                for total, parts in ((C, (k.detach(), v.detach())), (G, (k.grad, v.grad))):
-                    x = torch.cat([p.view(-1, g, hd) for p in parts], -1).double()
-                    total[i] += torch.einsum("tgd,tge->gde", x, x)
-    finally:
-        for hook in hooks:
-            hook.remove()
+
+            def keep(module, inputs, output, name=(i, name)):
+                output.retain_grad()
+                kept[name] = output
+
+            hooks.append(getattr(layer.self_attn, name).register_forward_hook(keep))
+    for row in tqdm(rows.to(model.device).split(1), "second moments", unit="row"):
+        embedded = model.get_input_embeddings()(row).requires_grad_()
+        with precision(model, fast=False):
+            logits = model(inputs_embeds=embedded, use_cache=False).logits
+        F.cross_entropy(logits[0, :-1].float(), row[0, 1:], reduction="sum").backward()
+        for i in range(L):
+            k, v = kept.pop((i, "k_proj")), kept.pop((i, "v_proj"))
+            for total, parts in ((C, (k.detach(), v.detach())), (G, (k.grad, v.grad))):
+                x = torch.cat([p.view(-1, g, hd) for p in parts], -1).double()
+                total[i] += torch.einsum("tgd,tge->gde", x, x)
+    for hook in hooks:
+        hook.remove()
     return C.cpu() / rows.numel(), G.cpu() / rows.numel()
 
 
 def solve(C, G, floor=FLOOR, iterations=60):
-    """(M [hd, 2 hd], B [hd, hd], predicted price): s = M [k; v] with k ~ s, v ~ B s in the metric G, for one KV head."""
+    """(M [hd, 2 hd], B [hd, hd], predicted price) of one KV head: s = M [k; v] with k ~ s, v ~ B s in the metric G."""
     hd = len(C) // 2
-    diagonal = torch.diag(G)
-    metric = G + floor * torch.diag(torch.cat([d.mean().expand(hd) for d in diagonal.split(hd)]))
+    metric = G + floor * torch.diag(torch.cat([d.mean().expand(hd) for d in torch.diag(G).split(hd)]))
     eye = torch.eye(hd, dtype=C.dtype)
     M = torch.cat([eye, torch.zeros_like(eye)], 1)
     for _ in range(iterations):
@@ -309,7 +299,7 @@ def share_attention(attention, solutions):
     out = o.weight.double().view(-1, g, o.weight.shape[1] // hd // g, hd)
     for j, (M, B, _) in enumerate(solutions):
         M, B = M.to(out.device), B.to(out.device)
-        for x, y in zip(k.parameters(), v.parameters()):  # weights and, where there are any, biases
+        for x, y in zip(k.parameters(), v.parameters(), strict=True):  # weights and, where there are any, biases
             part = slice(j * hd, (j + 1) * hd)
             x.data[part] = (M[:, :hd] @ x.data[part].double() + M[:, hd:] @ y.data[part].double()).to(x.dtype)
         out[:, j] = out[:, j] @ B
@@ -330,9 +320,9 @@ def make_student(original):
 # -- Fit and training --------------------------------------------------------------------------------------------------
 
 
-def optimizer_for(modules, rate, betas):
-    """Adam with a learning rate for each tensor, in units of its root mean square."""
-    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
+def optimizer_for(layers, rate, betas):
+    """Adam on the layers' attention, with a learning rate for each tensor in units of its root mean square."""
+    parameters = [p for layer in layers for p in layer.self_attn.parameters()]
     groups = [{"params": [p], "scale": rate * max(p.detach().pow(2).mean().sqrt().item(), 1e-3)} for p in parameters]
     return torch.optim.Adam(groups, lr=0.0, betas=betas)
 
@@ -348,14 +338,11 @@ def step(optimizer, progress):
 
 
 def layer_arguments(model, row):
-    """What each layer and its attention are called with beside the hidden states: (layers' kwargs, attentions' kwargs)."""
-    arguments, hooks = ([], []), []
+    """What each layer is called with beside the hidden states, for any row of this length."""
+    arguments, hooks = [], []
     for layer in model.get_decoder().layers:
-        for kept, module in zip(arguments, (layer, layer.self_attn)):
-            def hook(module, args, kwargs, kept=kept):
-                kept.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-            hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        keep = lambda module, args, kwargs: arguments.append(kwargs)  # noqa: E731
+        hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
     with torch.no_grad():
         model(row.to(model.device), use_cache=False)
     for hook in hooks:
@@ -366,63 +353,57 @@ def layer_arguments(model, row):
 def attend(layer, states, arguments):
     """What attention adds to the residual stream."""
     y = layer.self_attn(hidden_states=layer.input_layernorm(states), **arguments)[0]
-    return y if attention_branch(layer) is layer.self_attn else layer.post_attention_layernorm(y)
+    return layer.post_attention_layernorm(y) if hasattr(layer, "pre_feedforward_layernorm") else y  # Gemma 3 norms it
 
 
-def fit_layers(original, student, rows, shared, epochs, folder=None, rate=FIT_RATE, own_inputs=True, root=None):
+def fit_layers(original, student, rows, shared, epochs, folder, rate=FIT_RATE, own_inputs=True, root=None):
     """Fit the attention of the `shared` layers, in order, on the inputs that the layers before them give.
 
     `folder` keeps each fitted layer, and what it holds is not fitted again. With own_inputs=False the inputs and the
     targets are the original's. `root`: a square root of the error's metric for each layer.
     """
-    layer_kwargs, attention_kwargs = layer_arguments(original, rows[:1])
+    device, arguments = original.device, layer_arguments(original, rows[:1])
     with torch.no_grad():
-        before = torch.cat([original.get_input_embeddings()(row.to(original.device)).cpu() for row in rows.split(1)])
+        before = torch.cat([original.get_input_embeddings()(row.to(device)).cpu() for row in rows.split(1)])
     after, target = before.clone(), torch.empty_like(before)
-    to = original.device
-    for i, (old, new) in enumerate(zip(original.get_decoder().layers, student.get_decoder().layers)):
-        path = folder and folder / f"layer{i:03d}.pt"
-        if i in shared and path and path.exists():
-            new.self_attn.load_state_dict(torch.load(path, map_location=to))
+    row_of = lambda states, n: states[n : n + 1].to(device)  # noqa: E731
+    layers = zip(original.get_decoder().layers, student.get_decoder().layers, strict=True)
+    for i, (old, new) in enumerate(layers):
+        path, inputs = folder / f"layer{i:03d}.pt", after if own_inputs else before
+        if i in shared and path.exists():
+            new.self_attn.load_state_dict(torch.load(path, map_location=device))
         elif i in shared:
-            inputs = after if own_inputs else before
             with torch.no_grad(), precision(original, fast=True):
                 for n in range(len(rows)):
-                    x = before[n : n + 1].to(to)
-                    target[n] = (x + attend(old, x, attention_kwargs[i]) - inputs[n : n + 1].to(to))[0].cpu()
-            power = sum(target[n].float().pow(2).mean() for n in range(len(rows))).item() / len(rows)
-            optimizer = optimizer_for([new.self_attn], rate, (0.9, 0.98))
-            generator = torch.Generator().manual_seed(i)  # the order is that of an uninterrupted conversion
+                    x = row_of(before, n)
+                    target[n] = (x + attend(old, x, arguments[i]) - row_of(inputs, n))[0].cpu()
+            power = sum(x.float().pow(2).mean().item() for x in target) / len(rows)
+            optimizer, generator = optimizer_for([new], rate, (0.9, 0.98)), torch.Generator().manual_seed(i)
             order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(epochs)]).tolist()
-            bar = tqdm(order, f"layer {i}", unit="row", leave=False)
-            for k, n in enumerate(bar):
+            for k, n in enumerate(bar := tqdm(order, f"layer {i}", unit="row", leave=False)):
                 with precision(original, fast=True):
-                    y = attend(new, inputs[n : n + 1].to(to), attention_kwargs[i])
-                error = y.float() - target[n : n + 1].to(to).float()
+                    y = attend(new, row_of(inputs, n), arguments[i])
+                error = y.float() - row_of(target, n).float()
                 loss = (error if root is None else error @ root[i]).pow(2).mean() / power
                 loss.backward()
                 step(optimizer, (k + 1) / len(order))
                 bar.set_postfix(error=f"{loss.item():.4f}", refresh=False)
-            if path:
-                save(new.self_attn.state_dict(), path)
+            save(new.self_attn.state_dict(), path)
         with torch.no_grad(), precision(original, fast=True):
             for states, layer in ((before, old), (after, new)):
-                if i + 1 < len(student.get_decoder().layers):
-                    for n in range(len(rows)):
-                        states[n] = layer(states[n : n + 1].to(to), **layer_kwargs[i])[0].cpu()
+                for n in range(len(rows)):
+                    states[n] = layer(row_of(states, n), **arguments[i])[0].cpu()
 
 
-def train(original, student, rows, path=None, rate=TRAIN_RATE, every=200, watch=None):
+def train(original, student, rows, path, rate=TRAIN_RATE, every=200):
     """The attention of all layers, end to end, one row a step: KL divergence from the original's predictions."""
-    optimizer = optimizer_for([layer.self_attn for layer in student.get_decoder().layers], rate, (0.9, 0.95))
-    start = 0
-    if path and path.exists():
+    optimizer, start = optimizer_for(student.get_decoder().layers, rate, (0.9, 0.95)), 0
+    if path.exists():
         state = torch.load(path, map_location=original.device)
         student.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    bar = tqdm(range(start, len(rows)), "training", unit="row", initial=start, total=len(rows))
-    for n in bar:
+    for n in (bar := tqdm(range(start, len(rows)), "training", unit="row", initial=start, total=len(rows))):
         row = rows[n : n + 1].to(original.device)
         with precision(original, fast=True):
             with torch.no_grad():
@@ -433,11 +414,9 @@ def train(original, student, rows, path=None, rate=TRAIN_RATE, every=200, watch=
         loss.backward()
         step(optimizer, (n + 1) / len(rows))
         bar.set_postfix(kl=f"{loss.item():.4f}", refresh=False)
-        if path and (n + 1) % every == 0:
+        if (n + 1) % every == 0:
             weights = {k: v for k, v in student.state_dict().items() if ".self_attn." in k}
             save({"model": weights, "optimizer": optimizer.state_dict(), "step": n + 1}, path)
-        if watch:
-            watch(n + 1, loss.item())
 
 
 def save(state, path):
@@ -448,7 +427,7 @@ def save(state, path):
 
 # -- The output --------------------------------------------------------------------------------------------------------
 
-GENERATE = '''"""`generate` with a cache that keeps key and value as one tensor (written by share_kv.py)."""
+HEAD = '''"""`generate` with a cache that keeps one tensor for key and value (written by share_kv.py)."""
 
 import inspect
 
@@ -457,50 +436,34 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
-{classes}
-
-
-def generate(model, **arguments):
-    """As `model.generate`, with a SharedKVCache where no cache is given."""
-    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-    if arguments.get(name) is None and arguments.get("use_cache") is not False:
-        arguments[name] = SharedKVCache(model)
-    return type(model).generate(model, **arguments)
 '''
 
 CARD = """# {name}, key and value shared
 
 Made from {name} with share_kv.py. In {shared} of {layers} layers `v_proj` equals `k_proj`: the value is the key before
-its norm and rotation, so one tensor can be cached in place of two. With such a cache a token takes {after:,} bytes
-instead of {before:,} ({share:.0%}) in {dtype}{window}.
+its norm and rotation. With a cache that keeps one tensor for both, a token takes {after:,} bytes instead of {before:,}
+({share:.0%}) in {dtype}{window}. Text: {tokens:,} tokens (sha256 of the token ids {digest}), fitted in {epochs} passes,
+trained on {train:,}.
 
 {table}
-Text: {tokens:,} tokens (sha256 of the token ids {digest}), fit {epochs} passes, training {train:,} tokens.
+The folder loads everywhere as the {architecture} that it is, with a cache of the usual size. With the smaller cache:
 
-The folder loads everywhere as the {architecture} that it is, with a cache of the usual size. The smaller cache:
+    model.generate(**inputs, custom_generate="{out}", trust_remote_code=True)
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("{out}")
-tokenizer = AutoTokenizer.from_pretrained("{out}")
-inputs = tokenizer("The key is", return_tensors="pt")
-model.generate(**inputs, custom_generate="{out}", trust_remote_code=True)
-```
-
-`custom_generate/generate.py` holds it, in plain Python; `SharedKVCache(model)` there can be passed to `forward` too.
+`SharedKVCache(model)` in `custom_generate/generate.py`, plain Python, can be passed to `forward` too.
 """
 
 
-def write_output(original, student, shared, tokenizer, out, card):
-    """The finished folder, under `out`; the student's attention goes into the original, in its own dtype."""
-    for old, new in zip(original.get_decoder().layers, student.get_decoder().layers):
+def write_output(original, student, dtype, tokenizer, out, card):
+    """The finished folder, under `out`; the student's attention goes into the original."""
+    for old, new in zip(original.get_decoder().layers, student.get_decoder().layers, strict=True):
         for name, p in old.self_attn.named_parameters():
             p.data.copy_(new.self_attn.get_parameter(name).data)
-    original.save_pretrained(out)
+    original.to(dtype).save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "custom_generate").mkdir(exist_ok=True)
-    classes = (RotaryWatch, SharedLayer, SharedKVCache, rotate, is_shared)
-    code = GENERATE.format(classes="\n\n".join(inspect.getsource(c).rstrip() + "\n" for c in classes).rstrip())
+    parts = (RotaryWatch, SharedLayer, SharedKVCache, rotate, is_shared, generate)
+    code = HEAD + "\n\n".join(inspect.getsource(part) for part in parts)
     (out / "custom_generate" / "generate.py").write_text(code, encoding="utf-8")
     (out / "README.md").write_text(card, encoding="utf-8")
 
@@ -510,42 +473,40 @@ def convert(a):
     if out.exists():
         raise ValueError(f"{out} exists; choose another --output_dir or remove it")
     original, tokenizer = load_model(a.model)
-    config, length = original.config, min(ROW, original.config.max_position_embeddings)
-    candidates = shareable(config)
+    config = original.config
+    candidates, length = shareable(config), min(ROW, config.max_position_embeddings)
     number = round(2 * len(candidates) * (1 - a.cache))
-    if not 0.5 <= a.cache < 1 or not number:
-        raise ValueError(f"--cache {a.cache}: between 0.5 (every layer) and {1 - 0.5 / len(candidates):.3g} (one layer)")
+    if a.cache < 0.5 or number < 1:
+        most = 1 - 0.5 / len(candidates)
+        raise ValueError(f"--cache {a.cache}: from 0.5 (all layers shared) to {most:.3g} (one of {len(candidates)})")
     fit_rows, train_rows = max(a.tokens // length, 1), a.train_tokens // length
     rows = read_rows(a.text, tokenizer, fit_rows + train_rows, length)
-    if rows.max() >= config.vocab_size:
-        raise ValueError(f"the tokenizer of {a.model} makes token {rows.max()}, the model knows {config.vocab_size}")
-    held_out = None
-    if a.eval_text:
-        held_out = read_rows([a.eval_text], tokenizer, 1, length, most=64)
+    held_out = read_rows([a.eval_text], tokenizer, 1, length, most=64) if a.eval_text else None
 
     digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:12]
-    settings = {"model": a.model, "text": digest, "tokens": a.tokens, "cache": a.cache, "fit_epochs": a.fit_epochs}
-    settings["train_tokens"] = a.train_tokens
-    work.mkdir(parents=True, exist_ok=True)
+    settings = {k: getattr(a, k) for k in ("model", "tokens", "cache", "fit_epochs", "train_tokens")} | {"text": digest}
     kept = work / "settings.json"
     if kept.exists() and (was := json.loads(kept.read_text())) != settings:
-        changed = ", ".join(f"{k} was {was.get(k)}" for k in settings if was.get(k) != settings[k])
+        changed = ", ".join(f"{k} was {was[k]}" for k in settings if was[k] != settings[k])
         raise ValueError(f"{work} belongs to another conversion ({changed}): repeat its command or remove it")
+    work.mkdir(parents=True, exist_ok=True)
     kept.write_text(json.dumps(settings))
-
-    stages = {}
+    table = []
 
     def measure(stage, model):
         if held_out is not None:
-            stages[stage] = math.exp(row_losses(model, held_out).mean())
-            print(f"perplexity, {stage}: {stages[stage]:.3f}", flush=True)
+            perplexity = math.exp(row_losses(model, held_out).mean())
+            print(f"perplexity, {stage}: {perplexity:.3f}", flush=True)
+            table.append(f"| {stage} | {perplexity:.3f} |\n")
 
     measure("original", original)
     if not (work / "moments.pt").exists():
-        save(second_moments(original, rows[: max(MOMENT_TOKENS // length, 1)][:fit_rows]), work / "moments.pt")
+        save(second_moments(original, rows[:fit_rows][: max(MOMENT_TOKENS // length, 1)]), work / "moments.pt")
     C, G = torch.load(work / "moments.pt")
-    solutions = {i: [solve(c, g) for c, g in zip(C[i], G[i])] for i in tqdm(candidates, "closed form", unit="layer")}
-    shared = sorted(sorted(candidates, key=lambda i: sum(price for _, _, price in solutions[i]))[:number])
+    solutions = {}
+    for i in tqdm(candidates, "closed form", unit="layer"):
+        solutions[i] = [solve(c, g) for c, g in zip(C[i], G[i], strict=True)]
+    shared = sorted(candidates, key=lambda i: sum(price for _, _, price in solutions[i]))[:number]
     student = make_student(original)
     for i in shared:
         share_attention(student.get_decoder().layers[i].self_attn, solutions[i])
@@ -557,22 +518,22 @@ def convert(a):
         train(original, student, rows[fit_rows:], work / "train.pt")
         measure("training", student)
 
-    layers = config.num_hidden_layers
-    token = 2 * config.num_key_value_heads * original.get_decoder().layers[0].self_attn.head_dim * original.dtype.itemsize
-    before, after = token * len(candidates), token * len(candidates) - token // 2 * len(shared)
-    table = "| perplexity | |\n|---|---:|\n" + "".join(f"| {k} | {v:.3f} |\n" for k, v in stages.items()) if stages else ""
+    layers, dtype = config.num_hidden_layers, AutoConfig.from_pretrained(a.model).dtype or original.dtype
+    width = config.num_key_value_heads * original.get_decoder().layers[0].self_attn.head_dim * dtype.itemsize
+    before, after = 2 * width * len(candidates), width * (2 * len(candidates) - number)
     card = CARD.format(
-        name=a.model, shared=len(shared), layers=layers, after=after, before=before, share=after / before,
-        dtype=str(original.dtype).removeprefix("torch."), table=table, tokens=rows.numel(), digest=digest,
-        epochs=a.fit_epochs, train=train_rows * length, out=out, architecture=config.architectures[0],
-        window="" if len(candidates) == layers else f"; {layers - len(candidates)} layers with a window are as they were",
+        name=a.model, shared=number, layers=layers, after=after, before=before, share=after / before,
+        dtype=str(dtype).removeprefix("torch."), tokens=rows.numel(), digest=digest, epochs=a.fit_epochs,
+        train=train_rows * length, out=out.name, architecture=config.architectures[0],
+        table="".join(["| | perplexity |\n|---|---:|\n", *table]) if table else "",
+        window=f", beside {layers - len(candidates)} layers with a window" if len(candidates) < layers else "",
     )  # fmt: skip
-    write_output(original, student, shared, tokenizer, work / "model", card)
-    again = AutoModelForCausalLM.from_pretrained(work / "model", dtype="auto").to(original.device).eval()
-    measure("as saved", again)
+    write_output(original, student, dtype, tokenizer, work / "model", card)
+    saved = AutoModelForCausalLM.from_pretrained(work / "model", dtype="auto").to(original.device).eval()
+    measure("as saved", saved)
     os.replace(work / "model", out)
     shutil.rmtree(work)
-    print(f"{out}: {len(shared)} of {layers} layers shared, {after:,} bytes of cache a token instead of {before:,}")
+    print(f"{out}: {number} of {layers} layers shared, {after:,} bytes of cache a token instead of {before:,}")
 
 
 def main(argv=None):
@@ -581,7 +542,7 @@ def main(argv=None):
     parser.add_argument("--text", required=True, nargs="+", help="plain text or .jsonl files, or folders of them")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--tokens", type=int, default=65536, help="of calibration text (default 65536)")
-    parser.add_argument("--cache", type=float, default=0.5, help="share of the cache that is left (default 0.5: all layers)")
+    parser.add_argument("--cache", type=float, default=0.5, help="share of the cache that is left (default 0.5)")
     parser.add_argument("--fit_epochs", type=int, default=3, help="passes of the fit; 0: the closed form alone")
     parser.add_argument("--train_tokens", type=int, default=0, help="of text to train on, end to end, after the fit")
     parser.add_argument("--eval_text", help="text of which the perplexity is printed, before and after each stage")

@@ -98,13 +98,20 @@ RUNS = {
     "free joint SVD": dict(form="svd"),
     "closed form": dict(),
     "fit 16k": dict(fit=FIT),
+    "fit 16k, trained on 64k": dict(fit=FIT, fitted="fit 16k", train=65536, train_rate=3e-4),
+    "closed form, 15 layers": dict(shared=15),
     "fit 16k, gradient metric": dict(fit=FIT | dict(gradient_metric=True)),
-    "fit 16k, rate 0.02": dict(fit=FIT | dict(rate=0.02)),
     "fit 64k": dict(fit=FIT | dict(tokens=65536)),
-    **{f"closed form, {n} layers": dict(shared=n) for n in (15, 24, 20, 10)},
+    "closed form, 24 layers": dict(shared=24),
+    "closed form, 20 layers": dict(shared=20),
+    "closed form, 10 layers": dict(shared=10),
+    "fit 64k, trained on 128k": dict(fit=FIT | dict(tokens=65536), fitted="fit 64k", train=131072, train_rate=3e-4),
+    "fit 16k, 15 layers": dict(shared=15, fit=FIT),
+    "fit 16k, rate 0.005": dict(fit=FIT | dict(rate=0.005)),
     "fit 16k, original's inputs": dict(fit=FIT | dict(own_inputs=False)),
     "closed form, floor 0.03": dict(floor=0.03),
     "closed form, floor 0.3": dict(floor=0.3),
+    "fit 64k, trained on 896k": dict(fit=FIT | dict(tokens=65536), fitted="fit 64k", train=917504, train_rate=3e-4),
 }
 
 
@@ -140,7 +147,7 @@ def branch_metric(model, rows):
             kept[i] = output[0] if isinstance(output, tuple) else output
             kept[i].retain_grad()
 
-        hooks.append(share_kv.attention_branch(layer).register_forward_hook(hook))
+        hooks.append(layer.self_attn.register_forward_hook(hook))
         moments.append(0)
     for row in rows.split(1):
         embedded = model.get_input_embeddings()(row).requires_grad_()
@@ -198,20 +205,15 @@ def run(work, names):
         line = {"name": name, "settings": settings, "shared_layers": len(shared), "cache": 1 - len(shared) / 2 / layers}
         if fit:
             root = cached(work / "metric.pt", lambda: branch_metric(original, pool[:16])) if fit["gradient_metric"] else None
-            torch.manual_seed(0)
             share_kv.fit_layers(
-                original, student, pool[: fit["tokens"] // 1024], shared, fit["epochs"], work / "states" / name,
-                fit["rate"], fit["own_inputs"], root,
+                original, student, pool[: fit["tokens"] // 1024], shared, fit["epochs"],
+                work / "states" / settings.get("fitted", name), fit["rate"], fit["own_inputs"], root,
             )  # fmt: skip
         line["fit_seconds"] = round(time.time() - started)
         if tokens := settings.get("train"):
-            losses = []
-            rows = pool[fit["tokens"] // 1024 :][: tokens // 1024]
-            path = work / "states" / name / "train.pt"
-            share_kv.train(
-                original, student, rows, path, settings["train_rate"], 32, lambda n, kl: losses.append(round(kl, 4))
-            )
-            line |= {"train_seconds": round(time.time() - started) - line["fit_seconds"], "kl": losses}
+            rows = pool[192:][: tokens // 1024]  # the same rows whatever the fit has seen
+            share_kv.train(original, student, rows, work / "states" / name / "train.pt", settings["train_rate"], 32)
+            line["train_seconds"] = round(time.time() - started) - line["fit_seconds"]
         for text, rows in texts.items():
             line[text] = [round(x, 5) for x in share_kv.row_losses(student, rows).tolist()]
         line["seconds"] = round(time.time() - started)
