@@ -214,7 +214,7 @@ def read_rows(paths, tokenizer, count, length=ROW, most=0, seed=0):
     """int64 [count, length]: rows drawn from up to four times as many, of documents one after another."""
     tokens = []
     for document in read_documents(paths, seed):
-        tokens += tokenizer(document, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
         if len(tokens) > 4 * max(count, most) * length:
             break
     rows = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
@@ -248,28 +248,24 @@ def second_moments(model, rows):
 
     k and v are the outputs of the projections, before norm and rotation; g is the gradient of the rows' summed loss.
     """
-    hd = model.get_decoder().layers[0].self_attn.head_dim
-    L, g = model.config.num_hidden_layers, model.config.num_key_value_heads
-    C = torch.zeros(L, g, 2 * hd, 2 * hd, dtype=torch.float64, device=model.device)
+    pairs = [(layer.self_attn.k_proj, layer.self_attn.v_proj) for layer in model.get_decoder().layers]
+    g, hd, kept = model.config.num_key_value_heads, model.get_decoder().layers[0].self_attn.head_dim, {}
+    C = torch.zeros(len(pairs), g, 2 * hd, 2 * hd, dtype=torch.float64, device=model.device)
     G = torch.zeros_like(C)
-    kept, hooks = {}, []
-    for i, layer in enumerate(model.get_decoder().layers):
-        for name in ("k_proj", "v_proj"):
 
-            def keep(module, inputs, output, name=(i, name)):
-                output.retain_grad()
-                kept[name] = output
+    def keep(module, inputs, output):
+        output.retain_grad()
+        kept[module] = output
 
-            hooks.append(getattr(layer.self_attn, name).register_forward_hook(keep))
+    hooks = [module.register_forward_hook(keep) for pair in pairs for module in pair]
     for row in tqdm(rows.to(model.device).split(1), "second moments", unit="row"):
         embedded = model.get_input_embeddings()(row).requires_grad_()
         with precision(model, fast=False):
             logits = model(inputs_embeds=embedded, use_cache=False).logits
         F.cross_entropy(logits[0, :-1].float(), row[0, 1:], reduction="sum").backward()
-        for i in range(L):
-            k, v = kept.pop((i, "k_proj")), kept.pop((i, "v_proj"))
-            for total, parts in ((C, (k.detach(), v.detach())), (G, (k.grad, v.grad))):
-                x = torch.cat([p.view(-1, g, hd) for p in parts], -1).double()
+        for i, pair in enumerate(pairs):
+            for total, parts in ((C, [kept[m].detach() for m in pair]), (G, [kept[m].grad for m in pair])):
+                x = torch.cat([part.view(-1, g, hd) for part in parts], -1).double()
                 total[i] += torch.einsum("tgd,tge->gde", x, x)
     for hook in hooks:
         hook.remove()
@@ -356,11 +352,11 @@ def attend(layer, states, arguments):
     return layer.post_attention_layernorm(y) if hasattr(layer, "pre_feedforward_layernorm") else y  # Gemma 3 norms it
 
 
-def fit_layers(original, student, rows, shared, epochs, folder, rate=FIT_RATE, own_inputs=True, root=None):
+def fit_layers(original, student, rows, shared, epochs, folder, rate=FIT_RATE):
     """Fit the attention of the `shared` layers, in order, on the inputs that the layers before them give.
 
-    `folder` keeps each fitted layer, and what it holds is not fitted again. With own_inputs=False the inputs and the
-    targets are the original's. `root`: a square root of the error's metric for each layer.
+    The target is what would bring the residual stream back to the original's. `folder` keeps each fitted layer, and
+    what it holds is not fitted again.
     """
     device, arguments = original.device, layer_arguments(original, rows[:1])
     with torch.no_grad():
@@ -369,22 +365,21 @@ def fit_layers(original, student, rows, shared, epochs, folder, rate=FIT_RATE, o
     row_of = lambda states, n: states[n : n + 1].to(device)  # noqa: E731
     layers = zip(original.get_decoder().layers, student.get_decoder().layers, strict=True)
     for i, (old, new) in enumerate(layers):
-        path, inputs = folder / f"layer{i:03d}.pt", after if own_inputs else before
+        path = folder / f"layer{i:03d}.pt"
         if i in shared and path.exists():
             new.self_attn.load_state_dict(torch.load(path, map_location=device))
         elif i in shared:
             with torch.no_grad(), precision(original, fast=True):
                 for n in range(len(rows)):
                     x = row_of(before, n)
-                    target[n] = (x + attend(old, x, arguments[i]) - row_of(inputs, n))[0].cpu()
+                    target[n] = (x + attend(old, x, arguments[i]) - row_of(after, n))[0].cpu()
             power = sum(x.float().pow(2).mean().item() for x in target) / len(rows)
             optimizer, generator = optimizer_for([new], rate, (0.9, 0.98)), torch.Generator().manual_seed(i)
             order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(epochs)]).tolist()
             for k, n in enumerate(bar := tqdm(order, f"layer {i}", unit="row", leave=False)):
                 with precision(original, fast=True):
-                    y = attend(new, row_of(inputs, n), arguments[i])
-                error = y.float() - row_of(target, n).float()
-                loss = (error if root is None else error @ root[i]).pow(2).mean() / power
+                    y = attend(new, row_of(after, n), arguments[i])
+                loss = (y.float() - row_of(target, n).float()).pow(2).mean() / power
                 loss.backward()
                 step(optimizer, (k + 1) / len(order))
                 bar.set_postfix(error=f"{loss.item():.4f}", refresh=False)

