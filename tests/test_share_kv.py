@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -245,8 +246,8 @@ def convert(folder, out, *more, text="text", model="model"):
 
 
 def perplexities(capsys):
-    lines = capsys.readouterr().out.splitlines()
-    return {line.split(", ")[1].split(":")[0]: float(line.split()[-1]) for line in lines if line.startswith("perplexity")}
+    found = re.findall(r"^perplexity, ([\w ]+): ([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    return {stage: float(value) for stage, value in found}
 
 
 def test_each_stage_brings_the_model_back(folder, tmp_path, capsys):

@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=2 python tests/benchmarks/shared_cache.py --output results/rotary/cache.json
 
-Both caches are filled with the same random positions; then single tokens are decoded, the two caches in turn, so that
-other work on the machine slows both alike. The ratio of a pair is DynamicCache's time through SharedKVCache's; its
-median and middle half are reported, and the best time of each. `attention` is one layer's cache and attention alone.
-Peak memory is of a process that fills one cache and decodes from it.
+Both caches are filled with as many random positions; then single tokens are decoded with the two in turn, so that other
+work on the machine slows both alike. The ratio of a pair of steps is DynamicCache's time through SharedKVCache's: its
+median and middle half are reported, and the best time of each. Peak memory (Linux) is that of a process of its own that
+fills one cache and decodes from it, above the loaded model's.
 """
 
 import argparse
@@ -23,18 +23,16 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from share_kv import SharedKVCache  # noqa: E402
+from share_kv import SharedKVCache
 
 NAME = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 def make_model(dtype, layers):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
-        num_key_value_heads=3, max_position_embeddings=16384, tie_word_embeddings=True,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(dtype).eval()
+    heads = dict(num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=16384, tie_word_embeddings=True)
+    sizes = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers)
+    model = LlamaForCausalLM(LlamaConfig(**heads, **sizes)).to(dtype).eval()
     for layer in model.model.layers:
         layer.self_attn.v_proj.weight.data.copy_(layer.self_attn.k_proj.weight.data)
     return model
@@ -42,10 +40,11 @@ def make_model(dtype, layers):
 
 @torch.no_grad()
 def fill(model, cache, length):
-    """A prompt of `length` positions in the cache, in chunks of 1,024."""
-    for start in range(0, length, 1024):
-        ids = torch.randint(0, 49152, (1, min(1024, length - start)), generator=torch.Generator().manual_seed(start))
-        model.model(ids, use_cache=True, **{NAME: cache})
+    """`length` random positions in the cache, as a prompt would leave them."""
+    model.model.rotary_emb(model.lm_head.weight, torch.arange(length)[None])  # SharedKVCache sees the positions here
+    for i in range(model.config.num_hidden_layers):
+        x = torch.randn(1, 3, length, 64).to(model.dtype)
+        cache.update(x, x.clone(), i)
     return cache
 
 
@@ -90,7 +89,8 @@ def peak(kind, dtype, length, layers):
 
 
 def peak_kb():
-    return int(next(x.split()[1] for x in open("/proc/self/status") if x.startswith("VmHWM")))
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 
 
 def main():
@@ -105,8 +105,9 @@ def main():
     if a.peak:
         print(round(peak(a.peak, getattr(torch, a.dtypes[0]), a.positions[0], a.layers), 1))
         return
-    cpu = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.processor())
-    result = {"processor": cpu, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+    processor = names[0] if names else platform.processor()
+    result = {"processor": processor, "threads": torch.get_num_threads(), "torch": torch.__version__}
     result |= {"transformers": transformers.__version__, "rows": []}
     for dtype in a.dtypes:
         for length in a.positions:
