@@ -195,7 +195,7 @@ def change(line, base, text):
 
 
 def tables():
-    """results.md and dial.png from runs.jsonl."""
+    """The README's table and dial.png from runs.jsonl."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -217,7 +217,10 @@ def tables():
         kind = line["name"].split(",")[0] if "shared" in line["settings"] else line["name"]
         if line is not base and "rate" not in kind and "floor" not in kind:
             series.setdefault(kind, []).append((100 * line["cache"], *change(line, base, "held_out")))
-    (folder / "results.md").write_text("\n".join(rows) + "\n")
+    readme = folder / "README.md"
+    before, _, rest = readme.read_text().partition("<!-- table -->\n")
+    after = rest.partition("<!-- end -->")[2]
+    readme.write_text(before + "<!-- table -->\n" + "\n".join(rows) + "\n<!-- end -->" + after)
     for kind, points in series.items():
         x, y, low, high = zip(*sorted(points), strict=True)
         bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
