@@ -148,7 +148,8 @@ def tokenizer_of(contents: dict, path: Path | str, argument: str | None = None, 
     """The tokenizer that a checkpoint was trained with.
 
     `argument` (--tokenizer) comes first, then the ranks beside the token files in `folders` and in the
-    training run's own, where their content is the recorded one, then the tokenizer that the checkpoint names.
+    training run's own, where their content is the recorded one, then the tokenizer that the checkpoint names, or
+    GPT-2's where it names none.
     InputError where none is found, and where the one asked for is not the recorded one.
     """
     recorded = contents.get("tokenizer") or {}  # released checkpoints do not say; ours have {name, sha256}
@@ -171,8 +172,8 @@ def tokenizer_of(contents: dict, path: Path | str, argument: str | None = None, 
     else:
         stored = (stored_tokenizer(folder) for folder in (*folders, config.get("train_data"), config.get("val_data")))
         tokenizer = next((found for found in stored if found and fits(found)), None)
-        if tokenizer is None and name in ("gpt2", "bytes"):
-            tokenizer = load_tokenizer(name)
+        if tokenizer is None and name in ("gpt2", "bytes", None):
+            tokenizer = load_tokenizer(name or "gpt2")  # the release, which does not record it, knows GPT-2's alone
         if tokenizer is None:
             lost = f"{path}: the tokenizer it was trained with, {name or 'not recorded'}, is not beside its data"
             raise InputError(f"{lost}; pass --tokenizer {CHOICES}")
