@@ -102,10 +102,11 @@ class Study:
     def __init__(self, scaling, results):
         self.scaling, self.results = scaling, results
         self.stopped = threading.Event()
+        self.known = {}  # complete runs in outputs_conversion
 
     def records(self):
         """{name: record} of all runs there are."""
-        records = [*finished(OUTPUTS), *read_runs(self.results), *read_runs(self.scaling)]
+        records = [*finished(OUTPUTS, self.known), *read_runs(self.results), *read_runs(self.scaling)]
         return {record["name"]: record for record in records}  # a recorded one counts
 
     def best_rate(self, alias, shape, n):
@@ -333,8 +334,7 @@ def main(arguments=None):
             print(f"part {part}", flush=True)
             for jobs in study.stages(part):
                 failed += study.do(jobs, options.jobs)
-            known = {record["name"] for record in read_runs(scaling)}  # sources that were trained again
-            gather([record for record in finished(OUTPUTS) if record["name"] not in known], results)
+            gather(finished(OUTPUTS, study.known), results)
             conversion_tables.write_all(scaling, results)
     except (InputError, Stopped, OSError) as error:
         parser.error(error)

@@ -36,15 +36,17 @@ def text_of(data):
     return hashlib.sha256(json.dumps(chunks, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def finished(outputs):
-    """The records of the complete runs among the folders in `outputs`."""
+def finished(outputs, known):
+    """The records of the complete runs among the folders in `outputs`; those in `known` are not read again."""
     for log in sorted(outputs.glob("*/metrics.jsonl")):
-        if '"final"' in log.read_text(encoding="utf-8"):
+        if log not in known and '"final"' in log.read_text(encoding="utf-8"):
             record = read_run(log.parent)
             conversion = log.parent / "conversion.txt"
             if conversion.exists():
                 record["conversion"] = conversion.read_text(encoding="utf-8")
-            yield record
+            known[log] = record
+        if log in known:
+            yield known[log]
 
 
 def gather(found, results):
@@ -81,7 +83,7 @@ def main(arguments=None):
     parser.add_argument("--text", type=Path, metavar="DIR", help="data whose text the study has to have")
     options = parser.parse_args(arguments)
     try:
-        found = [record for outputs in options.outputs for record in finished(outputs)]
+        found = [record for outputs in options.outputs for record in finished(outputs, {})]
         texts = [record["training text"] for record in found] + ([text_of(options.text)] if options.text else [])
         refuse_another_text(texts, read_runs(options.to), options.to)
         if options.outputs:
