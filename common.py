@@ -316,7 +316,11 @@ def read_tokenizer_json(path: Path) -> dict[bytes, int]:
         if model.get(part):
             refuse(f"its model has {part} {model[part]}")
     split = contents.get("pre_tokenizer") or {}
-    if split.get("type") != "ByteLevel" or split.get("add_prefix_space") or not split.get("use_regex", True):
+    steps = split.get("pretokenizers") or [split]
+    level = steps[-1]
+    regexes = [step.get("pattern", {}).get("Regex") for step in steps[:-1]]
+    usual = regexes == ([] if level.get("use_regex", True) else [GPT2_PATTERN])
+    if not usual or level.get("type") != "ByteLevel" or level.get("add_prefix_space"):
         refuse(f"its pre_tokenizer is {json.dumps(split)[:200]}")
     for part, harmless in (("normalizer", None), ("post_processor", "ByteLevel")):  # which moves offsets alone
         if contents.get(part) and contents[part].get("type") != harmless:
@@ -324,12 +328,17 @@ def read_tokenizer_json(path: Path) -> dict[bytes, int]:
     if ordinary := [content for content, token in added.items() if not token.get("special")]:
         refuse(f"its added token {ordinary[0]!r} is not a special one")
 
-    if sorted(ranks.values()) != list(range(256 + len(merges))):
-        refuse("its ids are not those of 256 bytes and then of the merges, from 0 on, with the special tokens behind")
-    for rank, (left, right) in enumerate(pairs, 256):
-        # Ranks alone merge as the list does, in every text, where they make each token of the same two.
-        if ranks.get(left + right) != rank or merged(left + right, ranks, rank) != [left, right]:
-            refuse(f"its merge {rank - 256}, {left!r} with {right!r}, is out of order")
+    # transformers writes a tiktoken tokenizer with every pair that makes a token, by the token's rank
+    halves = {(token[:i], token[i:]) for token in ranks for i in range(1, len(token))}
+    every_pair = {(left, right) for left, right in halves if left in ranks and right in ranks}
+    results = [ranks.get(left + right, -1) for left, right in pairs]
+    if set(pairs) != every_pair or results != sorted(results):
+        if sorted(ranks.values()) != list(range(256 + len(merges))):
+            refuse("its ids are not those of 256 bytes and then of the merges, from 0 on, with special tokens behind")
+        for rank, (left, right) in enumerate(pairs, 256):
+            # Ranks alone merge as the list does, in every text, where they make each token of the same two.
+            if ranks.get(left + right) != rank or merged(left + right, ranks, rank) != [left, right]:
+                refuse(f"its merge {rank - 256}, {left!r} with {right!r}, is out of order")
 
     beside = path.with_name("tokenizer_config.json")
     eos = json.loads(beside.read_text(encoding="utf-8")).get("eos_token") if beside.is_file() else None

@@ -48,6 +48,14 @@ def test_tokenizer_json_encodes_as_its_library(text, trained):
     assert loaded.encode([text])[0].tolist() == tokenizer.encode(text).ids
 
 
+def test_the_tokenizer_of_an_export_is_taken_back(trained, tmp_path):
+    from export_hf import fast_tokenizer
+
+    tokenizer = load_tokenizer(str(trained[0]))
+    fast_tokenizer(tokenizer, vocab_size=512, model_max_length=64).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path / "tokenizer.json")).ranks == tokenizer.ranks
+
+
 def test_text_that_has_the_letters_of_a_special_token_stays_text(trained):
     (ids,) = load_tokenizer(str(trained[0])).encode(["a<|endoftext|>b"])
     assert 456 not in ids
