@@ -99,8 +99,8 @@ RUNS = {
     "free joint SVD": dict(form="svd"),
     "closed form": dict(),
     "fit 16k": dict(fit=FIT),
-    "fit 16k, trained on 64k": dict(fit=FIT, fitted="fit 16k", train=65536, train_rate=3e-4),
     "closed form, 15 layers": dict(shared=15),
+    "fit 16k, trained on 64k": dict(fit=FIT, fitted="fit 16k", train=65536, train_rate=3e-4),
     "closed form, 20 layers": dict(shared=20),
     "closed form, 24 layers": dict(shared=24),
     "closed form, 10 layers": dict(shared=10),
@@ -225,7 +225,8 @@ def tables():
         x, y, low, high = zip(*sorted(points), strict=True)
         bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
         axes.errorbar(x, y, bars, marker="o", capsize=3, label=kind)
-    axes.set(xlabel="KV cache, % of the original's", ylabel="held-out perplexity above the original's, %", yscale="log")
+    axes.set(xlim=(45, 90), xlabel="KV cache, % of the original's", yscale="log")
+    axes.set_ylabel("held-out perplexity above the original's, %")
     axes.set_yticks([2, 5, 10, 20, 50, 100, 200, 500, 1000], [2, 5, 10, 20, 50, 100, 200, 500, 1000])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
