@@ -9,8 +9,8 @@ The harness builds the few-shot prompts, asks its own HFLM for log-probabilities
 the metrics with their standard errors. This file hands it any checkpoint that the training scripts can load, as
 the model of transformers that export_hf.py writes.
 
-Contents: the language model that the harness asks, processes, checkpoints, tasks, evaluation, the table and
-the report, command line.
+The language model that the harness asks comes first, then processes, checkpoints, tasks, evaluation, the table
+and the report, and the command line.
 """
 
 import contextlib
@@ -27,7 +27,6 @@ import warnings
 from collections import deque
 from dataclasses import asdict
 from datetime import datetime, timedelta
-from difflib import get_close_matches
 from fnmatch import filter as matching
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +39,6 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import handle_non_serializable, sanitize_model_name
@@ -88,7 +86,6 @@ class CheckpointLM(HFLM):
             exported = QKVForCausalLM(QKVConfig(variant=alias, **shape, **ids, use_cache=False))
         exported.transformer.load_state_dict(model.state_dict(), assign=True)
         exported.tie_weights()
-        self._encode = tokenizer.encode
         self._starts = deque()
         super().__init__(
             exported,
@@ -100,15 +97,9 @@ class CheckpointLM(HFLM):
             logits_cache=False,  # with it, 0.4.13 misplaces a continuation that two splits of a text share
         )
 
-    def tok_encode(self, string, add_special_tokens=None, **kwargs):
-        """Token ids as in the training data: no special token is added, or read out of the text."""
-        return self._encode([string])[0].tolist()
-
-    def tok_batch_encode(self, strings, padding_side="left", left_truncate_len=0, truncation=False):
-        """(ids, attention mask) of prompts, each without its beginning where it is too long; never empty."""
-        rows = [self.tok_encode(text)[-left_truncate_len:] or [self.prefix_token_id] for text in strings]
-        batch = self.tokenizer.pad({"input_ids": rows}, padding_side=padding_side, return_tensors="pt")
-        return batch["input_ids"], batch["attention_mask"]
+    def tok_batch_encode(self, strings, *args, **kwargs):
+        """(ids, attention mask) of prompts; an empty one becomes the end-of-text token."""
+        return super().tok_batch_encode([text or self.tokenizer.eos_token for text in strings], *args, **kwargs)
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         """Logits [B, T, vocab_size], without positions before the first continuation of the batch.
@@ -126,9 +117,6 @@ class CheckpointLM(HFLM):
         return share_out(super().loglikelihood_rolling, requests)
 
     def generate_until(self, requests, disable_tqdm=False):
-        for request in requests:
-            if request.args[1].get("until", "") is None:  # of which HFLM would make a stop string
-                request.args[1]["until"] = []
         return share_out(super().generate_until, requests)
 
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, override_bs=None):
@@ -139,8 +127,7 @@ class CheckpointLM(HFLM):
         """
         longest = max((len(continuation) for *_, continuation in requests), default=0)
         if longest > self.max_length:
-            limit = f"n_positions, {self.max_length} (or the seq_length of training, if shorter)"
-            raise InputError(f"a continuation of {longest} tokens does not fit {limit}")
+            raise InputError(f"a continuation of {longest} tokens does not fit the {self.max_length} of the model")
         cut = sum(len(context + continuation) > self.max_length + 1 for _, context, continuation in requests)
         if cut:
             what = f"{cut:,} of {len(requests):,} requests are longer than {self.max_length:,} tokens"
@@ -174,11 +161,11 @@ def gather(value):
 
 
 def together(work):
-    """work(), where it passes on every rank; else the first error as an InputError on all."""
+    """work(), where it passes on every rank; else the first rank's error as an InputError on all."""
     result = error = None
     try:
         result = work()
-    except (InputError, OSError) as caught:
+    except (ValueError, AssertionError, OSError) as caught:  # of the harness and the scripts too
         error = one_line(caught)
     errors = [error for error in gather(error) if error]
     if errors:
@@ -212,23 +199,20 @@ def no_bar():
 # Checkpoints
 
 
-def open_checkpoint(alias, path, argument, val_data):
-    """(what is known of a checkpoint, its Tokenizer); InputError where the arguments do not go together."""
+def open_checkpoint(alias, path, options):
+    """(what is known of a checkpoint, its Tokenizer); a ValueError where the arguments do not go together."""
     if (Path(path) / "config.json").is_file():
-        score = f"lm_eval --model hf --model_args pretrained={path},trust_remote_code=True scores it"
-        back = f"python export_hf.py --to_checkpoint {path} --output_dir DIR makes a checkpoint of it"
-        raise InputError(f"--checkpoint {path}: is a folder of transformers; {score}, and {back}")
-    if Path(path).is_dir():
-        raise InputError(f"--checkpoint {path}: is a folder, expected a file such as {Path(path, 'final_model.pt')}")
-    contents = read_checkpoint(alias, path)
-    with script_errors(), warnings.catch_warnings(action="ignore"):
-        # on the meta device, everything is tried but copying the numbers
-        shape = asdict(script_of(alias).load_model(path, device="meta").config)  # with its defaults
-        if val_data:
-            script_of(alias).get_dataloader(val_data, 1, shape["n_positions"])
+        how = f"python export_hf.py --to_checkpoint {path} --output_dir DIR makes a checkpoint of it"
+        raise InputError(f"--checkpoint {path}: a folder of transformers, which lm_eval --model hf scores; {how}")
+    contents, script, val_data = read_checkpoint(alias, path), script_of(alias), options.val_data
+    with warnings.catch_warnings(action="ignore"):  # the meta device tries everything but copying the numbers
+        shape = asdict(script.load_model(path, device="meta").config)  # with its defaults
+    if val_data:
+        script.get_dataloader(val_data, 1, shape["n_positions"])
 
     config = dict(contents.get("train_config") or {})
-    tokenizer = tokenizer_of(contents | {"model_config": shape}, path, argument, config.get("train_data"), val_data)
+    contents |= {"model_config": shape}
+    tokenizer = tokenizer_of(contents, path, options.tokenizer, config.get("train_data"), val_data)
     stored = stored_tokenizer(val_data)
     if stored and stored.sha256 != tokenizer.sha256:
         raise InputError(f"--val_data {val_data}: {stored.name} is not the tokenizer of {path}, {tokenizer.name}")
@@ -251,43 +235,32 @@ def size_of(shape):
     return None
 
 
-@contextlib.contextmanager
-def script_errors():
-    """Raise the errors of the training scripts, each of which has its own class, as InputError."""
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
-
-
 # -----------------------------------------------------------------------------
 # Tasks
 
 
-def open_tasks(patterns, include_path, num_fewshot, n_positions):
-    """(names, a TaskManager that knows them); InputError for a task that is unknown, lacks data or cannot run."""
+def open_tasks(patterns, include_path, num_fewshot):
+    """(names, a TaskManager that knows them), once the data are there and a prompt of each task was built."""
     names, manager = find_tasks(patterns, include_path)
-    owners = {}
     for name in names:
         try:
-            for label, task in manager.load([name])["tasks"].items():
-                owner = name if name in manager.all_groups else label  # a tag is short for its tasks
-                if owners.setdefault(label, owner) != owner:  # the harness would refuse it once all is loaded
-                    raise InputError(f"holds {label}, which --tasks has already; leave one out")
-                check_task(task, num_fewshot, n_positions)
-        except InputError as error:
-            raise InputError(f"--tasks {name}: {error}") from error
+            for task in manager.load([name])["tasks"].values():
+                _, document = next(task.doc_iterator(limit=1))
+                # A task's own 0 goes before --num_fewshot.
+                task.fewshot_context(document, 0 if task.config.num_fewshot == 0 else num_fewshot)
         except Exception as error:  # a task file can hold anything, code included
-            raise InputError(f"--tasks {name}: {in_its_own_words(error)}") from error
+            raise InputError(f"--tasks {name}, {num_fewshot}-shot: {in_its_own_words(error)}") from error
     return names, manager
 
 
 def find_tasks(patterns, include_path):
-    """(names, a TaskManager that knows them); InputError where one is unknown, or may be in a broken file.
+    """(names, a TaskManager that knows them); InputError where a file of tasks is broken.
 
     A pattern is a name, or has wildcards and stands for tasks, or for groups where it fits no task.
     """
-    manager = open_folder(include_path, include_defaults=False)
+    if include_path and not Path(include_path).is_dir():
+        raise InputError(f"--include_path {include_path}: no such folder")
+    manager = TaskManager(include_path=include_path, include_defaults=False)
     # The harness's own tasks, 14,000 files, take seconds to read.
     if set(patterns) <= set(manager.task_index) - set(manager.all_groups):
         return patterns, manager
@@ -299,43 +272,11 @@ def find_tasks(patterns, include_path):
         except Exception as error:  # of the syntax, an include, the encoding
             raise InputError(f"--include_path {include_path}: {file} cannot be read: {one_line(error)}") from error
 
-    manager = open_folder(include_path)
+    manager = TaskManager(include_path=include_path)
     names = []
-    for pattern in patterns:
-        found = matching(manager.all_subtasks, pattern) or manager.match_tasks([pattern])
-        if not found:
-            similar = get_close_matches(pattern, manager.all_tasks) or ["a name that --list_tasks prints"]
-            raise InputError(f"--tasks {pattern}: no such task; expected {' or '.join(similar)}")
-        names += found
+    for pattern in patterns:  # of a name that nothing has, load() says so
+        names += matching(manager.all_subtasks, pattern) or manager.match_tasks([pattern]) or [pattern]
     return list(dict.fromkeys(names)), manager
-
-
-def open_folder(include_path, include_defaults=True):
-    """A TaskManager for a folder and for the harness's own tasks."""
-    if include_path and not Path(include_path).is_dir():
-        raise InputError(f"--include_path {include_path}: no such folder")
-    return TaskManager(include_path=include_path, include_defaults=include_defaults)
-
-
-def check_task(task, num_fewshot, n_positions):
-    """InputError where a task cannot be run; its own errors where its code or its templates fail."""
-    if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        raise InputError("runs code that the model writes, or shows it pictures; run_eval.py does neither")
-    if task.OUTPUT_TYPE == "generate_until":
-        new = normalize_gen_kwargs(task.config.generation_kwargs)["max_gen_toks"]
-        if new >= n_positions:
-            limit = f"n_positions, {n_positions} (or the seq_length of training, if shorter)"
-            raise InputError(f"max_gen_toks {new} leaves no room for a prompt in {limit}")
-
-    # A task's own 0 goes before --num_fewshot. Where the examples come from the split that is scored, the
-    # harness draws one to spare, as the document itself may be among them.
-    shots = 0 if task.config.num_fewshot == 0 else num_fewshot
-    if shots and hasattr(task, "sampler"):
-        examples = len(task.sampler.fewshot_docs()) - (task.fewshot_cfg.split == task.config.test_split)
-        if examples < shots:
-            raise InputError(f"has {examples} examples for a prompt, and --num_fewshot asks for {shots}")
-    _, document = next(task.doc_iterator(limit=1))
-    task.fewshot_context(document, num_fewshot=shots)
 
 
 def in_its_own_words(error):
@@ -356,56 +297,41 @@ def in_its_own_words(error):
 
 
 def prepare(options):
-    """(device, [(what is known of a checkpoint, its Tokenizer)], TaskManager or None), once all is checked."""
-    device = find_device(options.device)
+    """([(what is known of a checkpoint, its Tokenizer)], TaskManager or None), once all is checked."""
+    options.device = find_device(options.device)
     if options.dtype == "auto":
-        fits = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        fits = options.device.type == "cuda" and torch.cuda.is_bf16_supported()
         options.dtype = "bfloat16" if fits else "float32"
-    limit, size = options.limit, options.batch_size
-    if options.num_fewshot < 0:
-        raise InputError(f"--num_fewshot {options.num_fewshot}: expected 0 or more")
-    if limit is not None and not (0 < limit < 1 or limit >= 1 and limit.is_integer()):
-        raise InputError(f"--limit {limit:g}: expected a whole number above 0, or a share below 1")
-    if size != "auto" and not (size.isdecimal() and int(size)):
-        raise InputError(f"--batch_size {size}: expected auto or a whole number above 0")
-    options.batch_size = size if size == "auto" else int(size)
-    if options.log_samples and not options.output_path:
+    limit, size, output = options.limit, options.batch_size, options.output_path
+    if limit is not None and not limit > 0:
+        raise InputError(f"--limit {limit:g}: expected a number of documents, or a share below 1")
+    if size != "auto":
+        if not (size.isdecimal() and int(size)):
+            raise InputError(f"--batch_size {size}: expected auto or a whole number above 0")
+        options.batch_size = int(size)
+    if options.log_samples and not output:
         raise InputError("--log_samples: needs --output_path FILE, beside which it writes")
-    if options.output_path:
-        check_writable(options.output_path)
+    if output:
+        tempfile.TemporaryFile(dir=output.parent).close()  # fails now, and not after hours of work
+        if output.is_dir():
+            raise InputError(f"--output_path {output}: is a folder, expected a file")
 
     # Tasks are separated by blanks or, as in the harness's own command, by commas.
     tasks = options.tasks or ([PERPLEXITY] if options.val_data else FIVE)
     tasks = list(dict.fromkeys(",".join(tasks).replace(",", " ").split()))
-    if not tasks:
-        raise InputError("--tasks: names no task")
     if PERPLEXITY in tasks and not options.val_data:
         raise InputError(f"--tasks {PERPLEXITY}: needs --val_data DIR, files of dataset_download.py")
     options.tasks = [name for name in tasks if name != PERPLEXITY]
-    if limit and not options.tasks:
-        raise InputError(f"--limit {limit:g}: does not go with {PERPLEXITY} alone, which is over all of --val_data")
 
-    aliases, paths = options.model or [], options.checkpoint or []
-    if not paths or len(aliases) not in (1, len(paths)):
-        raise InputError("expected --checkpoint PATH ... and --model ALIAS, one for all or one for each")
+    aliases, paths = options.model, options.checkpoint
+    if len(aliases) not in (1, len(paths)):
+        raise InputError("--model: expected one for all checkpoints, or one for each")
     pairs = zip(aliases * (len(paths) // len(aliases)), paths, strict=True)
-    checkpoints = [open_checkpoint(*pair, options.tokenizer, options.val_data) for pair in pairs]
+    checkpoints = [open_checkpoint(*pair, options) for pair in pairs]
     manager = None
     if options.tasks:
-        positions = min(known["positions"] for known, _ in checkpoints)
-        given = options.tasks, options.include_path, options.num_fewshot, positions
-        options.tasks, manager = open_tasks(*given)
-    return device, checkpoints, manager
-
-
-def check_writable(path):
-    """InputError where a file could not be written, said now and not after hours of work."""
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise InputError(f"--output_path {path}: cannot be written ({error.strerror})") from error
-    if path.is_dir():
-        raise InputError(f"--output_path {path}: is a folder, expected a file")
+        options.tasks, manager = open_tasks(options.tasks, options.include_path, options.num_fewshot)
+    return checkpoints, manager
 
 
 def find_device(name):
@@ -420,26 +346,23 @@ def find_device(name):
     return device
 
 
-def evaluate_checkpoint(known, tokenizer, options, device, manager):
+def evaluate_checkpoint(known, tokenizer, options, manager):
     """All figures of a checkpoint, as a dict for JSON; the harness's results are on rank 0 alone."""
     script = script_of(known["alias"])
-    with script_errors():
-        model = script.load_model(known["path"], device).to(getattr(torch, options.dtype))
+    model = script.load_model(known["path"], options.device).to(getattr(torch, options.dtype))
     record = known | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     if options.tasks:
         lm = CheckpointLM(model, tokenizer, options.batch_size, known["positions"])
         settings = {"num_fewshot": options.num_fewshot, "limit": options.limit, "log_samples": options.log_samples}
-        settings |= {"batch_size": lm.batch_size, "device": str(device), "task_manager": manager}
         with contextlib.redirect_stdout(sys.stderr):  # where it tells what batch size it has found
-            record["harness"] = simple_evaluate(lm, tasks=options.tasks, **settings)
+            record["harness"] = simple_evaluate(lm, tasks=options.tasks, task_manager=manager, **settings)
 
     batch_size = BATCH if options.batch_size == "auto" else options.batch_size
     for protocol in ("padded", "packed") if options.val_data else ():
-        with script_errors():
-            loader = script.get_dataloader(options.val_data, batch_size, known["positions"], protocol)
-            bar = tqdm(loader, desc=f"{PERPLEXITY}, {protocol}", unit="batch", disable=no_bar())
-            bar.dataset = loader.dataset  # evaluate() asks its loader for it
-            result = script.evaluate(model, bar)
+        loader = script.get_dataloader(options.val_data, batch_size, known["positions"], protocol)
+        bar = tqdm(loader, desc=f"{PERPLEXITY}, {protocol}", unit="batch", disable=no_bar())
+        bar.dataset = loader.dataset  # evaluate() asks its loader for it
+        result = script.evaluate(model, bar)
         if not math.isfinite(result["loss"]):
             raise InputError(f"its loss on {options.val_data} is not finite: it has diverged, or is damaged")
         record.setdefault(PERPLEXITY, {})[protocol] = result
@@ -545,9 +468,10 @@ def write_samples(folder, label, samples):
 def parse(arguments):
     parser = Parser(__file__, __doc__)
     add = parser.add_argument
-    add("--model", nargs="+", metavar="ALIAS", help=f"{', '.join(VARIANTS)}; one for all or one for each")
-    add("--checkpoint", nargs="+", metavar="PATH", help="ours or released; several make one table")
-    tasks = f"the harness's, wildcards too, or {PERPLEXITY} (default: the paper's; with --val_data, that alone)"
+    of_each = f"{', '.join(VARIANTS)}; one for all or one for each"
+    add("--model", nargs="+", required=True, metavar="ALIAS", help=of_each)
+    add("--checkpoint", nargs="+", required=True, metavar="PATH", help="ours or released; several make one table")
+    tasks = f"those of `lm_eval ls tasks` or {PERPLEXITY} (default: the paper's; with --val_data, that alone)"
     add("--tasks", nargs="+", metavar="TASK", help=tasks)
     add("--num_fewshot", type=int, default=5, help="solved examples before each question (default: 5)")
     add("--batch_size", default="auto", help="requests in a forward pass, or auto (default)")
@@ -559,13 +483,12 @@ def parse(arguments):
     add("--val_data", metavar="DIR", help=f"files of dataset_download.py: {PERPLEXITY} in both protocols")
     add("--output_path", type=Path, metavar="FILE", help="write everything as JSON")
     add("--log_samples", action="store_true", help="write each document's prompt and answers beside it too")
-    add("--list_tasks", action="store_true", help="print the name of every task, and end")
     return parser.parse_args(arguments)
 
 
 def run(options):
     """Evaluate every checkpoint, write the report and print the table."""
-    device, checkpoints, manager = together(lambda: prepare(options))
+    checkpoints, manager = together(lambda: prepare(options))
     records = {}
     try:
         for known, tokenizer in checkpoints:
@@ -573,9 +496,9 @@ def run(options):
             if label in records:
                 label += f", {known['path']}"
             try:
-                records[label] = evaluate_checkpoint(known, tokenizer, options, device, manager)
-            except InputError as error:
-                raise InputError(f"{known['path']}: {error}") from error
+                records[label] = evaluate_checkpoint(known, tokenizer, options, manager)
+            except ValueError as error:
+                raise InputError(f"{known['path']}: {one_line(error)}") from error
     finally:  # a checkpoint that fails must not cost the scores of those before it
         if RANK == 0 and records:
             report(records, options)
@@ -598,17 +521,12 @@ def main(arguments=None):
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each setting that is not its own
     transformers_logging.set_verbosity_error()
     show_what_the_terminal_can()
-    if "RANK" not in os.environ:
-        os.environ.pop("LOCAL_RANK", None)  # left over from another job; the harness would keep its results back
     if WORLD_SIZE > 1 and not dist.is_initialized():
         # gloo is enough for scores. No rank waits in vain: the launcher ends them all when one has ended.
         dist.init_process_group("gloo", timeout=timedelta(weeks=1))
 
     try:
-        if options.list_tasks:
-            print(*open_folder(options.include_path).all_tasks, PERPLEXITY, sep="\n")
-        else:
-            run(options)
+        run(options)
     except KeyboardInterrupt:
         sys.exit(130)
     except InputError as error:  # the same on every rank
