@@ -21,6 +21,10 @@ import pytest
 import torch
 from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, script_of
 from test_run_eval import FORMATS, build, save, write_task
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from common import load_tokenizer
+from export_hf import fast_tokenizer
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -73,8 +77,8 @@ SMALL = [  # how a command begins, and what is added to it; the first that fits
     ("pytest", None),  # of this suite
     ("python dataset_download.py --verify", "--output_dir slimpajama_data"),
     ("python dataset_download.py", f"{TEXTS} --output_dir prepared"),
-    ("python analysis_computation_profiler.py --measure train", f"{MEASURED} --seq_length 16"),
-    ("python analysis_computation_profiler.py --measure", f"{MEASURED} --contexts 8"),
+    ("python analysis_computation_profiler.py train", f"{MEASURED} --seq_length 16"),
+    ("python analysis_computation_profiler.py decode", f"{MEASURED} --contexts 8"),
     ("python analysis_computation_profiler.py", COUNTED),
     ("python results_table.py results", ""),
     ("python results_table.py", "results/reduced_scale"),
@@ -87,6 +91,7 @@ SMALL = [  # how a command begins, and what is added to it; the first that fits
         "torchrun --nproc_per_node=8 run_eval.py",
         "--tasks piqa --include_path FOLDER --tokenizer bytes --limit 2",
     ),
+    ("python share_kv.py", "--tokens 2048 --fit_epochs 1"),
     ("python convert_checkpoint.py", ""),
     ("python export_hf.py", "--tokenizer bytes"),
     ("python transformer_", TRAINED),
@@ -100,7 +105,16 @@ HERE = {  # what a command needs that this machine has not; one after the other
     "--nproc_per_node=8": "--nproc_per_node=2",
     "--nnodes=2": "--nnodes=1",
     "node1:29500": "localhost:0",
+    "HuggingFaceTB/SmolLM2-135M": "tiny_llama",
 }
+
+
+def tiny_llama(folder):
+    """A random model of transformers with rotary positions and grouped heads, and a tokenizer of bytes."""
+    settings = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**settings, **heads)).save_pretrained(folder)
+    fast_tokenizer(load_tokenizer("bytes"), 257, 128).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +136,14 @@ def clone(tmp_path_factory):
         ("kqv", "outputs_kqv/final_model.pt"),
         ("kv", "outputs_qkv_k_equals_v/final_model.pt"),
         ("kv", "outputs_1.2B_qkv_k_equals_v/checkpoint_step_8000.pt"),
+        ("kv", "outputs_1.2B_qkv_k_equals_v/final_model.pt"),
     ):  # fmt: skip
         (clone / name).parent.mkdir(exist_ok=True)
         save(build(alias, n_positions=2048), alias, clone / name)
+    tiny_llama(clone / "tiny_llama")
+    (clone / "prose").mkdir()
+    (clone / "prose/a.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
+    (clone / "held_out.txt").write_text("\n".join(SENTENCES[:20]), encoding="utf-8")
     (clone / "FOLDER").mkdir()
     write_task(clone / "FOLDER", "piqa", [FORMATS["piqa"](i) for i in range(12)])
     (task,) = blocks("yaml")  # the README's own in place of that one, on the same documents
@@ -191,7 +210,7 @@ def test_the_python_of_the_paper_s_run(clone, monkeypatch, capsys):
     exec(code.replace('"cuda"', '"cpu"'), {"prompt": torch.zeros(2, 3, dtype=torch.int64)})
     evaluation, cached = capsys.readouterr().out.splitlines()
     assert ast.literal_eval(evaluation)["text_perplexity"] > 1
-    assert int(cached) == 2 * 2048 * 32 * 4  # layers x positions x d, fp32
+    assert int(cached) == 2 * 2 * 2048 * 32 * 4  # rows x layers x positions x d, fp32
 
 
 def test_the_slurm_script_trains(clone):
@@ -242,9 +261,9 @@ def test_what_is_copied_works_alone(clone):
     original = script.CausalSelfAttention(config, 0)
     original.load_state_dict(attention.state_dict())
     torch.testing.assert_close(attention(x), original(x), rtol=0, atol=0)
-    cache = own.KVCache(config, 2, 9, torch.float32, "cpu")
-    assert cache.nbytes == 2 * 9 * 48 * 4
+    cache = own.KVCache(9)
     torch.testing.assert_close(in_pieces(attention, x, cache), attention(x))
+    assert cache.nbytes == 2 * 9 * 48 * 4
 
 
 def in_pieces(attention, x, cache, cuts=(0, 4, 5, 9)):
@@ -292,7 +311,7 @@ def test_with_rotary_positions_only_distances_count(clone):
     config, own = SimpleNamespace(**CONFIG), copied(clone)
     torch.manual_seed(0)
     attention, x = rotary_attention(own, config), torch.randn(1, 9, 48)
-    cache = own.KVCache(config, 1, 9, torch.float32, "cpu")
+    cache = own.KVCache(9)
     torch.testing.assert_close(in_pieces(attention, x, cache), attention(x), rtol=1e-4, atol=1e-5)
     q, k = (layer(x)[0].view(9, 4, 12).transpose(0, 1) for layer in (attention.c_q, attention.c_k))
     for offset in (0, 5):  # other positions, the same distances
@@ -315,10 +334,9 @@ def results():
     return [{row["alias"]: row for row in table["rows"]} for table in (scored, masked)]
 
 
-def with_change(row, key, value, change):
-    """A perplexity and its change against QKV, as a cell of the README."""
-    of_qkv = "" if row[f"{key}_vs_qkv"] is None else f" ({row[f'{key}_vs_qkv']:{change}} %)"
-    return f"{row[key]:{value}}{of_qkv}"
+def with_change(value, change, form):
+    """A perplexity and its change against QKV in percent, as a cell of the README."""
+    return f"{value:{form}}" + (f" ({change:+.1f} %)" if change else "")
 
 
 def test_the_first_table_holds_the_published_and_the_committed_results():
@@ -326,11 +344,16 @@ def test_the_first_table_holds_the_published_and_the_committed_results():
     assert scored.keys() == {alias for alias, row in VARIANTS.items() if row["published"]}
     lines = README.partition("\n## ")[0].splitlines()
     for alias, row in scored.items():
-        name = f"**{row['variant']}**" if alias == "kv" else row["variant"]
-        published = with_change(row, "published", ".2f", "+g")
-        here = [with_change(row, key, ".2f", "+.1f") for key in ("perplexity", "text_perplexity")]
-        (line,) = [line for line in lines if line.startswith(f"| {name} | ")]
-        assert line.endswith(f"| {' | '.join([published, *here])} |"), line
+        paper, published = VARIANTS[alias]["paper"], VARIANTS[alias]["published"]
+        cells = []
+        for size, form in (("300M", ".2f"), ("1.2B", ".3f")):
+            change = published.get("perplexity_change", {}).get(size)
+            value = published["perplexity"].get(size)
+            cells.append(with_change(value, change, form) if value else "")
+        for key in ("perplexity", "text_perplexity"):
+            cells.append(with_change(row[key], row[f"{key}_vs_qkv"], ".2f"))
+        (line,) = [line for line in lines if re.match(rf"\| (\*\*)?{re.escape(paper)}(-4, .*?)?(\*\*)? \| ", line)]
+        assert line.endswith(f"| {' | '.join(cells)} |".replace("|  |", "| |")), line
 
 
 def test_the_effect_of_scoring_the_padding_is_that_of_the_committed_results():
