@@ -8,9 +8,6 @@
 The harness builds the few-shot prompts, asks its own HFLM for log-probabilities and generations, and computes
 the metrics with their standard errors. This file hands it any checkpoint that the training scripts can load, as
 the model of transformers that export_hf.py writes.
-
-The language model that the harness asks comes first, then processes, checkpoints, tasks, evaluation, the table
-and the report, and the command line.
 """
 
 import contextlib
@@ -26,9 +23,11 @@ import tempfile
 import warnings
 from collections import deque
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import timedelta
 from fnmatch import filter as matching
+from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -37,7 +36,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from lm_eval import simple_evaluate
-from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -64,6 +62,7 @@ PUBLISHED = {alias: row["published"].get("downstream", {}).get("1.2B") for alias
 SHARES = re.compile(r"acc|acc_(norm|bytes|all|mutual_info)|exact_match|em|f1")  # printed in per cent
 PERPLEXITY = "perplexity"  # a task of ours, besides the harness's
 BATCH = 8  # --batch_size auto on a CPU, and for --val_data
+NO_BAR = RANK != 0 or not sys.stderr.isatty()
 
 
 # -----------------------------------------------------------------------------
@@ -139,7 +138,7 @@ class CheckpointLM(HFLM):
         if self.batch_size != "auto":  # where continuations begin, in the order in which HFLM takes its batches
             ordered = sorted(asked, key=lambda request: (-len(request[1] + request[2]), request[1] + request[2]))
             self._starts.extend(min(len(c + w) - 1, self.max_length) - len(w) for _, c, w in ordered)
-        quiet = no_bar() or override_bs is not None  # a bar for each batch of windows
+        quiet = NO_BAR or override_bs is not None  # a bar for each batch of windows
         given = iter(super()._loglikelihood_tokens(asked, quiet, override_bs))
         answers = [next(given) if wanted else (0.0, True) for *_, wanted in requests]
         if not all(math.isfinite(value) for value, _ in answers):
@@ -153,10 +152,9 @@ class CheckpointLM(HFLM):
 
 def gather(value):
     """What each rank passed, in the order of ranks; every rank has to call it."""
-    if WORLD_SIZE == 1:
-        return [value]
-    values = [None] * WORLD_SIZE
-    dist.all_gather_object(values, value)
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -177,26 +175,17 @@ def share_out(answer, requests):
     """The answers to requests that all ranks have, of which each answers a share."""
     share = requests[RANK::WORLD_SIZE]
     answers = [None] * len(requests)
-    for rank, part in enumerate(gather(together(lambda: answer(share, no_bar()) if share else []))):
+    for rank, part in enumerate(gather(together(lambda: answer(share, NO_BAR) if share else []))):
         answers[rank::WORLD_SIZE] = part
     return answers
 
 
 def one_line(error):
-    return " ".join(str(error).split())
-
-
-def print_error(error):
-    print(f"run_eval.py: error: {one_line(error)}", file=sys.stderr, flush=True)
-
-
-def no_bar():
-    """For tqdm's `disable`: no bar off rank 0, and none where no terminal would show it."""
-    return RANK != 0 or not sys.stderr.isatty()
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints
+# Checks before the work
 
 
 def open_checkpoint(alias, path, options):
@@ -228,15 +217,10 @@ def open_checkpoint(alias, path, options):
 
 def size_of(shape):
     """300M or 1.2B; None for a model of another shape."""
-    for size in SIZES:
-        published = yaml.safe_load((ROOT / f"configs/model_config_{size}.yaml").read_text(encoding="utf-8"))
-        if all(shape[name] == published[name] for name in ("n_layer", "n_embd", "n_head")):
-            return size
-    return None
-
-
-# -----------------------------------------------------------------------------
-# Tasks
+    paths = {size: ROOT / f"configs/model_config_{size}.yaml" for size in SIZES}
+    published = {size: yaml.safe_load(path.read_text(encoding="utf-8")) for size, path in paths.items()}
+    names = ("n_layer", "n_embd", "n_head")
+    return next((size for size in SIZES if all(shape[name] == published[size][name] for name in names)), None)
 
 
 def open_tasks(patterns, include_path, num_fewshot):
@@ -246,7 +230,7 @@ def open_tasks(patterns, include_path, num_fewshot):
         try:
             for task in manager.load([name])["tasks"].values():
                 _, document = next(task.doc_iterator(limit=1))
-                # A task's own 0 goes before --num_fewshot.
+                # a task's own 0 goes before --num_fewshot
                 task.fewshot_context(document, 0 if task.config.num_fewshot == 0 else num_fewshot)
         except Exception as error:  # a task file can hold anything, code included
             raise InputError(f"--tasks {name}, {num_fewshot}-shot: {in_its_own_words(error)}") from error
@@ -254,16 +238,12 @@ def open_tasks(patterns, include_path, num_fewshot):
 
 
 def find_tasks(patterns, include_path):
-    """(names, a TaskManager that knows them); InputError where a file of tasks is broken.
-
-    A pattern is a name, or has wildcards and stands for tasks, or for groups where it fits no task.
-    """
+    """(names, a TaskManager that knows them). A pattern with wildcards stands for tasks, or else for groups."""
     if include_path and not Path(include_path).is_dir():
         raise InputError(f"--include_path {include_path}: no such folder")
     manager = TaskManager(include_path=include_path, include_defaults=False)
-    # The harness's own tasks, 14,000 files, take seconds to read.
     if set(patterns) <= set(manager.task_index) - set(manager.all_groups):
-        return patterns, manager
+        return patterns, manager  # the harness's own tasks, 14,000 files, take seconds to read
 
     # The harness passes over a file that it cannot read, and would take its own task of that name.
     for file in sorted(Path(include_path).rglob("*.yaml")) if include_path else ():
@@ -273,10 +253,9 @@ def find_tasks(patterns, include_path):
             raise InputError(f"--include_path {include_path}: {file} cannot be read: {one_line(error)}") from error
 
     manager = TaskManager(include_path=include_path)
-    names = []
-    for pattern in patterns:  # of a name that nothing has, load() says so
-        names += matching(manager.all_subtasks, pattern) or manager.match_tasks([pattern]) or [pattern]
-    return list(dict.fromkeys(names)), manager
+    # of a name that nothing has, load() says so
+    found = [matching(manager.all_subtasks, each) or manager.match_tasks([each]) or [each] for each in patterns]
+    return list(dict.fromkeys(chain.from_iterable(found))), manager
 
 
 def in_its_own_words(error):
@@ -292,10 +271,6 @@ def in_its_own_words(error):
     return said
 
 
-# -----------------------------------------------------------------------------
-# Evaluation
-
-
 def prepare(options):
     """([(what is known of a checkpoint, its Tokenizer)], TaskManager or None), once all is checked."""
     options.device = find_device(options.device)
@@ -305,10 +280,9 @@ def prepare(options):
     limit, size, output = options.limit, options.batch_size, options.output_path
     if limit is not None and not limit > 0:
         raise InputError(f"--limit {limit:g}: expected a number of documents, or a share below 1")
-    if size != "auto":
-        if not (size.isdecimal() and int(size)):
-            raise InputError(f"--batch_size {size}: expected auto or a whole number above 0")
-        options.batch_size = int(size)
+    if size != "auto" and not (size.isdecimal() and int(size)):
+        raise InputError(f"--batch_size {size}: expected auto or a whole number above 0")
+    options.batch_size = size if size == "auto" else int(size)
     if options.log_samples and not output:
         raise InputError("--log_samples: needs --output_path FILE, beside which it writes")
     if output:
@@ -323,11 +297,10 @@ def prepare(options):
         raise InputError(f"--tasks {PERPLEXITY}: needs --val_data DIR, files of dataset_download.py")
     options.tasks = [name for name in tasks if name != PERPLEXITY]
 
-    aliases, paths = options.model, options.checkpoint
-    if len(aliases) not in (1, len(paths)):
+    aliases = options.model * (len(options.checkpoint) if len(options.model) == 1 else 1)
+    if len(aliases) != len(options.checkpoint):
         raise InputError("--model: expected one for all checkpoints, or one for each")
-    pairs = zip(aliases * (len(paths) // len(aliases)), paths, strict=True)
-    checkpoints = [open_checkpoint(*pair, options) for pair in pairs]
+    checkpoints = [open_checkpoint(*pair, options) for pair in zip(aliases, options.checkpoint, strict=True)]
     manager = None
     if options.tasks:
         options.tasks, manager = open_tasks(options.tasks, options.include_path, options.num_fewshot)
@@ -346,6 +319,10 @@ def find_device(name):
     return device
 
 
+# -----------------------------------------------------------------------------
+# Evaluation
+
+
 def evaluate_checkpoint(known, tokenizer, options, manager):
     """All figures of a checkpoint, as a dict for JSON; the harness's results are on rank 0 alone."""
     script = script_of(known["alias"])
@@ -360,9 +337,7 @@ def evaluate_checkpoint(known, tokenizer, options, manager):
     batch_size = BATCH if options.batch_size == "auto" else options.batch_size
     for protocol in ("padded", "packed") if options.val_data else ():
         loader = script.get_dataloader(options.val_data, batch_size, known["positions"], protocol)
-        bar = tqdm(loader, desc=f"{PERPLEXITY}, {protocol}", unit="batch", disable=no_bar())
-        bar.dataset = loader.dataset  # evaluate() asks its loader for it
-        result = script.evaluate(model, bar)
+        result = script.evaluate(model, loader)
         if not math.isfinite(result["loss"]):
             raise InputError(f"its loss on {options.val_data} is not finite: it has diverged, or is damaged")
         record.setdefault(PERPLEXITY, {})[protocol] = result
@@ -395,7 +370,10 @@ def figures(record):
             values, stderrs = zip(*parts, strict=True)
             stderr = None if None in stderrs else math.hypot(*stderrs) / len(FIVE)
             found["mean", metric] = fmean(values), stderr
-        found["mean, published at 1.2B", "5-shot"] = published_mean(record), None
+        # Not of another number of KV heads. A model of another shape is compared with that of 300M.
+        groups = VARIANTS[record["alias"]]["groups"]
+        same = not groups or record["model_config"]["n_kv_groups"] == groups[record["size"] or "300M"]
+        found["mean, published at 1.2B", "5-shot"] = PUBLISHED[record["alias"]] if same else None, None
 
     for protocol, result in record.get(PERPLEXITY, {}).items():
         if protocol == "padded":
@@ -403,15 +381,6 @@ def figures(record):
         found[PERPLEXITY, f"{protocol}, over text only"] = result["text_perplexity"], None
         found[PERPLEXITY, f"{protocol}, bits per byte"] = result["bits_per_byte"], None
     return found
-
-
-def published_mean(record):
-    """The paper's mean of the variant; None where it has none, or one of another number of KV heads."""
-    groups = VARIANTS[record["alias"]]["groups"]
-    # A model of another shape is compared with the scripts' default, that of 300M.
-    if groups and record["model_config"]["n_kv_groups"] != groups[record["size"] or "300M"]:
-        return None
-    return PUBLISHED.get(record["alias"])
 
 
 def table(records):
@@ -433,32 +402,24 @@ def cell(value, stderr):
     return f"{value:.2f}" if stderr is None else f"{value:.2f} ± {stderr:.2f}"
 
 
-def write_report(path, records, options):
-    """Write the scores as the harness gives them, and what it takes to get them again, as one JSON file."""
+def report(records, options):
+    """Write the scores as the harness gives them, with what it takes to get them again, and print the table."""
     packages = ("torch", "lm_eval", "datasets", "transformers", "tiktoken")
-    report = {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "settings": vars(options) | {"processes": WORLD_SIZE},
-        "chance": CHANCE,
-        "published_mean_1.2B": PUBLISHED,
-        "checkpoints": records,
-    }
-    # The standard error of a single document is NaN, which is no JSON.
-    text = json.dumps(report, default=handle_non_serializable)
-    report = json.loads(text, parse_constant=lambda constant: None)
-    write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_samples(folder, label, samples):
-    """What each document was asked, answered and scored, where the harness's own command puts it."""
-    tracker = EvaluationTracker(output_path=str(folder))
-    tracker.general_config_tracker.model_name_sanitized = sanitize_model_name(label)
-    tracker.date_id = datetime.now().isoformat().replace(":", "-")
-    for task, documents in samples.items():
-        tracker.save_results_samples(task, documents)
-        written = folder / sanitize_model_name(label) / f"samples_{task}_{tracker.date_id}.jsonl"
-        if not written.is_file() or written.read_bytes().count(b"\n") != len(documents):
-            raise InputError(f"--log_samples: {written} was not written; is the disk full?")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    settings = vars(options) | {"processes": WORLD_SIZE}
+    samples = {label: record.get("harness", {}).pop("samples", None) or {} for label, record in records.items()}
+    encode = partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
+    try:
+        if path := options.output_path:
+            text = encode({"versions": versions, "settings": settings, "checkpoints": records})
+            # The standard error of a single document is NaN, which is no JSON.
+            write_text(path, encode(json.loads(text, parse_constant=lambda constant: None), indent=2) + "\n")
+        for label, tasks in samples.items():
+            for task, documents in tasks.items():
+                beside = path.with_suffix(f".{sanitize_model_name(label)}.{task}.jsonl")
+                write_text(beside, "".join(f"{encode(document)}\n" for document in documents))
+    finally:  # a full disk must not cost the scores, nor a closed pipe the report
+        print(*table(records), sep="\n", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -468,8 +429,7 @@ def write_samples(folder, label, samples):
 def parse(arguments):
     parser = Parser(__file__, __doc__)
     add = parser.add_argument
-    of_each = f"{', '.join(VARIANTS)}; one for all or one for each"
-    add("--model", nargs="+", required=True, metavar="ALIAS", help=of_each)
+    add("--model", nargs="+", required=True, metavar="ALIAS", help=f"{', '.join(VARIANTS)}; for all or for each")
     add("--checkpoint", nargs="+", required=True, metavar="PATH", help="ours or released; several make one table")
     tasks = f"those of `lm_eval ls tasks` or {PERPLEXITY} (default: the paper's; with --val_data, that alone)"
     add("--tasks", nargs="+", metavar="TASK", help=tasks)
@@ -504,18 +464,6 @@ def run(options):
             report(records, options)
 
 
-def report(records, options):
-    """Write the report and print the table."""
-    samples = {label: record["harness"].pop("samples", {}) for label, record in records.items() if options.tasks}
-    try:
-        if options.output_path:
-            write_report(options.output_path, records, options)
-        for label, documents in samples.items() if options.log_samples else ():
-            write_samples(options.output_path.parent, label, documents)
-    finally:  # a full disk must not cost the scores, nor a closed pipe the report
-        print(*table(records), sep="\n", flush=True)
-
-
 def main(arguments=None):
     options = parse(arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each setting that is not its own
@@ -529,13 +477,11 @@ def main(arguments=None):
         run(options)
     except KeyboardInterrupt:
         sys.exit(130)
-    except InputError as error:  # the same on every rank
-        if RANK == 0:
-            print_error(error)
-        gather(None)  # the launcher ends the others when one has ended, and rank 0 has to print first
-        sys.exit(2)
-    except (OSError, torch.OutOfMemoryError) as error:
-        print_error(error)
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        if RANK == 0 or not isinstance(error, InputError):  # which is the same on every rank
+            print(f"run_eval.py: error: {one_line(error)}", file=sys.stderr, flush=True)
+        if isinstance(error, InputError):
+            gather(None)  # the launcher ends the others when one has ended, and rank 0 has to print first
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
