@@ -1,12 +1,11 @@
 """run_eval.py against the harness's HFLM over transformers' GPT-2, on small files in the tasks' formats."""
 
-import base64
 import errno
 import hashlib
-import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -27,7 +26,6 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import dataset_download
 import run_eval
 from common import load_tokenizer
 
@@ -375,8 +373,6 @@ def test_one_table_and_one_file_of_two_checkpoints(tasks, checkpoints, data_dir,
     assert first["harness"]["results"] != second["harness"]["results"]
     assert report["versions"]["lm_eval"] == version("lm_eval")
     assert report["settings"]["num_fewshot"] == 5
-    assert set(first["harness"]["n-shot"].values()) == {5}
-    assert (second["alias"], second["step"], second["model_config"]["n_embd"]) == ("kv", 8000, 32)
     assert second["sha256"] == hashlib.sha256(checkpoints["kv"].read_bytes()).hexdigest()
     script, model = script_of("kqv"), script_of("kqv").load_model(checkpoints["kqv"])
     for protocol in ("padded", "packed"):
@@ -468,9 +464,6 @@ def test_positions_that_training_never_reached_are_not_used(data_dir, tmp_path, 
     lm = run_eval.CheckpointLM(model, tokenizer, 8, known["positions"])
     long = lm.loglikelihood(requests("loglikelihood", [("x" * 200, " end"), ("x" * 61, " end")]))
     same_answers(long[:1], long[1:])
-    for odd in (None, 4096):
-        path = save(build("kv"), "kv", tmp_path / "a.pt", train_config={"seq_length": odd})
-        assert opened(path, tokenizer="bytes")[0]["positions"] == 1024
 
 
 def test_a_released_checkpoint(tasks, tmp_path, capsys):
@@ -488,13 +481,6 @@ def test_a_released_checkpoint(tasks, tmp_path, capsys):
     assert rows[0] == rows[1]
     samples = written(tmp_path / "o.json")[1]["harness"]["n-samples"]["piqa"]
     assert samples == {"original": 13, "effective": 7}
-
-
-def test_a_single_document_has_no_standard_error(tasks, kv, tmp_path, capsys):
-    command(*kv, "--include_path", tasks, "--limit", 1, "--output_path", tmp_path / "a.json")
-    out = capsys.readouterr().out
-    assert " ± " not in out and "mean" in out
-    assert written(tmp_path / "a.json")[1]["harness"]["results"]["piqa"]["acc_stderr,none"] in (None, "N/A")
 
 
 def test_the_log_of_each_document(tasks, kv, tmp_path):
@@ -516,11 +502,6 @@ def test_the_log_of_each_document(tasks, kv, tmp_path):
 # Naming tasks
 
 
-def rows_of(out):
-    """The tasks of a table."""
-    return {line.split()[0] for line in out.partition("\n\n")[0].splitlines()[1:]}
-
-
 NAMED = {
     "blanks after commas": (["piqa,", "sums", ",texts"], {"piqa", "sums", "texts"}),
     "wildcards": (["arc_*", "p?qa"], {"arc_challenge", "arc_easy", "piqa"}),
@@ -531,20 +512,8 @@ NAMED = {
 @pytest.mark.parametrize("given, expected", NAMED.values(), ids=NAMED)
 def test_ways_to_name_tasks(given, expected, tasks, kv, local, capsys):
     command(*kv, "--include_path", tasks, "--limit", 1, "--tasks", *given)
-    assert rows_of(capsys.readouterr().out) == expected
-
-
-def test_a_group_may_name_the_harness_own_tasks(tasks, kv, tmp_path, capsys, monkeypatch):
-    """Among which the other folder stands here."""
-
-    def manager(include_path, include_defaults=True):
-        paths = [str(tasks), include_path] if include_defaults else include_path
-        return TaskManager(include_path=paths, include_defaults=False)
-
-    monkeypatch.setattr(run_eval, "TaskManager", manager)
-    (tmp_path / "group.yaml").write_text("group: mine\ntask: [piqa, own]", encoding="utf-8")
-    command(*own_task(tmp_path, kv), "--tasks", "mine", "--limit", 1)
-    assert {"piqa", "own"} <= rows_of(capsys.readouterr().out)
+    rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()[1:]
+    assert {row.split()[0] for row in rows} == expected
 
 
 # -----------------------------------------------------------------------------
@@ -631,15 +600,6 @@ def test_a_hub_task_without_network_says_so(kv, tmp_path, capsys):
     line = failure(capsys, *own_task(tmp_path, kv, dataset_path="baber/piqa", dataset_kwargs=None))
     assert line.startswith("--tasks own, 0-shot: ConnectionError: Couldn't reach") and "baber/piqa" in line
     assert line.endswith("to run on local files, see Downstream tasks in docs/operations.md")
-    manual = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
-    assert "dataset_path: json" in manual.partition("## Downstream tasks")[2].partition("\n## ")[0]
-
-
-def test_a_missing_local_file_is_named(kv, tmp_path, capsys):
-    given = own_task(tmp_path, kv)
-    (tmp_path / "own_test.jsonl").unlink()
-    line = failure(capsys, *given)
-    assert "FileNotFoundError" in line and "own_test.jsonl" in line
 
 
 @pytest.mark.parametrize("number, named", [(errno.EACCES, True), (errno.ENOSPC, False), (errno.ENOLCK, False)])
@@ -671,26 +631,6 @@ def test_an_exported_folder_is_no_checkpoint(tmp_path, capsys):
     assert f"export_hf.py --to_checkpoint {tmp_path}" in line and "lm_eval --model hf" in line
 
 
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
-    """(--tokenizer, a split of data) of bytes and one pair of them."""
-    folder = tmp_path_factory.mktemp("pairs")
-    ranks = [*(bytes([value]) for value in range(256)), b"th"]
-    lines = [b"%s %d\n" % (base64.b64encode(piece), rank) for rank, piece in enumerate(ranks)]
-    (folder / "pairs.tiktoken").write_bytes(b"".join(lines))
-    (folder / "text.txt").write_text(" ".join(SENTENCES[:20]), encoding="utf-8")
-    dataset_download.main([
-        "--source", str(folder / "text.txt"), "--tokenizer", str(folder / "pairs.tiktoken"),
-        "--target_tokens", "1e4", "--validation_tokens", "500", "--output_dir", str(folder / "data"),
-    ])  # fmt: skip
-    return str(folder / "pairs.tiktoken"), folder / "data/validation"
-
-
-def recorded(folder):
-    """What a checkpoint that was trained on these data says of its tokenizer."""
-    return script_of("kv").get_dataloader(folder, 1, 64).dataset.tokenizer
-
-
 def test_a_tokenizer_of_another_vocabulary(data_dir, tmp_path, capsys):
     """Of the data; or GPT-2's, where a checkpoint, as the released ones, records none."""
     path = save(build("kv", vocab_size=200), "kv", tmp_path / "a.pt")
@@ -699,30 +639,22 @@ def test_a_tokenizer_of_another_vocabulary(data_dir, tmp_path, capsys):
     assert "gpt2" in failure(capsys, "--model", "kv", "--checkpoint", path)
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["", "by its name alone"])
-def test_the_recorded_tokenizer_goes_before_the_folder_it_was_trained_on(alone, pairs, data_dir, tmp_path):
-    """Other data may lie there by now. A released checkpoint says nothing, and takes that of the validation data."""
-    record = "bytes" if alone else recorded(data_dir / "validation")
-    path = save(build("kv"), "kv", tmp_path / "a.pt", pairs[1], tokenizer=record)
-    for val_data in (None, data_dir / "validation"):
-        assert opened(path, val_data=val_data)[1].eos_id == 256
-    path = save(build("kv"), "kv", tmp_path / "a.pt", tokenizer=None)
-    assert opened(path, val_data=pairs[1])[1].eos_id == 257
+def test_data_of_another_tokenizer(data_dir, tmp_path, capsys):
+    """Their ids are all within the model's vocabulary, and their perplexity would mean nothing.
 
-
-def test_data_of_another_tokenizer_are_refused(pairs, data_dir, tmp_path, capsys):
-    """Its ids are all within the model's vocabulary, and its perplexity would mean nothing."""
-    known = save(build("kv"), "kv", tmp_path / "a.pt", tokenizer=recorded(data_dir / "validation"))
-    silent = save(build("kv"), "kv", tmp_path / "b.pt", data_dir / "train")
-    for path, given in [
-        (known, ["--val_data", pairs[1]]),
-        (silent, ["--val_data", pairs[1]]),
-        (silent, ["--val_data", data_dir / "validation", "--tokenizer", pairs[0]]),
-    ]:
-        line = failure(capsys, "--model", "kv", "--checkpoint", path, *given)
-        assert line.startswith(f"--val_data {given[1]}: ") and f"is not the tokenizer of {path}" in line
-    line = failure(capsys, "--model", "kv", "--checkpoint", known, "--tokenizer", pairs[0])
-    assert "was trained with another, bytes" in line
+    A released checkpoint does not say what it was trained with, and takes that of the validation data.
+    """
+    other = shutil.copytree(data_dir / "validation", tmp_path / "other")
+    with open(other / "tokenizer.tiktoken", "ab") as file:
+        file.write(b"dGg= 256\n")  # th
+    named = save(build("kv"), "kv", tmp_path / "a.pt", other, tokenizer="bytes")
+    trained = save(build("kv"), "kv", tmp_path / "b.pt", data_dir / "train")
+    silent = save(build("kv"), "kv", tmp_path / "c.pt", tokenizer=None)
+    assert opened(named)[1].eos_id == 256
+    assert opened(silent, val_data=other)[1].eos_id == 257
+    for path in (named, trained):
+        line = failure(capsys, "--model", "kv", "--checkpoint", path, "--val_data", other)
+        assert line.startswith(f"--val_data {other}: ") and f"is not the tokenizer of {path}" in line
 
 
 def test_weights_that_are_not_numbers_cost_no_scores_of_those_before(tasks, checkpoints, data_dir, tmp_path, capsys):
@@ -742,26 +674,16 @@ def test_weights_that_are_not_numbers_cost_no_scores_of_those_before(tasks, chec
     assert list(written(tmp_path / "a.json")[0]["checkpoints"]) == ["kqv, step 8000"]
 
 
-def test_scores_outlive_a_full_disk_and_the_report_a_pipe(tasks, kv, tmp_path, capsys, monkeypatch):
-    given = [*kv, "--include_path", tasks, "--limit", 3, "--tasks", "piqa", "--output_path", tmp_path / "a.json"]
-
+def test_scores_outlive_a_full_disk(tasks, kv, tmp_path, capsys, monkeypatch):
     def full(path, text):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(run_eval, "write_text", full)
-        command(*given)
+    monkeypatch.setattr(run_eval, "write_text", full)
+    given = ["--include_path", tasks, "--limit", 3, "--tasks", "piqa", "--output_path", tmp_path / "a.json"]
+    with pytest.raises(SystemExit):
+        command(*kv, *given)
     out, err = capsys.readouterr()
-    assert "piqa" in out and "No space left on device" in err and not list(tmp_path.iterdir())
-
-    class Closed(io.StringIO):
-        def write(self, text):
-            raise BrokenPipeError
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(sys, "stdout", Closed())
-        command(*given)
-    assert written(tmp_path / "a.json")[0]["checkpoints"]
+    assert "piqa" in out and "No space left on device" in err
 
 
 @pytest.mark.slow
