@@ -6,8 +6,8 @@
     python run_eval.py --model kv --checkpoint a.pt --tasks my_hellaswag 'my_arc*' --include_path my_tasks
 
 The harness builds the few-shot prompts, asks its own HFLM for log-probabilities and generations, and computes
-the metrics with their standard errors. This file hands it any checkpoint that the training scripts can load, as
-the model of transformers that export_hf.py writes.
+the metrics with their standard errors. This file hands it any checkpoint that the training scripts can load,
+as the model of transformers that export_hf.py writes.
 """
 
 import contextlib
@@ -27,7 +27,6 @@ from datetime import timedelta
 from fnmatch import filter as matching
 from functools import partial
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -45,8 +44,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from common import (  # isort: skip
-    ROOT, SIZES, VARIANTS, InputError, Parser, Tokenizer, read_checkpoint, script_of, show_what_the_terminal_can,
-    stored_tokenizer, tokenizer_of, write_text,
+    ROOT, SIZES, VARIANTS, InputError, Parser, Tokenizer, read_checkpoint, script_of,
+    show_what_the_terminal_can, stored_tokenizer, tokenizer_of, write_text,
 )  # fmt: skip
 from export_hf import SHAPE, fast_tokenizer
 from modeling_qkv import QKVConfig, QKVForCausalLM
@@ -56,7 +55,7 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 FIVE = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")  # the paper's tasks
-CHANCE = dict(zip((*FIVE, "mean"), (25.0, 25.0, 25.0, 50.0, 50.0, 35.0), strict=True))  # per cent, by guessing
+CHANCE = dict(zip((*FIVE, "mean"), (25.0, 25.0, 25.0, 50.0, 50.0, 35.0), strict=True))  # per cent, guessed
 # The paper's mean over the five at 1.2B, 5-shot. It gives none for MQA.
 PUBLISHED = {alias: row["published"].get("downstream", {}).get("1.2B") for alias, row in VARIANTS.items()}
 SHARES = re.compile(r"acc|acc_(norm|bytes|all|mutual_info)|exact_match|em|f1")  # printed in per cent
@@ -72,12 +71,12 @@ NO_BAR = RANK != 0 or not sys.stderr.isatty()
 class CheckpointLM(HFLM):
     """The harness's own adapter over a model of the training scripts.
 
-    With several processes each rank builds all the prompts and answers a share of them. The harness's own way, a
-    share of the documents for every rank, draws other few-shot examples for every world size.
+    With several processes each rank builds all the prompts and answers a share of them. The harness's own
+    way, a share of the documents for every rank, draws other few-shot examples for every world size.
     """
 
     def __init__(self, model, tokenizer: Tokenizer, batch_size: int | str = BATCH, max_length=None):
-        """batch_size: requests in a forward pass; auto: what fits on a GPU, 8 on a CPU. max_length: tokens in a row."""
+        """batch_size: requests in a pass; auto: what fits on a GPU, 8 on a CPU. max_length: of rows."""
         (alias,) = [alias for alias, row in VARIANTS.items() if row["class"] == type(model).__name__]
         shape = {name: getattr(model.config, name) for name in SHAPE}
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
@@ -98,7 +97,8 @@ class CheckpointLM(HFLM):
 
     def tok_batch_encode(self, strings, *args, **kwargs):
         """(ids, attention mask) of prompts; an empty one becomes the end-of-text token."""
-        return super().tok_batch_encode([text or self.tokenizer.eos_token for text in strings], *args, **kwargs)
+        texts = [text or self.tokenizer.eos_token for text in strings]
+        return super().tok_batch_encode(texts, *args, **kwargs)
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         """Logits [B, T, vocab_size], without positions before the first continuation of the batch.
@@ -126,7 +126,7 @@ class CheckpointLM(HFLM):
         """
         longest = max((len(continuation) for *_, continuation in requests), default=0)
         if longest > self.max_length:
-            raise InputError(f"a continuation of {longest} tokens does not fit the {self.max_length} of the model")
+            raise InputError(f"a continuation of {longest} tokens is longer than a row, {self.max_length}")
         cut = sum(len(context + continuation) > self.max_length + 1 for _, context, continuation in requests)
         if cut:
             what = f"{cut:,} of {len(requests):,} requests are longer than {self.max_length:,} tokens"
@@ -134,9 +134,9 @@ class CheckpointLM(HFLM):
 
         # Blanks at the end of a context belong to the continuation. HFLM fails where nothing else is in the
         # context, and where the last token of the context reaches over all of the continuation.
-        asked = [(texts, context or [self.prefix_token_id], wanted) for texts, context, wanted in requests if wanted]
-        if self.batch_size != "auto":  # where continuations begin, in the order in which HFLM takes its batches
-            ordered = sorted(asked, key=lambda request: (-len(request[1] + request[2]), request[1] + request[2]))
+        asked = [(texts, c or [self.prefix_token_id], wanted) for texts, c, wanted in requests if wanted]
+        if self.batch_size != "auto":  # where continuations begin, in the order of HFLM's batches
+            ordered = sorted(asked, key=lambda asked: (-len(asked[1] + asked[2]), asked[1] + asked[2]))
             self._starts.extend(min(len(c + w) - 1, self.max_length) - len(w) for _, c, w in ordered)
         quiet = NO_BAR or override_bs is not None  # a bar for each batch of windows
         given = iter(super()._loglikelihood_tokens(asked, quiet, override_bs))
@@ -192,7 +192,7 @@ def open_checkpoint(alias, path, options):
     """(what is known of a checkpoint, its Tokenizer); a ValueError where the arguments do not go together."""
     if (Path(path) / "config.json").is_file():
         how = f"python export_hf.py --to_checkpoint {path} --output_dir DIR makes a checkpoint of it"
-        raise InputError(f"--checkpoint {path}: a folder of transformers, which lm_eval --model hf scores; {how}")
+        raise InputError(f"--checkpoint {path}: an exported folder, which lm_eval --model hf scores; {how}")
     contents, script, val_data = read_checkpoint(alias, path), script_of(alias), options.val_data
     with warnings.catch_warnings(action="ignore"):  # the meta device tries everything but copying the numbers
         shape = asdict(script.load_model(path, device="meta").config)  # with its defaults
@@ -204,11 +204,12 @@ def open_checkpoint(alias, path, options):
     tokenizer = tokenizer_of(contents, path, options.tokenizer, config.get("train_data"), val_data)
     stored = stored_tokenizer(val_data)
     if stored and stored.sha256 != tokenizer.sha256:
-        raise InputError(f"--val_data {val_data}: {stored.name} is not the tokenizer of {path}, {tokenizer.name}")
+        other = f"{stored.name} is not the tokenizer of {path}, {tokenizer.name}"
+        raise InputError(f"--val_data {val_data}: {other}")
 
-    # Positions that training did not reach are not used. Released checkpoints do not say how long their rows were.
+    # Positions that training did not reach are not used. Released checkpoints do not say how far it went.
     n_positions = shape["n_positions"]
-    known = {"alias": alias, "path": path, "step": contents.get("step"), "tokens_seen": contents.get("tokens_seen")}
+    known = {"alias": alias, "path": path} | {name: contents.get(name) for name in ("step", "tokens_seen")}
     known |= {"size": size_of(shape), "positions": min(n_positions, config.get("seq_length") or n_positions)}
     with open(path, "rb") as file:
         known["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -238,7 +239,7 @@ def open_tasks(patterns, include_path, num_fewshot):
 
 
 def find_tasks(patterns, include_path):
-    """(names, a TaskManager that knows them). A pattern with wildcards stands for tasks, or else for groups."""
+    """(names, a TaskManager that knows them). A pattern with wildcards means tasks, or else groups."""
     if include_path and not Path(include_path).is_dir():
         raise InputError(f"--include_path {include_path}: no such folder")
     manager = TaskManager(include_path=include_path, include_defaults=False)
@@ -250,20 +251,22 @@ def find_tasks(patterns, include_path):
         try:
             load_yaml(file, resolve_func=False)
         except Exception as error:  # of the syntax, an include, the encoding
-            raise InputError(f"--include_path {include_path}: {file} cannot be read: {one_line(error)}") from error
+            raise InputError(f"--include_path: {file} cannot be read: {one_line(error)}") from error
 
     manager = TaskManager(include_path=include_path)
-    # of a name that nothing has, load() says so
-    found = [matching(manager.all_subtasks, each) or manager.match_tasks([each]) or [each] for each in patterns]
-    return list(dict.fromkeys(chain.from_iterable(found))), manager
+    names = []
+    for pattern in patterns:  # of a name that nothing has, load() says so
+        names += matching(manager.all_subtasks, pattern) or manager.match_tasks([pattern]) or [pattern]
+    return list(dict.fromkeys(names)), manager
 
 
 def in_its_own_words(error):
-    """What a library says that failed to get the data, and what it says underneath, with the path concerned."""
+    """What a library says that failed to get the data, and the cause below it, with the path concerned."""
     links = [error]
     while links[-1].__cause__:
         links.append(links[-1].__cause__)
-    said = " from ".join(dict.fromkeys(f"{type(link).__name__}: {one_line(link)}" for link in (error, links[-1])))
+    ends = [f"{type(link).__name__}: {one_line(link)}" for link in (error, links[-1])]
+    said = " from ".join(dict.fromkeys(ends))
     if any(isinstance(link, ConnectionError) for link in links):
         return f"{said}; to run on local files, see Downstream tasks in docs/operations.md"
     if isinstance(links[-1], OSError) and not links[-1].filename:  # as of a full disk
@@ -312,7 +315,8 @@ def find_device(name):
     try:
         device = torch.device(name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count()))
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {one_line(error)}") from error
@@ -330,9 +334,9 @@ def evaluate_checkpoint(known, tokenizer, options, manager):
     record = known | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     if options.tasks:
         lm = CheckpointLM(model, tokenizer, options.batch_size, known["positions"])
-        settings = {"num_fewshot": options.num_fewshot, "limit": options.limit, "log_samples": options.log_samples}
+        settings = {name: getattr(options, name) for name in ("tasks", "num_fewshot", "limit", "log_samples")}
         with contextlib.redirect_stdout(sys.stderr):  # where it tells what batch size it has found
-            record["harness"] = simple_evaluate(lm, tasks=options.tasks, task_manager=manager, **settings)
+            record["harness"] = simple_evaluate(lm, task_manager=manager, **settings)
 
     batch_size = BATCH if options.batch_size == "auto" else options.batch_size
     for protocol in ("padded", "packed") if options.val_data else ():
@@ -390,7 +394,8 @@ def table(records):
     for task, metric in columns[0]:
         chance = f"{CHANCE[task]:.1f}" if task in CHANCE and metric in ("acc", "acc_norm") else ""
         rows.append([task, metric, chance, *(cell(*column[task, metric]) for column in columns)])
-    lines = tabulate(rows, ["task", "metric", "chance", *records], tablefmt="plain", disable_numparse=True).splitlines()
+    headers = ["task", "metric", "chance", *records]
+    lines = tabulate(rows, headers, tablefmt="plain", disable_numparse=True).splitlines()
     metrics = dict.fromkeys(metric.partition(",")[0] for _, metric in columns[0])
     shares = [metric for metric in metrics if SHARES.fullmatch(metric)]
     return lines + (["", f"in per cent: {', '.join(shares)}; ±: one standard error"] if shares else [])
@@ -403,11 +408,12 @@ def cell(value, stderr):
 
 
 def report(records, options):
-    """Write the scores as the harness gives them, with what it takes to get them again, and print the table."""
+    """Write the harness's scores, with what it takes to get them again, and print the table."""
     packages = ("torch", "lm_eval", "datasets", "transformers", "tiktoken")
     versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
     settings = vars(options) | {"processes": WORLD_SIZE}
-    samples = {label: record.get("harness", {}).pop("samples", None) or {} for label, record in records.items()}
+    harness = {label: record.get("harness", {}) for label, record in records.items()}
+    samples = {label: results.pop("samples", None) or {} for label, results in harness.items()}
     encode = partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
     try:
         if path := options.output_path:
@@ -429,13 +435,13 @@ def report(records, options):
 def parse(arguments):
     parser = Parser(__file__, __doc__)
     add = parser.add_argument
-    add("--model", nargs="+", required=True, metavar="ALIAS", help=f"{', '.join(VARIANTS)}; for all or for each")
-    add("--checkpoint", nargs="+", required=True, metavar="PATH", help="ours or released; several make one table")
+    add("--model", nargs="+", required=True, metavar="ALIAS", help=f"{', '.join(VARIANTS)}; for all or each")
+    add("--checkpoint", nargs="+", required=True, metavar="PATH", help="ours or released; several: one table")
     tasks = f"those of `lm_eval ls tasks` or {PERPLEXITY} (default: the paper's; with --val_data, that alone)"
     add("--tasks", nargs="+", metavar="TASK", help=tasks)
     add("--num_fewshot", type=int, default=5, help="solved examples before each question (default: 5)")
     add("--batch_size", default="auto", help="requests in a forward pass, or auto (default)")
-    add("--limit", type=float, help=f"the first N documents of each task but {PERPLEXITY}, or a share below 1")
+    add("--limit", type=float, help=f"the first N documents of a task but {PERPLEXITY}, or a share below 1")
     add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPUs")
     add("--tokenizer", help="gpt2, bytes or PATH.tiktoken (default: that of the training data, or else gpt2)")

@@ -102,7 +102,7 @@ def main(arguments=None):
     models = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else [platform.processor()]
     machine = {"processor": models[0], "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     machine["load"] = os.getloadavg()[0]
-    settings = {"requests": len(requests), "batch_size": options.batch_size, "rounds": options.rounds, "shape": SHAPE}
+    settings = {"requests": len(requests), "batch_size": options.batch_size, "rounds": options.rounds}
     print(f"{machine}, {versions}\n")
     rows, ratios = [], {}
     for name, times in seconds.items():
@@ -110,10 +110,11 @@ def main(arguments=None):
         ratios[name] = {"median": median(ratio), "lowest": ratio[0], "highest": ratio[-1]}
         rows.append([name, f"{len(requests) / min(times):.1f}", f"{len(requests) / median(times):.1f}"])
         rows[-1].append(f"{median(ratio):.2f} ({ratio[0]:.2f} to {ratio[-1]:.2f})")
-    headers = [f"{len(requests)} requests, batches of {options.batch_size}", "best, requests/s", "median", "ratio"]
+    what = f"{len(requests)} requests, batches of {options.batch_size}"
+    headers = [what, "best, requests/s", "median", "ratio"]
     print(tabulate(rows, headers, tablefmt="plain", disable_numparse=True))
     if options.output:
-        record = settings | machine | versions | {"seconds": seconds, "ratio": ratios}
+        record = settings | {"shape": SHAPE} | machine | versions | {"seconds": seconds, "ratio": ratios}
         options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
