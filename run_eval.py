@@ -6,11 +6,8 @@
     python run_eval.py --model kv --checkpoint a.pt --tasks my_hellaswag 'my_arc*' --include_path my_tasks
 
 The harness builds the few-shot prompts, asks its own HFLM for log-probabilities and generations, and computes
-the metrics with their standard errors. This file hands it any checkpoint that the training scripts can load, as
-the model of transformers that export_hf.py writes.
-
-The language model that the harness asks comes first, then processes, checkpoints, tasks, evaluation, the table
-and the report, and the command line.
+the metrics with their standard errors. This file hands it any checkpoint that the training scripts can load,
+as the model of transformers that export_hf.py writes.
 """
 
 import contextlib
@@ -26,8 +23,9 @@ import tempfile
 import warnings
 from collections import deque
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import timedelta
 from fnmatch import filter as matching
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -37,7 +35,6 @@ import torch
 import torch.distributed as dist
 import yaml
 from lm_eval import simple_evaluate
-from lm_eval.loggers import EvaluationTracker
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -47,8 +44,8 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from common import (  # isort: skip
-    ROOT, SIZES, VARIANTS, InputError, Parser, Tokenizer, read_checkpoint, script_of, show_what_the_terminal_can,
-    stored_tokenizer, tokenizer_of, write_text,
+    ROOT, SIZES, VARIANTS, InputError, Parser, Tokenizer, read_checkpoint, script_of,
+    show_what_the_terminal_can, stored_tokenizer, tokenizer_of, write_text,
 )  # fmt: skip
 from export_hf import SHAPE, fast_tokenizer
 from modeling_qkv import QKVConfig, QKVForCausalLM
@@ -58,12 +55,13 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 FIVE = ("arc_challenge", "arc_easy", "hellaswag", "piqa", "winogrande")  # the paper's tasks
-CHANCE = dict(zip((*FIVE, "mean"), (25.0, 25.0, 25.0, 50.0, 50.0, 35.0), strict=True))  # per cent, by guessing
+CHANCE = dict(zip((*FIVE, "mean"), (25.0, 25.0, 25.0, 50.0, 50.0, 35.0), strict=True))  # per cent, guessed
 # The paper's mean over the five at 1.2B, 5-shot. It gives none for MQA.
 PUBLISHED = {alias: row["published"].get("downstream", {}).get("1.2B") for alias, row in VARIANTS.items()}
 SHARES = re.compile(r"acc|acc_(norm|bytes|all|mutual_info)|exact_match|em|f1")  # printed in per cent
 PERPLEXITY = "perplexity"  # a task of ours, besides the harness's
 BATCH = 8  # --batch_size auto on a CPU, and for --val_data
+NO_BAR = RANK != 0 or not sys.stderr.isatty()
 
 
 # -----------------------------------------------------------------------------
@@ -73,12 +71,12 @@ BATCH = 8  # --batch_size auto on a CPU, and for --val_data
 class CheckpointLM(HFLM):
     """The harness's own adapter over a model of the training scripts.
 
-    With several processes each rank builds all the prompts and answers a share of them. The harness's own way, a
-    share of the documents for every rank, draws other few-shot examples for every world size.
+    With several processes each rank builds all the prompts and answers a share of them. The harness's own
+    way, a share of the documents for every rank, draws other few-shot examples for every world size.
     """
 
     def __init__(self, model, tokenizer: Tokenizer, batch_size: int | str = BATCH, max_length=None):
-        """batch_size: requests in a forward pass; auto: what fits on a GPU, 8 on a CPU. max_length: tokens in a row."""
+        """batch_size: requests in a pass; auto: what fits on a GPU, 8 on a CPU. max_length: of rows."""
         (alias,) = [alias for alias, row in VARIANTS.items() if row["class"] == type(model).__name__]
         shape = {name: getattr(model.config, name) for name in SHAPE}
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
@@ -99,7 +97,8 @@ class CheckpointLM(HFLM):
 
     def tok_batch_encode(self, strings, *args, **kwargs):
         """(ids, attention mask) of prompts; an empty one becomes the end-of-text token."""
-        return super().tok_batch_encode([text or self.tokenizer.eos_token for text in strings], *args, **kwargs)
+        texts = [text or self.tokenizer.eos_token for text in strings]
+        return super().tok_batch_encode(texts, *args, **kwargs)
 
     def _model_call(self, inps, attn_mask=None, labels=None):
         """Logits [B, T, vocab_size], without positions before the first continuation of the batch.
@@ -127,7 +126,7 @@ class CheckpointLM(HFLM):
         """
         longest = max((len(continuation) for *_, continuation in requests), default=0)
         if longest > self.max_length:
-            raise InputError(f"a continuation of {longest} tokens does not fit the {self.max_length} of the model")
+            raise InputError(f"a continuation of {longest} tokens is longer than a row, {self.max_length}")
         cut = sum(len(context + continuation) > self.max_length + 1 for _, context, continuation in requests)
         if cut:
             what = f"{cut:,} of {len(requests):,} requests are longer than {self.max_length:,} tokens"
@@ -135,11 +134,11 @@ class CheckpointLM(HFLM):
 
         # Blanks at the end of a context belong to the continuation. HFLM fails where nothing else is in the
         # context, and where the last token of the context reaches over all of the continuation.
-        asked = [(texts, context or [self.prefix_token_id], wanted) for texts, context, wanted in requests if wanted]
-        if self.batch_size != "auto":  # where continuations begin, in the order in which HFLM takes its batches
-            ordered = sorted(asked, key=lambda request: (-len(request[1] + request[2]), request[1] + request[2]))
+        asked = [(texts, c or [self.prefix_token_id], wanted) for texts, c, wanted in requests if wanted]
+        if self.batch_size != "auto":  # where continuations begin, in the order of HFLM's batches
+            ordered = sorted(asked, key=lambda asked: (-len(asked[1] + asked[2]), asked[1] + asked[2]))
             self._starts.extend(min(len(c + w) - 1, self.max_length) - len(w) for _, c, w in ordered)
-        quiet = no_bar() or override_bs is not None  # a bar for each batch of windows
+        quiet = NO_BAR or override_bs is not None  # a bar for each batch of windows
         given = iter(super()._loglikelihood_tokens(asked, quiet, override_bs))
         answers = [next(given) if wanted else (0.0, True) for *_, wanted in requests]
         if not all(math.isfinite(value) for value, _ in answers):
@@ -153,10 +152,9 @@ class CheckpointLM(HFLM):
 
 def gather(value):
     """What each rank passed, in the order of ranks; every rank has to call it."""
-    if WORLD_SIZE == 1:
-        return [value]
-    values = [None] * WORLD_SIZE
-    dist.all_gather_object(values, value)
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -177,33 +175,24 @@ def share_out(answer, requests):
     """The answers to requests that all ranks have, of which each answers a share."""
     share = requests[RANK::WORLD_SIZE]
     answers = [None] * len(requests)
-    for rank, part in enumerate(gather(together(lambda: answer(share, no_bar()) if share else []))):
+    for rank, part in enumerate(gather(together(lambda: answer(share, NO_BAR) if share else []))):
         answers[rank::WORLD_SIZE] = part
     return answers
 
 
 def one_line(error):
-    return " ".join(str(error).split())
-
-
-def print_error(error):
-    print(f"run_eval.py: error: {one_line(error)}", file=sys.stderr, flush=True)
-
-
-def no_bar():
-    """For tqdm's `disable`: no bar off rank 0, and none where no terminal would show it."""
-    return RANK != 0 or not sys.stderr.isatty()
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints
+# Checks before the work
 
 
 def open_checkpoint(alias, path, options):
     """(what is known of a checkpoint, its Tokenizer); a ValueError where the arguments do not go together."""
     if (Path(path) / "config.json").is_file():
         how = f"python export_hf.py --to_checkpoint {path} --output_dir DIR makes a checkpoint of it"
-        raise InputError(f"--checkpoint {path}: a folder of transformers, which lm_eval --model hf scores; {how}")
+        raise InputError(f"--checkpoint {path}: an exported folder, which lm_eval --model hf scores; {how}")
     contents, script, val_data = read_checkpoint(alias, path), script_of(alias), options.val_data
     with warnings.catch_warnings(action="ignore"):  # the meta device tries everything but copying the numbers
         shape = asdict(script.load_model(path, device="meta").config)  # with its defaults
@@ -215,11 +204,12 @@ def open_checkpoint(alias, path, options):
     tokenizer = tokenizer_of(contents, path, options.tokenizer, config.get("train_data"), val_data)
     stored = stored_tokenizer(val_data)
     if stored and stored.sha256 != tokenizer.sha256:
-        raise InputError(f"--val_data {val_data}: {stored.name} is not the tokenizer of {path}, {tokenizer.name}")
+        other = f"{stored.name} is not the tokenizer of {path}, {tokenizer.name}"
+        raise InputError(f"--val_data {val_data}: {other}")
 
-    # Positions that training did not reach are not used. Released checkpoints do not say how long their rows were.
+    # Positions that training did not reach are not used. Released checkpoints do not say how far it went.
     n_positions = shape["n_positions"]
-    known = {"alias": alias, "path": path, "step": contents.get("step"), "tokens_seen": contents.get("tokens_seen")}
+    known = {"alias": alias, "path": path} | {name: contents.get(name) for name in ("step", "tokens_seen")}
     known |= {"size": size_of(shape), "positions": min(n_positions, config.get("seq_length") or n_positions)}
     with open(path, "rb") as file:
         known["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -228,15 +218,10 @@ def open_checkpoint(alias, path, options):
 
 def size_of(shape):
     """300M or 1.2B; None for a model of another shape."""
-    for size in SIZES:
-        published = yaml.safe_load((ROOT / f"configs/model_config_{size}.yaml").read_text(encoding="utf-8"))
-        if all(shape[name] == published[name] for name in ("n_layer", "n_embd", "n_head")):
-            return size
-    return None
-
-
-# -----------------------------------------------------------------------------
-# Tasks
+    paths = {size: ROOT / f"configs/model_config_{size}.yaml" for size in SIZES}
+    published = {size: yaml.safe_load(path.read_text(encoding="utf-8")) for size, path in paths.items()}
+    names = ("n_layer", "n_embd", "n_head")
+    return next((size for size in SIZES if all(shape[name] == published[size][name] for name in names)), None)
 
 
 def open_tasks(patterns, include_path, num_fewshot):
@@ -246,7 +231,7 @@ def open_tasks(patterns, include_path, num_fewshot):
         try:
             for task in manager.load([name])["tasks"].values():
                 _, document = next(task.doc_iterator(limit=1))
-                # A task's own 0 goes before --num_fewshot.
+                # a task's own 0 goes before --num_fewshot
                 task.fewshot_context(document, 0 if task.config.num_fewshot == 0 else num_fewshot)
         except Exception as error:  # a task file can hold anything, code included
             raise InputError(f"--tasks {name}, {num_fewshot}-shot: {in_its_own_words(error)}") from error
@@ -254,23 +239,19 @@ def open_tasks(patterns, include_path, num_fewshot):
 
 
 def find_tasks(patterns, include_path):
-    """(names, a TaskManager that knows them); InputError where a file of tasks is broken.
-
-    A pattern is a name, or has wildcards and stands for tasks, or for groups where it fits no task.
-    """
+    """(names, a TaskManager that knows them). A pattern with wildcards means tasks, or else groups."""
     if include_path and not Path(include_path).is_dir():
         raise InputError(f"--include_path {include_path}: no such folder")
     manager = TaskManager(include_path=include_path, include_defaults=False)
-    # The harness's own tasks, 14,000 files, take seconds to read.
     if set(patterns) <= set(manager.task_index) - set(manager.all_groups):
-        return patterns, manager
+        return patterns, manager  # the harness's own tasks, 14,000 files, take seconds to read
 
     # The harness passes over a file that it cannot read, and would take its own task of that name.
     for file in sorted(Path(include_path).rglob("*.yaml")) if include_path else ():
         try:
             load_yaml(file, resolve_func=False)
         except Exception as error:  # of the syntax, an include, the encoding
-            raise InputError(f"--include_path {include_path}: {file} cannot be read: {one_line(error)}") from error
+            raise InputError(f"--include_path: {file} cannot be read: {one_line(error)}") from error
 
     manager = TaskManager(include_path=include_path)
     names = []
@@ -280,20 +261,17 @@ def find_tasks(patterns, include_path):
 
 
 def in_its_own_words(error):
-    """What a library says that failed to get the data, and what it says underneath, with the path concerned."""
+    """What a library says that failed to get the data, and the cause below it, with the path concerned."""
     links = [error]
     while links[-1].__cause__:
         links.append(links[-1].__cause__)
-    said = " from ".join(dict.fromkeys(f"{type(link).__name__}: {one_line(link)}" for link in (error, links[-1])))
+    ends = [f"{type(link).__name__}: {one_line(link)}" for link in (error, links[-1])]
+    said = " from ".join(dict.fromkeys(ends))
     if any(isinstance(link, ConnectionError) for link in links):
         return f"{said}; to run on local files, see Downstream tasks in docs/operations.md"
     if isinstance(links[-1], OSError) and not links[-1].filename:  # as of a full disk
         return f"{said}; data sets are kept in {datasets.config.HF_DATASETS_CACHE}, which HF_HOME moves"
     return said
-
-
-# -----------------------------------------------------------------------------
-# Evaluation
 
 
 def prepare(options):
@@ -305,10 +283,9 @@ def prepare(options):
     limit, size, output = options.limit, options.batch_size, options.output_path
     if limit is not None and not limit > 0:
         raise InputError(f"--limit {limit:g}: expected a number of documents, or a share below 1")
-    if size != "auto":
-        if not (size.isdecimal() and int(size)):
-            raise InputError(f"--batch_size {size}: expected auto or a whole number above 0")
-        options.batch_size = int(size)
+    if size != "auto" and not (size.isdecimal() and int(size)):
+        raise InputError(f"--batch_size {size}: expected auto or a whole number above 0")
+    options.batch_size = size if size == "auto" else int(size)
     if options.log_samples and not output:
         raise InputError("--log_samples: needs --output_path FILE, beside which it writes")
     if output:
@@ -323,11 +300,10 @@ def prepare(options):
         raise InputError(f"--tasks {PERPLEXITY}: needs --val_data DIR, files of dataset_download.py")
     options.tasks = [name for name in tasks if name != PERPLEXITY]
 
-    aliases, paths = options.model, options.checkpoint
-    if len(aliases) not in (1, len(paths)):
+    aliases = options.model * (len(options.checkpoint) if len(options.model) == 1 else 1)
+    if len(aliases) != len(options.checkpoint):
         raise InputError("--model: expected one for all checkpoints, or one for each")
-    pairs = zip(aliases * (len(paths) // len(aliases)), paths, strict=True)
-    checkpoints = [open_checkpoint(*pair, options) for pair in pairs]
+    checkpoints = [open_checkpoint(*pair, options) for pair in zip(aliases, options.checkpoint, strict=True)]
     manager = None
     if options.tasks:
         options.tasks, manager = open_tasks(options.tasks, options.include_path, options.num_fewshot)
@@ -339,11 +315,16 @@ def find_device(name):
     try:
         device = torch.device(name.replace("auto", "cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % max(1, torch.cuda.device_count()))
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local_rank % max(1, torch.cuda.device_count()))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {one_line(error)}") from error
     return device
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
 
 
 def evaluate_checkpoint(known, tokenizer, options, manager):
@@ -353,16 +334,14 @@ def evaluate_checkpoint(known, tokenizer, options, manager):
     record = known | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     if options.tasks:
         lm = CheckpointLM(model, tokenizer, options.batch_size, known["positions"])
-        settings = {"num_fewshot": options.num_fewshot, "limit": options.limit, "log_samples": options.log_samples}
+        settings = {name: getattr(options, name) for name in ("tasks", "num_fewshot", "limit", "log_samples")}
         with contextlib.redirect_stdout(sys.stderr):  # where it tells what batch size it has found
-            record["harness"] = simple_evaluate(lm, tasks=options.tasks, task_manager=manager, **settings)
+            record["harness"] = simple_evaluate(lm, task_manager=manager, **settings)
 
     batch_size = BATCH if options.batch_size == "auto" else options.batch_size
     for protocol in ("padded", "packed") if options.val_data else ():
         loader = script.get_dataloader(options.val_data, batch_size, known["positions"], protocol)
-        bar = tqdm(loader, desc=f"{PERPLEXITY}, {protocol}", unit="batch", disable=no_bar())
-        bar.dataset = loader.dataset  # evaluate() asks its loader for it
-        result = script.evaluate(model, bar)
+        result = script.evaluate(model, loader)
         if not math.isfinite(result["loss"]):
             raise InputError(f"its loss on {options.val_data} is not finite: it has diverged, or is damaged")
         record.setdefault(PERPLEXITY, {})[protocol] = result
@@ -395,7 +374,10 @@ def figures(record):
             values, stderrs = zip(*parts, strict=True)
             stderr = None if None in stderrs else math.hypot(*stderrs) / len(FIVE)
             found["mean", metric] = fmean(values), stderr
-        found["mean, published at 1.2B", "5-shot"] = published_mean(record), None
+        # Not of another number of KV heads. A model of another shape is compared with that of 300M.
+        groups = VARIANTS[record["alias"]]["groups"]
+        same = not groups or record["model_config"]["n_kv_groups"] == groups[record["size"] or "300M"]
+        found["mean, published at 1.2B", "5-shot"] = PUBLISHED[record["alias"]] if same else None, None
 
     for protocol, result in record.get(PERPLEXITY, {}).items():
         if protocol == "padded":
@@ -405,15 +387,6 @@ def figures(record):
     return found
 
 
-def published_mean(record):
-    """The paper's mean of the variant; None where it has none, or one of another number of KV heads."""
-    groups = VARIANTS[record["alias"]]["groups"]
-    # A model of another shape is compared with the scripts' default, that of 300M.
-    if groups and record["model_config"]["n_kv_groups"] != groups[record["size"] or "300M"]:
-        return None
-    return PUBLISHED.get(record["alias"])
-
-
 def table(records):
     """Lines of text for {label: record}: a row for each figure and a column for each checkpoint."""
     columns = [figures(record) for record in records.values()]
@@ -421,7 +394,8 @@ def table(records):
     for task, metric in columns[0]:
         chance = f"{CHANCE[task]:.1f}" if task in CHANCE and metric in ("acc", "acc_norm") else ""
         rows.append([task, metric, chance, *(cell(*column[task, metric]) for column in columns)])
-    lines = tabulate(rows, ["task", "metric", "chance", *records], tablefmt="plain", disable_numparse=True).splitlines()
+    headers = ["task", "metric", "chance", *records]
+    lines = tabulate(rows, headers, tablefmt="plain", disable_numparse=True).splitlines()
     metrics = dict.fromkeys(metric.partition(",")[0] for _, metric in columns[0])
     shares = [metric for metric in metrics if SHARES.fullmatch(metric)]
     return lines + (["", f"in per cent: {', '.join(shares)}; ±: one standard error"] if shares else [])
@@ -433,32 +407,25 @@ def cell(value, stderr):
     return f"{value:.2f}" if stderr is None else f"{value:.2f} ± {stderr:.2f}"
 
 
-def write_report(path, records, options):
-    """Write the scores as the harness gives them, and what it takes to get them again, as one JSON file."""
+def report(records, options):
+    """Write the harness's scores, with what it takes to get them again, and print the table."""
     packages = ("torch", "lm_eval", "datasets", "transformers", "tiktoken")
-    report = {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "settings": vars(options) | {"processes": WORLD_SIZE},
-        "chance": CHANCE,
-        "published_mean_1.2B": PUBLISHED,
-        "checkpoints": records,
-    }
-    # The standard error of a single document is NaN, which is no JSON.
-    text = json.dumps(report, default=handle_non_serializable)
-    report = json.loads(text, parse_constant=lambda constant: None)
-    write_text(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_samples(folder, label, samples):
-    """What each document was asked, answered and scored, where the harness's own command puts it."""
-    tracker = EvaluationTracker(output_path=str(folder))
-    tracker.general_config_tracker.model_name_sanitized = sanitize_model_name(label)
-    tracker.date_id = datetime.now().isoformat().replace(":", "-")
-    for task, documents in samples.items():
-        tracker.save_results_samples(task, documents)
-        written = folder / sanitize_model_name(label) / f"samples_{task}_{tracker.date_id}.jsonl"
-        if not written.is_file() or written.read_bytes().count(b"\n") != len(documents):
-            raise InputError(f"--log_samples: {written} was not written; is the disk full?")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    settings = vars(options) | {"processes": WORLD_SIZE}
+    harness = {label: record.get("harness", {}) for label, record in records.items()}
+    samples = {label: results.pop("samples", None) or {} for label, results in harness.items()}
+    encode = partial(json.dumps, default=handle_non_serializable, ensure_ascii=False)
+    try:
+        if path := options.output_path:
+            text = encode({"versions": versions, "settings": settings, "checkpoints": records})
+            # The standard error of a single document is NaN, which is no JSON.
+            write_text(path, encode(json.loads(text, parse_constant=lambda constant: None), indent=2) + "\n")
+        for label, tasks in samples.items():
+            for task, documents in tasks.items():
+                beside = path.with_suffix(f".{sanitize_model_name(label)}.{task}.jsonl")
+                write_text(beside, "".join(f"{encode(document)}\n" for document in documents))
+    finally:  # a full disk must not cost the scores, nor a closed pipe the report
+        print(*table(records), sep="\n", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -468,14 +435,13 @@ def write_samples(folder, label, samples):
 def parse(arguments):
     parser = Parser(__file__, __doc__)
     add = parser.add_argument
-    of_each = f"{', '.join(VARIANTS)}; one for all or one for each"
-    add("--model", nargs="+", required=True, metavar="ALIAS", help=of_each)
-    add("--checkpoint", nargs="+", required=True, metavar="PATH", help="ours or released; several make one table")
+    add("--model", nargs="+", required=True, metavar="ALIAS", help=f"{', '.join(VARIANTS)}; for all or each")
+    add("--checkpoint", nargs="+", required=True, metavar="PATH", help="ours or released; several: one table")
     tasks = f"those of `lm_eval ls tasks` or {PERPLEXITY} (default: the paper's; with --val_data, that alone)"
     add("--tasks", nargs="+", metavar="TASK", help=tasks)
     add("--num_fewshot", type=int, default=5, help="solved examples before each question (default: 5)")
     add("--batch_size", default="auto", help="requests in a forward pass, or auto (default)")
-    add("--limit", type=float, help=f"the first N documents of each task but {PERPLEXITY}, or a share below 1")
+    add("--limit", type=float, help=f"the first N documents of a task but {PERPLEXITY}, or a share below 1")
     add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on GPUs")
     add("--tokenizer", help="gpt2, bytes or PATH.tiktoken (default: that of the training data, or else gpt2)")
@@ -504,18 +470,6 @@ def run(options):
             report(records, options)
 
 
-def report(records, options):
-    """Write the report and print the table."""
-    samples = {label: record["harness"].pop("samples", {}) for label, record in records.items() if options.tasks}
-    try:
-        if options.output_path:
-            write_report(options.output_path, records, options)
-        for label, documents in samples.items() if options.log_samples else ():
-            write_samples(options.output_path.parent, label, documents)
-    finally:  # a full disk must not cost the scores, nor a closed pipe the report
-        print(*table(records), sep="\n", flush=True)
-
-
 def main(arguments=None):
     options = parse(arguments)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of each setting that is not its own
@@ -529,13 +483,11 @@ def main(arguments=None):
         run(options)
     except KeyboardInterrupt:
         sys.exit(130)
-    except InputError as error:  # the same on every rank
-        if RANK == 0:
-            print_error(error)
-        gather(None)  # the launcher ends the others when one has ended, and rank 0 has to print first
-        sys.exit(2)
-    except (OSError, torch.OutOfMemoryError) as error:
-        print_error(error)
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        if RANK == 0 or not isinstance(error, InputError):  # which is the same on every rank
+            print(f"run_eval.py: error: {one_line(error)}", file=sys.stderr, flush=True)
+        if isinstance(error, InputError):
+            gather(None)  # the launcher ends the others when one has ended, and rank 0 has to print first
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,26 +1,25 @@
 """How fast run_eval.py scores short requests, beside the released design: one request in a forward pass.
 
     python tests/benchmarks/evaluation.py                            # about two minutes on 2 cores
-    python tests/benchmarks/evaluation.py --batch_size 32 --rounds 10
-    python tests/benchmarks/evaluation.py --beside OTHER_CHECKOUT --output results/evaluation/short_requests.json
+    python tests/benchmarks/evaluation.py --batch_size 32 --rounds 10 --output FILE.json
 
 Held equal: Q–K=V with 6 layers, width 384, 6 heads and the vocabulary of 50,304, in fp32; the requests, which
 are token ids already: four continuations of 2 to 12 tokens for each context of 8 to 56; the process and its
 threads, torch's default number. The released design computes the logits of all positions of a single request.
 run_eval.py, through the harness's HFLM, sorts the requests by length, pads batches, and computes the logits
 from the first continuation of a batch on. HFLM stands for the harness's own adapter, which computes them all,
-over transformers' GPT-2 of this shape with random weights. --beside adds the run_eval.py of another checkout.
-They take turns, and the run ends with an error if a score differs.
+over transformers' GPT-2 of this shape with random weights. They take turns, and the run ends with an error if
+run_eval.py's scores differ from the released design's.
 
     ratio    the released design's time over the other's in a round: median (lowest to highest)
 """
 
-import argparse
 import json
 import logging
 import os
 import platform
 import random
+import re
 import sys
 import time
 from importlib.metadata import version
@@ -36,11 +35,10 @@ import transformers  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
-from common import load_tokenizer  # noqa: E402
+from common import Parser, load_tokenizer  # noqa: E402
 from run_eval import CheckpointLM  # noqa: E402
 from transformer_KV_1_300_M import GPT_QKV_KEqualsV, ModelConfig  # noqa: E402
 
-MODULES = {path.relative_to(ROOT) for path in ROOT.glob("*.py")}
 SHAPE = {"n_layer": 6, "n_embd": 384, "n_head": 6, "n_positions": 1024, "vocab_size": 50304}
 
 
@@ -72,41 +70,11 @@ def values_of(lm):
     return lambda requests: [value for value, _ in lm._loglikelihood_tokens(requests, disable_tqdm=True)]
 
 
-def of_another_checkout(folder, model, batch_size):
-    """The language model of its run_eval.py, imported in the place of this one's modules and out of their way again."""
-    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if Path(name + ".py") in MODULES}
-    sys.path.insert(0, str(Path(folder).resolve()))
-    from run_eval import CheckpointLM as Other
-
-    lm = Other(model, load_tokenizer("bytes"), batch_size)
-    sys.path.pop(0)
-    sys.modules.update(ours)
-    return lm
-
-
-def timed(score, requests):
-    """Seconds, and the scores."""
-    started = time.perf_counter()
-    scores = score(requests)
-    return time.perf_counter() - started, scores
-
-
-def processor():
-    """What the machine calls its processor."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("model name"):
-            return line.partition(": ")[2]
-    return platform.processor()
-
-
 def main(arguments=None):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = Parser(__file__, __doc__)
     parser.add_argument("--requests", type=int, default=160)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--beside", metavar="CHECKOUT", help="another checkout, whose run_eval.py takes part")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write every time as JSON")
     options = parser.parse_args(arguments)
 
@@ -118,26 +86,23 @@ def main(arguments=None):
     plain = HFLM(gpt2, tokenizer=lm.tokenizer, batch_size=options.batch_size, logits_cache=False)
     contestants = {"released design": lambda given: released(model, given), "run_eval.py": values_of(lm)}
     contestants["HFLM over GPT-2"] = values_of(plain)
-    if options.beside:
-        other = of_another_checkout(options.beside, model, options.batch_size)
-        contestants["run_eval.py of --beside"] = values_of(other)
 
     requests = short_requests(options.requests)
-    seconds = {name: [] for name in contestants}
+    seconds, scores = {name: [] for name in contestants}, {}
     for turn in range(options.rounds + 1):
         for name, score in contestants.items():
-            spent, scores = timed(score, requests)
-            if name == "released design":
-                expected = scores
-            elif name != "HFLM over GPT-2":  # another model
-                torch.testing.assert_close(scores, expected, atol=1e-3, rtol=1e-5)
+            started = time.perf_counter()
+            scores[name] = score(requests)
             if turn:  # the first is for warming up
-                seconds[name].append(spent)
+                seconds[name].append(time.perf_counter() - started)
+        torch.testing.assert_close(scores["run_eval.py"], scores["released design"], atol=1e-3, rtol=1e-5)
 
     versions = {name: version(name) for name in ("torch", "transformers", "lm_eval")}
-    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    info = Path("/proc/cpuinfo")
+    models = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else [platform.processor()]
+    machine = {"processor": models[0], "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     machine["load"] = os.getloadavg()[0]
-    settings = {"requests": len(requests), "batch_size": options.batch_size, "rounds": options.rounds, "shape": SHAPE}
+    settings = {"requests": len(requests), "batch_size": options.batch_size, "rounds": options.rounds}
     print(f"{machine}, {versions}\n")
     rows, ratios = [], {}
     for name, times in seconds.items():
@@ -145,10 +110,11 @@ def main(arguments=None):
         ratios[name] = {"median": median(ratio), "lowest": ratio[0], "highest": ratio[-1]}
         rows.append([name, f"{len(requests) / min(times):.1f}", f"{len(requests) / median(times):.1f}"])
         rows[-1].append(f"{median(ratio):.2f} ({ratio[0]:.2f} to {ratio[-1]:.2f})")
-    headers = [f"{len(requests)} requests, batches of {options.batch_size}", "best, requests/s", "median", "ratio"]
+    what = f"{len(requests)} requests, batches of {options.batch_size}"
+    headers = [what, "best, requests/s", "median", "ratio"]
     print(tabulate(rows, headers, tablefmt="plain", disable_numparse=True))
     if options.output:
-        record = settings | machine | versions | {"seconds": seconds, "ratio": ratios}
+        record = settings | {"shape": SHAPE} | machine | versions | {"seconds": seconds, "ratio": ratios}
         options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
