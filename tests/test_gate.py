@@ -1,8 +1,5 @@
-"""Nothing silent: a run never trains on, overwrites or reports something other than what its folder holds.
-
-What a run may not do is refused with one line that names the key with both values, or the file, before
-anything in the folder is touched; what it may do leaves no trace of the interruption.
-"""
+"""Nothing silent: what would train on, overwrite or report something other than the folder holds is refused in
+one line with the key and both values, or the file, before anything there is touched."""
 
 import json
 import shutil
@@ -85,8 +82,13 @@ def test_a_setting_that_can_change_the_result_is_refused_with_both_values(key, d
     assert str(whole_run) in line and f"{key} {before} -> {after}" in line
 
 
+def test_another_global_batch_is_refused_with_both_values(data, whole_run, capsys):
+    args = arguments(data, whole_run, "dropout=0.1", "num_gpus=1")
+    assert "global batch 8 -> 4" in refused(args, whole_run, capsys)
+
+
 def test_settings_that_cannot_change_the_result_may_differ(data_dir, data, whole_run, half, tmp_path):
-    """A complete run stays as it is, and an incomplete one ends in the same weights, but for how they are summed."""
+    """A complete run stays as it is, and one that is resumed ends in the same bits, if it sums them alike."""
     shutil.copytree(data_dir, tmp_path / "copy")
     settings = [f"{key}={value}".format(copy=tmp_path / "copy") for key, value in HARMLESS.items()]
     before = state(whole_run)
@@ -112,11 +114,6 @@ def test_a_run_that_ended_before_its_first_checkpoint_keeps_its_settings(data, w
     assert "seed 42 -> 7" in refused(arguments(data, folder, "dropout=0.1", "seed=7"), folder, capsys)
     resumed(data, folder)
     assert_same_run(whole_run, folder)
-
-
-def test_another_global_batch_is_refused_with_both_values(data, half, capsys):
-    line = refused(arguments(data, half, "dropout=0.1", "num_gpus=1"), half, capsys)
-    assert "global batch 8 -> 4" in line
 
 
 def test_an_accepted_change_takes_effect_and_is_that_of_the_run_from_then_on(data, half, capsys):
@@ -294,7 +291,7 @@ def test_ranks_that_cannot_share_the_batch_are_refused(data, tmp_path, capsys, m
         ("validation", {"tokenizer_sha256": {"tokenizer.tiktoken": 64 * "a"}}, ["val_data", "tokenizer"]),
     ],
 )
-def test_data_that_are_not_whole_or_of_two_tokenizers_are_named(split, change, words, own_data, tmp_path, capsys):
+def test_data_not_whole_or_of_two_tokenizers_are_named(split, change, words, own_data, tmp_path, capsys):
     folder, settings = own_data
     edit(folder / split, **change)
     line = failing_run(arguments(settings, tmp_path / "out"), capsys, KV)

@@ -1,6 +1,7 @@
 """The models of the training scripts against transformers' GPT-2, against each other with and without the KV
 cache, and against what the paper says of their size; the checkpoints they load and refuse."""
 
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -288,13 +289,9 @@ def test_in_bf16_the_cache_changes_no_more_than_bf16_does_by_itself(variant, spl
     with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
         cached, cache = in_pieces(variant, model, ids, split)
         uncached = model(ids)[0]
-    assert {tensor.dtype for tensor in held_by(cache)} == {torch.bfloat16}
+    assert {tensor.dtype for layer in cache.layers.values() for tensor in layer} == {torch.bfloat16}
     rounding = (uncached.float() - exact).abs().max()
     assert (cached.float() - exact).abs().max() < 2 * rounding
-
-
-def held_by(cache):
-    return [tensor for layer in cache.layers.values() for tensor in layer]
 
 
 @each_variant
@@ -305,7 +302,7 @@ def test_a_cache_holds_what_the_paper_says_and_nothing_else(variant, dtype):
         for count in (5, 15):
             model(tokens(3, count), cache=cache)
     heads = variant.groups or SMALL["n_head"]
-    held = held_by(cache)
+    held = [tensor for layer in cache.layers.values() for tensor in layer]
     assert [tensor.shape for tensor in held] == [(3, heads, 20, 8)] * SMALL["n_layer"] * variant.cached
     assert cache.nbytes == SMALL["n_layer"] * variant.cached * 3 * 20 * heads * 8 * dtype.itemsize
     assert cache.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in held)
@@ -530,40 +527,27 @@ def fake_released(path, alias, size):
     return save_released(path, state, config)
 
 
-@each_variant
-def test_a_released_checkpoint_gives_the_same_logits_in_eval_mode(variant, tmp_path):
-    model, ids = variant.build(), tokens(2, 24)
-    changes = {"n_kv_groups": variant.groups} if variant.groups else {}
-    path = save_released(tmp_path / "checkpoint_step_7.pt", model.state_dict(), released_config(**changes))
-    for argument in (path, str(path)):
-        loaded = variant.script.load_model(argument)
-        assert isinstance(loaded, getattr(variant.script, variant.model))
-        assert not any(module.training for module in loaded.modules())
-        assert torch.equal(loaded(ids)[0], model(ids)[0])
-    assert loaded.wte.weight.requires_grad  # it can be trained on
-
-
-GROUPED = [(alias, size) for alias, size in PUBLISHED if VARIANTS[alias].groups]
 # of 300M, of 1.2B, of the released Q-GQA at 300M, and of MQA, which is GQA with a single group
 HEADS_AND_GROUPS = [(16, 4), (32, 8), (16, 8), (16, 1)]
 
 
-@pytest.mark.parametrize(("alias", "size"), GROUPED)
-def test_either_size_loads_a_released_checkpoint_of_any_groups(alias, size, tmp_path):
-    for heads, groups in HEADS_AND_GROUPS:
-        groups = {"mqa": 1, "qmqa": 1}.get(alias, groups)
-        shape = {"n_head": heads, "n_embd": 4 * heads, "n_kv_groups": groups}
-        model, ids = VARIANTS[alias].build(**shape), tokens(2, 24)
-        loaded = script_of(alias, size).load_model(
-            save_released(tmp_path / "7.pt", model.state_dict(), released_config(**shape))
-        )
-        assert loaded.config.n_kv_groups == groups
+@pytest.mark.parametrize(("alias", "size"), PUBLISHED)
+def test_either_size_loads_a_released_checkpoint_of_any_groups_in_eval_mode(alias, size, tmp_path):
+    variant, script = VARIANTS[alias], script_of(alias, size)
+    for heads, groups in HEADS_AND_GROUPS if alias in ("gqa", "qgqa") else [(16, variant.groups)]:
+        shape = {"n_head": heads, "n_embd": 4 * heads} | ({"n_kv_groups": groups} if groups else {})
+        model, ids = variant.build(**shape), tokens(2, 24)
+        path = save_released(tmp_path / "7.pt", model.state_dict(), released_config(**shape))
+        loaded = script.load_model(str(path))
+        assert type(loaded).__name__ == variant.model and loaded.config.n_kv_groups == groups
+        assert not any(module.training for module in loaded.modules())
+        assert loaded.wte.weight.requires_grad  # it can be trained on
         assert torch.equal(loaded(ids)[0], model(ids)[0])
 
 
 @each_variant
 def test_a_checkpoint_of_another_variant_is_refused(variant, tmp_path):
-    """Ours by its name, with the script to use. A released one, as its configuration or projections do not fit."""
+    """Ours by its name, with the script to use; a released one, as configuration or projections do not fit."""
     path = tmp_path / "checkpoint_step_7.pt"
     for other in VARIANTS.values():
         if other != variant:
@@ -574,7 +558,7 @@ def test_a_checkpoint_of_another_variant_is_refused(variant, tmp_path):
 
 
 def check_refused(variant, path, *parts):
-    """load_model raises a ValueError: a line with the path and the parts, or pydantic's words on a setting."""
+    """load_model raises a ValueError: a line with path and parts, or pydantic's words on a setting."""
     with pytest.raises(ValueError) as caught:
         variant.script.load_model(path)
     message = str(caught.value)
@@ -599,59 +583,41 @@ def whole(variant):
     return {"model_state_dict": variant.build().state_dict(), "model_config": released_config()}
 
 
-def cut_file(keep):
-    """Saves a whole checkpoint, and leaves this much of the file."""
-
-    def damage(path, contents):
-        torch.save(contents, path)
-        content = path.read_bytes()
-        path.write_bytes(content[: int(keep * len(content))])
-
-    return damage
+def packed(contents, keep):
+    """This much of the file of a checkpoint."""
+    torch.save(contents, buffer := io.BytesIO())
+    return buffer.getvalue()[: int(keep * buffer.tell())]
 
 
-def saved(make):
-    return lambda path, contents: torch.save(make(contents), path)
-
-
-def with_config(**changes):
-    """A model_config that says something else; None: does not have the key."""
-    config = {key: value for key, value in released_config(**changes).items() if value is not None}
-    return saved(lambda contents: contents | {"model_config": config})
-
-
-def without(contents, name):
-    del contents["model_state_dict"][name]
-    return contents
-
-
-BROKEN = {
-    "missing": lambda *_: None,
-    "empty file": cut_file(0),
-    "cut in half": cut_file(0.5),
-    "end missing": cut_file(0.999),
-    "text file": lambda path, _: path.write_text("loss 3.2\nloss 3.1\n"),
-    "folder": lambda path, _: path.mkdir(),
-    "bare state dict": saved(lambda contents: contents["model_state_dict"]),
-    "list": saved(lambda contents: list(contents.values())),
-    "other project": saved(lambda contents: contents | {"model_state_dict": {"layers.0": torch.zeros(3, 3)}}),
-    "weight missing": saved(lambda contents: without(contents, "ln_f.bias")),
-    "more layers in config": with_config(n_layer=4),
-    "more positions in config": with_config(n_positions=33),
-    "no width in config": with_config(n_embd=None),
-    "no heads in config": with_config(n_head=0),
-    "heads in config that do not fit": with_config(n_head=3),
-    "text in config": with_config(n_head="four"),
-    "groups in config that do not fit": with_config(n_kv_groups=3),
+BROKEN = {  # what is to be saved in the place of a whole checkpoint; bytes are the file itself
+    "empty file": lambda whole: b"",
+    "cut in half": lambda whole: packed(whole, 0.5),
+    "end missing": lambda whole: packed(whole, 0.999),
+    "text file": lambda whole: b"loss 3.2\nloss 3.1\n",
+    "bare state dict": lambda whole: whole["model_state_dict"],
+    "list": lambda whole: list(whole.values()),
+    "other project": lambda whole: whole | {"model_state_dict": {"layers.0": torch.zeros(3, 3)}},
+    "weights missing": lambda whole: whole | {"model_state_dict": {"ln_f.bias": torch.zeros(32)}},
+    "no width in config": lambda whole: whole | {"model_config": {"n_layer": 3, "n_head": 4}},
 }
+for key, value in (
+    ("n_layer", 4), ("n_positions", 33), ("n_head", 0), ("n_head", 3), ("n_head", "four"), ("n_kv_groups", 3),
+):  # fmt: skip
+    config = released_config(**{key: value})
+    BROKEN[f"{key} {value} in config"] = lambda whole, config=config: whole | {"model_config": config}
 
 
 @one_variant
 @pytest.mark.parametrize("damage", BROKEN)
 def test_a_broken_checkpoint_is_refused_in_one_line_by_name(variant, damage, tmp_path):
-    path = tmp_path / "checkpoint_step_7.pt"
-    BROKEN[damage](path, whole(variant))
+    path, broken = tmp_path / "checkpoint_step_7.pt", BROKEN[damage](whole(variant))
+    if isinstance(broken, bytes):
+        path.write_bytes(broken)
+    else:
+        torch.save(broken, path)
     check_refused(variant, path)
+    check_refused(variant, tmp_path)
+    check_refused(variant, tmp_path / "missing.pt")
 
 
 @one_variant

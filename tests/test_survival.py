@@ -1,8 +1,5 @@
-"""What can go wrong in days of training: kills, full disks, damaged files, ranks and nodes that differ.
-
-Every failure has to end all ranks soon, and to leave a folder from which the next start ends like a run that
-nothing happened to.
-"""
+"""What can go wrong in days of training: it ends all ranks soon, and the next start ends like a run that nothing
+happened to."""
 
 import contextlib
 import os
@@ -130,7 +127,7 @@ def test_two_processes_follow_the_losses_of_one_which_goes_on_where_they_end(dat
     settings = ["sequence=padded", "score_padding=false", "n_positions=128", "seq_length=128", "dropout=0.1"]
     args = [*settings, "target_tokens=8192"]
     KV.main(arguments(data, tmp_path / "one", *args))
-    output = completed(start(SCRIPT, *arguments(data, tmp_path / "two", *args), ranks=2))
+    output = completed(start_ranks(*2 * [[SCRIPT, *arguments(data, tmp_path / "two", *args)]]))
     assert output.count("step 8 of 8: final") == 1  # rank 0 alone speaks
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     for name in ("final_model.pt", "checkpoint_step_8.pt", "checkpoint_step_6.pt"):

@@ -262,11 +262,8 @@ def test_a_checkpoint_has_the_released_layout_and_loads(whole_run, data_dir):
     logged, loader = metrics(whole_run)[-1], KV.get_dataloader(data_dir / "validation", 2, 32, "packed")
     model = KV.load_model(whole_run / "final_model.pt")
     assert KV.evaluate(model, loader)["loss"] == pytest.approx(logged["loss"], abs=1e-6)
-
-
-def test_samples_continue_validation_text(whole_run):
-    text = (whole_run / "samples_step_8.txt").read_text(encoding="utf-8")
-    assert text.startswith("Document 0 says that 0 times 40 ")
+    samples = (whole_run / "samples_step_8.txt").read_text(encoding="utf-8")
+    assert samples.startswith("Document 0 says that 0 times 40 ")  # continues validation text
 
 
 def test_a_terminal_shows_loss_speed_and_the_time_left(data, tmp_path):
@@ -285,10 +282,7 @@ def test_a_terminal_shows_loss_speed_and_the_time_left(data, tmp_path):
     assert re.search(r"\d+/50 \[\d\d:\d\d<\d\d:\d\d", shown)  # tqdm's: steps, time gone, time left
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA H100 PCIe", 756e12), ("some other GPU", None)],
-)
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H100 PCIe", 756e12), ("some other GPU", None)])
 def test_mfu_is_the_share_of_the_peak_of_all_gpus(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
     monkeypatch.setattr(KV, "WORLD_SIZE", 8)
@@ -330,12 +324,6 @@ def test_too_little_memory_says_which_settings_need_less(data, tmp_path, capsys,
     monkeypatch.setattr(KV.GPT_QKV_KEqualsV, "forward", fail)
     line = failing_run(arguments(data, tmp_path), capsys, KV)
     assert all(part in line for part in ("CUDA out of memory.", "micro_batch_size", "gradient_accumulation"))
-
-
-def test_an_error_of_the_program_keeps_its_traceback(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(KV, "get_lr", lambda *_: torch.zeros(2) @ torch.zeros(3))
-    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        KV.main(arguments(data, tmp_path))
 
 
 def test_a_closed_pipe_does_not_end_a_run(data, whole_run, tmp_path):
