@@ -151,6 +151,11 @@ def failing_run(args, capsys, script):
     return lines[0]
 
 
+def steps_of(output_dir):
+    """The steps of the checkpoints in a folder."""
+    return [int(path.stem.rpartition("_")[2]) for path in script_of("kv").checkpoints(output_dir)]
+
+
 def to_a_moment(moment, action, args):
     """The command line of SCRIPT, to be killed or held at a moment; see to_a_moment.py."""
     return [str(ROOT / "tests/to_a_moment.py"), moment, str(action), str(SCRIPT), *args]
@@ -189,6 +194,15 @@ def whole_run(data, tmp_path_factory):
     """The folder of an uninterrupted run with dropout."""
     output_dir = tmp_path_factory.mktemp("whole") / "run"
     script_of("kv").main(arguments(data, output_dir, "dropout=0.1"))
+    return output_dir
+
+
+@pytest.fixture
+def half(whole_run, tmp_path):
+    """The folder that a kill between steps 4 and 6 of that run leaves."""
+    output_dir = Path(shutil.copytree(whole_run, tmp_path / "half"))
+    for name in ("final_model.pt", "checkpoint_step_6.pt", "checkpoint_step_8.pt"):
+        (output_dir / name).unlink()
     return output_dir
 
 

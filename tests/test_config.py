@@ -6,9 +6,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, fields
-from datetime import date
-from functools import partial
+from dataclasses import fields
 from types import ModuleType
 
 import pytest
@@ -20,20 +18,21 @@ from conftest import ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, metrics, p
 SCRIPTS = {alias: script_of(alias) for alias in VARIANTS}
 GROUPED = {alias for alias, row in VARIANTS.items() if row["groups"]}
 SCRIPT = SCRIPTS["kqv"]  # owns the text that the scripts share; another test holds the others to it
-KEYS = [field.name for kind in (SCRIPT.ModelConfig, SCRIPT.TrainingConfig) for field in fields(kind)]
-KEYS.remove("n_kv_groups")  # of this variant, always null
+MODEL_KEYS = {field.name for field in fields(SCRIPT.ModelConfig)}
+TRAIN_KEYS = {field.name for field in fields(SCRIPT.TrainingConfig)}
 CONFIGS = {"model": ROOT / "configs/model_config_demo.yaml", "train": ROOT / "configs/train_config_demo.yaml"}
 ONE_STEP = ("target_tokens=256", "warmup_steps=0")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def surroundings(tmp_path_factory):
-    """One thread, as models this small are slower on two; a folder where the configs' paths lead nowhere."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """A folder where the configs' paths lead nowhere."""
     with contextlib.chdir(tmp_path_factory.mktemp("elsewhere")):
         yield
-    torch.set_num_threads(threads)
+
+
+def read(path):
+    return yaml.safe_load(path.read_text())
 
 
 def run(script, output_dir, *arguments, model=CONFIGS["model"], train=CONFIGS["train"]):
@@ -74,9 +73,8 @@ PUBLISHED = {
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_the_files_hold_the_published_values(size):
     shape, batch, intervals, derived = PUBLISHED[size]
-    model = yaml.safe_load((ROOT / f"configs/model_config_{size}.yaml").read_text())
-    assert model == MODEL | shape
-    train = yaml.safe_load((ROOT / f"configs/train_config_{size}.yaml").read_text())
+    assert read(ROOT / f"configs/model_config_{size}.yaml") == MODEL | shape
+    train = read(ROOT / f"configs/train_config_{size}.yaml")
     ours = {"keep_checkpoints": None, "sample_tokens": 128}
     assert train == TRAINING | batch | intervals | ours
     rows = train["micro_batch_size"] * train["gradient_accumulation"] * train["num_gpus"]
@@ -86,14 +84,8 @@ def test_the_files_hold_the_published_values(size):
 
 @pytest.mark.parametrize("size", [*PUBLISHED, "demo"])
 def test_every_field_of_both_configs_stands_in_the_files(size):
-    for kind, config in (("model", SCRIPT.ModelConfig), ("train", SCRIPT.TrainingConfig)):
-        values = yaml.safe_load((ROOT / f"configs/{kind}_config_{size}.yaml").read_text())
-        assert values.keys() == {field.name for field in fields(config)} - {"n_kv_groups"}
-
-
-def test_a_run_takes_the_steps_that_its_target_tokens_allow(data, tmp_path):
-    """Rounded down: 1,000 tokens at 256 a step are 3 steps."""
-    assert run(SCRIPT, tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, "target_tokens=1000")[-1]["step"] == 3
+    for kind, keys in (("model", MODEL_KEYS - {"n_kv_groups"}), ("train", TRAIN_KEYS)):
+        assert read(ROOT / f"configs/{kind}_config_{size}.yaml").keys() == keys
 
 
 # ---- what is wrong with a setting is said in one line
@@ -111,7 +103,7 @@ def refused(output_dir, *arguments, script=SCRIPT, **paths):
 
 def altered(folder, kind, **changes):
     """A copy of the demo config with other values; a value of `...` removes the key."""
-    values = yaml.safe_load(CONFIGS[kind].read_text()) | changes
+    values = read(CONFIGS[kind]) | changes
     path = folder / f"altered_{kind}.yaml"
     path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not ...}))
     return path
@@ -130,11 +122,7 @@ WRONG = {
 
 
 def kind_of(key):
-    return "model" if key in {field.name for field in fields(SCRIPT.ModelConfig)} else "train"
-
-
-def test_every_key_has_a_wrong_value_here():
-    assert sorted(WRONG) == sorted([*KEYS, "n_kv_groups"])
+    return "model" if key in MODEL_KEYS else "train"
 
 
 @pytest.mark.parametrize("key", WRONG)
@@ -146,37 +134,12 @@ def test_a_wrong_value_is_refused_with_its_key_and_the_file_or_the_command_line(
     assert f"command line: {key}" in refused(tmp_path / "out", f"{key}={typed}")
 
 
-AWKWARD = [
-    None, True, 10**400, -(10**400), 0.5, math.nan, math.inf, "", "nan", "1e999", "auto\n", "\u2028", b"\xff",
-    date(2024, 2, 29), [], {}, [1], {"a": None},
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("value", AWKWARD, ids=lambda value: f"{value!r:.9}")
-def test_an_awkward_value_is_a_value_or_refused_with_its_key(value, tmp_path):
-    for key in ("n_layer", "seed", "learning_rate", "dropout", "eval_batches", "compile", "sequence"):
-        config = SCRIPT.ModelConfig if kind_of(key) == "model" else SCRIPT.TrainingConfig
-        path = altered(tmp_path, kind_of(key), **{key: value})
-        try:
-            found = getattr(SCRIPT.load_config(config, path, {}), key)
-        except SCRIPT.RunError as error:
-            assert f"{path}: {key}" in str(error) and "\n" not in str(error)
-        else:
-            assert found == value
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_an_unknown_key_in_a_file_is_refused(kind, tmp_path):
-    path = altered(tmp_path, kind, learnign_rate=1e-3)
-    assert f"{path}: learnign_rate" in refused(tmp_path / "out", **{kind: path})
-
-
-@pytest.mark.parametrize("key", ["n_embd", "n_head", "micro_batch_size", "eval_batches", "wandb"])
+@pytest.mark.parametrize("key", ["n_embd", "eval_batches"])
 def test_a_missing_key_is_refused_unless_the_command_line_has_it(key, tmp_path):
     kind = kind_of(key)
     path = altered(tmp_path, kind, **{key: ...})
     assert f"{path}: {key}" in refused(tmp_path / "out", **{kind: path})
-    value = yaml.safe_load(CONFIGS[kind].read_text())[key]
+    value = read(CONFIGS[kind])[key]
     assert "seed" in refused(tmp_path / "out", f"{key}={value}", "seed=x", **{kind: path})
 
 
@@ -204,53 +167,34 @@ def test_groups_that_are_not_of_the_variant_are_refused(alias, wrong, tmp_path):
         assert "n_kv_groups: " in line and str(groups) in line
 
 
-@pytest.mark.parametrize("alias", ["gqa", "qgqa"])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_groups_change_the_width_of_the_shared_projection(alias, groups):
-    config = SCRIPTS[alias].ModelConfig(n_embd=32, n_layer=1, n_head=4, n_kv_groups=groups)
-    model = getattr(SCRIPTS[alias], VARIANTS[alias]["class"])(config)
-    shared = model.h[0].attn.c_kv if alias == "gqa" else model.h[0].attn.c_k
-    assert shared.out_features == groups * 8 * len(VARIANTS[alias]["cached"])
-
-
 UNREADABLE = {
     "is missing": lambda path: None,
     "is a folder": lambda path: path.mkdir(),
     "is empty": lambda path: path.write_text(""),
     "is not YAML": lambda path: path.write_text("n_embd: [32\nn_layer: 2\n"),
     "is a list": lambda path: path.write_text("- n_embd\n- n_layer\n"),
-    "is a list of pairs": lambda path: path.write_text("- [n_embd, 32]\n- [n_layer, 2]\n"),
-    "is text": lambda path: path.write_text("a model"),
     "is not UTF-8": lambda path: path.write_bytes(b"n_embd: 32 # \xff\xfe\n"),
     "has a date that is none": lambda path: path.write_text("n_embd: 2024-13-45\n"),
+    "has an unknown key": lambda path: path.write_text(CONFIGS["model"].read_text() + "n_embed: 32\n"),
     "would run code": lambda path: path.write_text("n_embd: !!python/object/apply:os.getcwd []\n"),
 }
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("content", UNREADABLE)
-def test_a_file_that_is_no_config_is_refused_by_name(kind, content, tmp_path):
+def test_a_file_that_is_no_config_is_refused_by_name(content, tmp_path):
     path = tmp_path / "config.yaml"
     UNREADABLE[content](path)
-    assert str(path) in refused(tmp_path / "out", **{kind: path})
+    assert str(path) in refused(tmp_path / "out", model=path)
 
 
-@pytest.mark.parametrize(
-    "argument",
-    ["learnign_rate=1e-3", "seed", "=3", "Seed=3", "seed =3", "output_dir=x", "seed=[", "seed=!!x 3",
-     "train_data=2024-13-45", "seed='", "train_data=a: b: c", "train_data=@x"],
-)  # fmt: skip
+@pytest.mark.parametrize("argument", ["learnign_rate=1", "seed", "=3", "output_dir=x", "seed=[", "seed=2024-13-45"])
 def test_what_is_no_setting_is_refused_on_the_command_line(argument, tmp_path):
     key, _, value = argument.partition("=")
     line = refused(tmp_path / "out", argument)
-    assert "error: " in line and (key in line or value in line or "'tag:yaml.org,2002:x'" in line)
+    assert "error: " in line and (key in line or value in line)
 
 
 # ---- what is asked for is what runs
-
-
-def read(path):
-    return yaml.safe_load(path.read_text())
 
 
 @pytest.mark.parametrize("alias", ["kqv", "gqa"])
@@ -261,8 +205,7 @@ def test_the_resolved_configs_are_what_was_asked_for_and_give_the_same_run_again
     records = run(script, first, *asked)
     overrides = {key: yaml.safe_load(value) for key, value in (setting.split("=") for setting in asked)}
     overrides |= {"learning_rate": 2e-2, "min_lr": 1e-3, "dropout": 0.2}
-    for kind, config in (("model", script.ModelConfig), ("train", script.TrainingConfig)):
-        names = {field.name for field in fields(config)}
+    for kind, names in (("model", MODEL_KEYS), ("train", TRAIN_KEYS)):
         expected = read(CONFIGS[kind]) | ({"n_kv_groups": None} if kind == "model" else {})
         expected |= {key: value for key, value in overrides.items() if key in names}
         assert read(first / f"{kind}_config.yaml") == expected
@@ -272,38 +215,23 @@ def test_the_resolved_configs_are_what_was_asked_for_and_give_the_same_run_again
         assert read(second / f"{kind}_config.yaml") == read(first / f"{kind}_config.yaml")
 
 
-def test_n_inner_is_four_times_the_width_unless_set(data, tmp_path):
-    model = altered(tmp_path, "model", n_inner=None)
-    settings = [setting for setting in TINY_MODEL if not setting.startswith("n_inner")]
-    run(SCRIPT, tmp_path / "out", *settings, *TINY_RUN, *data, *ONE_STEP, model=model)
-    assert read(tmp_path / "out/model_config.yaml")["n_inner"] == 4 * 32
-
-
-def test_numbers_in_scientific_notation_are_numbers_in_the_file_and_on_the_command_line(data, tmp_path):
-    """PyYAML takes 2e-4 for text."""
-    path = altered(tmp_path, "train", learning_rate=..., min_lr=...)
-    path.write_text(path.read_text() + "learning_rate: 2e-4\nmin_lr: 0\n")
-    settings = [s for s in TINY_RUN if not s.startswith(("learning_rate", "min_lr"))] + [*ONE_STEP]
-    in_file = run(SCRIPT, tmp_path / "a", *TINY_MODEL, *settings, *data, train=path)
-    typed = run(SCRIPT, tmp_path / "b", *TINY_MODEL, *settings, *data, "learning_rate=2e-4", "min_lr=0")
-    assert in_file == typed
-    for folder in (tmp_path / "a", tmp_path / "b"):
-        resolved = read(folder / "train_config.yaml")
-        assert (resolved["learning_rate"], resolved["min_lr"]) == (0.0002, 0.0)
-
-
-def test_settings_go_before_between_and_after_the_options(data, tmp_path):
+def test_settings_go_before_between_and_after_the_options_and_the_last_of_two_counts(data, tmp_path):
+    """A width of the MLP that is null is four times the model's; 1,000 tokens at 256 a step are 3 steps."""
     configs = ["--model_config", str(CONFIGS["model"]), "--train_config", str(CONFIGS["train"])]
-    output = ["--output_dir", str(tmp_path / "out")]
-    SCRIPT.main(["seed=3", *TINY_MODEL, *configs, *TINY_RUN, "dropout=0.3", *output, *data, *ONE_STEP])
-    assert read(tmp_path / "out/model_config.yaml")["dropout"] == 0.3
-    train = read(tmp_path / "out/train_config.yaml")
-    assert (train["seed"], train["target_tokens"]) == (3, 256)
+    output = ["--output_dir", str(tmp_path / "out"), "target_tokens=1000", "seed=4"]
+    SCRIPT.main(["seed=3", *TINY_MODEL, *configs, *TINY_RUN, "dropout=0.3", *output, *data, "n_inner=null"])
+    model, train = (read(tmp_path / f"out/{kind}_config.yaml") for kind in CONFIGS)
+    assert (model["dropout"], model["n_inner"], train["seed"]) == (0.3, 4 * 32, 4)
+    assert metrics(tmp_path / "out")[-1]["step"] == 3
 
 
-def test_the_last_of_two_values_counts(data, tmp_path):
-    run(SCRIPT, tmp_path / "out", "seed=3", *TINY_MODEL, *TINY_RUN, *data, *ONE_STEP, "seed=4")
-    assert read(tmp_path / "out/train_config.yaml")["seed"] == 4
+def test_numbers_in_scientific_notation_are_numbers_in_the_file_and_on_the_command_line(tmp_path):
+    """PyYAML takes 2e-4 for text."""
+    path = altered(tmp_path, "train", learning_rate=..., min_lr=0)
+    path.write_text(path.read_text() + "learning_rate: 2e-4\n")
+    for settings in ({}, dict([SCRIPT.setting("learning_rate=2e-4")])):
+        config = SCRIPT.load_config(SCRIPT.TrainingConfig, path, settings)
+        assert (config.learning_rate, config.min_lr) == (0.0002, 0.0)
 
 
 def test_one_process_takes_the_global_batch_of_eight(data, tmp_path):
@@ -325,55 +253,26 @@ def test_one_process_takes_the_global_batch_of_eight(data, tmp_path):
 # ---- no key is dead
 
 
-@dataclass
-class Seen:
-    """What a user can observe of a run, its own configuration aside."""
-
-    records: list
-    files: dict  # name: size of the text or tensors, so that times and configs do not count
-    weights: dict
-    printed: str
-
-    @property
-    def losses(self):
-        return [r["loss"] for r in self.records if r["kind"] == "train"]
-
-    @property
-    def shapes(self):
-        return {name: tensor.shape for name, tensor in self.weights.items()}
-
-    @property
-    def rates(self):
-        return [r["learning_rate"] for r in self.records if r["kind"] == "train"]
-
-    def kinds(self, *kinds):
-        return [(r["kind"], r["step"]) for r in self.records if r["kind"] in kinds]
-
-    @property
-    def evaluations(self):
-        return [r for r in self.records if r["kind"] != "train"]
-
-    @property
-    def start(self):
-        return self.evaluations[0]  # of the initial weights
-
-    @property
-    def checkpoints(self):
-        return sorted(name for name in self.files if name.endswith(".pt"))
-
-    @property
-    def samples(self):
-        return {name: text for name, text in self.files.items() if name.startswith("samples")}
-
-
 def observe(folder, *settings):
-    """A run of four steps with these settings."""
+    """What a user sees of a run of four steps with these settings, but for configurations and times."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         records = run(SCRIPT, folder, *TINY_MODEL, *TINY_RUN, "target_tokens=1024", *settings)
-    files = {path.name: path.read_text() if path.suffix == ".txt" else "" for path in folder.iterdir()}
+    trained = [record for record in records if record["kind"] == "train"]
     weights = torch.load(folder / "final_model.pt")["model_state_dict"]
-    return Seen(records, files, weights, printed.getvalue())
+    return {
+        "records": records,
+        "losses": [record["loss"] for record in trained],
+        "rates": [record["learning_rate"] for record in trained],
+        "evaluations": [record for record in records if record["kind"] != "train"],
+        "steps": [(record["kind"], record["step"]) for record in records],
+        "start": records[0],  # the evaluation of the initial weights
+        "weights": {name: tensor.tolist() for name, tensor in weights.items()},
+        "shapes": {name: tensor.shape for name, tensor in weights.items()},
+        "checkpoints": sorted(path.name for path in folder.glob("*.pt")),
+        "samples": {path.name: path.read_text() for path in folder.glob("samples*")},
+        "printed": printed.getvalue(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -389,178 +288,114 @@ def observed(data, tmp_path_factory):
     return lookup
 
 
-@pytest.fixture(scope="module")
-def other_data(tmp_path_factory):
-    """Settings that name a data set of other texts."""
-    paths = prepare(tmp_path_factory.mktemp("other"), [s.upper() for s in SENTENCES])
-    return dict(setting.split("=") for setting in paths)
+LONGER_THAN_TEXTS = ("sequence=padded", "n_positions=128", "seq_length=128", "target_tokens=4096")
+ROWS = {  # a setting, and every aspect of a run that it changes
+    "vocab_size=260": "shapes losses", "n_positions=40": "shapes printed", "n_embd=48": "shapes losses printed",
+    "n_layer=3": "shapes losses", "n_head=4": "losses", "n_inner=72": "shapes losses", "dropout=0.3": "losses",
+    "layer_norm_epsilon=1e-2": "losses", "initializer_range=0.1": "losses",
+    "sequence=padded": "losses evaluations", "score_padding=false": "losses weights",
+    "seq_length=16": "losses records", "micro_batch_size=1": "losses records",
+    "gradient_accumulation=1": "losses records", "num_gpus=1": "losses records",
+    "target_tokens=512": "records checkpoints", "learning_rate=2e-2": "rates losses", "min_lr=0": "rates",
+    "lr_scheduler=constant": "rates weights", "warmup_steps=3": "rates losses", "weight_decay=0.9": "losses",
+    "beta1=0.5": "losses", "beta2=0.5": "losses", "grad_clip=0.001": "weights",
+    "skip_grad_norm=0.001": "losses printed", "seed=7": "start losses weights samples",
+    "precision=bf16": "losses", "log_interval=2": "losses", "eval_interval=1": "evaluations",
+    "eval_batches=1": "evaluations", "save_interval=1": "checkpoints samples", "keep_checkpoints=1": "checkpoints",
+    "sample_tokens=0": "samples",
+}  # fmt: skip
 
 
-def changes(change, *aspects, given=()):
-    """A row: the setting `change`, beside those `given`, changes every one of these aspects of the run."""
-    return change, aspects, given
-
-
-# longer than some texts
-LONG_ROWS = ("sequence=padded", "n_positions=128", "seq_length=128", "target_tokens=4096")
-ROWS = {
-    "vocab_size": changes("vocab_size=260", "shapes", "losses"),
-    "n_positions": changes("n_positions=40", "shapes", "printed"),
-    "n_embd": changes("n_embd=48", "shapes", "losses", "printed"),
-    "n_layer": changes("n_layer=3", "shapes", "losses"),
-    "n_head": changes("n_head=4", "losses"),
-    "n_inner": changes("n_inner=72", "shapes", "losses"),
-    "dropout": changes("dropout=0.3", "losses"),
-    "layer_norm_epsilon": changes("layer_norm_epsilon=1e-2", "losses"),
-    "initializer_range": changes("initializer_range=0.1", "losses"),
-    "sequence": changes("sequence=padded", "losses", "evaluations"),
-    "score_padding": changes("score_padding=false", "losses", "weights", given=LONG_ROWS),
-    "seq_length": changes("seq_length=16", "losses", "records"),
-    "micro_batch_size": changes("micro_batch_size=1", "losses", "records"),
-    "gradient_accumulation": changes("gradient_accumulation=1", "losses", "records"),
-    "num_gpus": changes("num_gpus=1", "losses", "records"),
-    "target_tokens": changes("target_tokens=512", "records", "checkpoints"),
-    "learning_rate": changes("learning_rate=2e-2", "rates", "losses"),
-    "min_lr": changes("min_lr=0", "rates"),
-    "lr_scheduler": changes("lr_scheduler=constant", "rates", "weights"),
-    "warmup_steps": changes("warmup_steps=3", "rates", "losses"),
-    "weight_decay": changes("weight_decay=0.9", "losses"),
-    "beta1": changes("beta1=0.5", "losses"),
-    "beta2": changes("beta2=0.5", "losses"),
-    "grad_clip": changes("grad_clip=0.001", "weights"),
-    "skip_grad_norm": changes("skip_grad_norm=0.001", "losses", "printed"),
-    "seed": changes("seed=7", "start", "losses", "weights", "samples"),
-    "precision": changes("precision=bf16", "losses"),
-    "log_interval": changes("log_interval=2", "losses"),
-    "eval_interval": changes("eval_interval=1", "evaluations"),
-    "eval_batches": changes("eval_batches=1", "evaluations"),
-    "save_interval": changes("save_interval=1", "checkpoints", "samples"),
-    "keep_checkpoints": changes("keep_checkpoints=1", "checkpoints"),
-    "sample_tokens": changes("sample_tokens=0", "samples"),
-}
-
-
-def same(a, b):
-    if isinstance(a, dict) and a.keys() == b.keys():
-        return all(same(a[key], b[key]) for key in a)
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    return a == b
-
-
-@pytest.mark.parametrize("key", ROWS)
-def test_a_key_changes_what_it_says(key, observed):
-    change, aspects, given = ROWS[key]
-    before, after = observed(*given), observed(*given, change)
-    assert change.startswith(f"{key}=")
-    for aspect in aspects:
-        assert not same(getattr(before, aspect), getattr(after, aspect)), aspect
+@pytest.mark.parametrize("setting", ROWS)
+def test_a_key_changes_what_it_says(setting, observed):
+    given = LONGER_THAN_TEXTS if setting.startswith("score_padding") else ()
+    before, after = observed(*given), observed(*given, setting)
+    for aspect in ROWS[setting].split():
+        assert before[aspect] != after[aspect], aspect
 
 
 def test_two_runs_of_the_same_settings_are_the_same(observed, data, tmp_path):
     """Or else every key above would seem alive."""
     before, after = observed(), observe(tmp_path / "out", *data)
-    for aspect in {aspect for _, aspects, _ in ROWS.values() for aspect in aspects} - {"printed"}:
-        assert same(getattr(before, aspect), getattr(after, aspect)), aspect
+    for aspect in before.keys() - {"printed"}:
+        assert before[aspect] == after[aspect], aspect
 
 
 def test_counts_in_the_metrics_and_files_follow_the_intervals(observed):
-    seen = observed()
-    assert seen.kinds("train") == [("train", step) for step in (1, 2, 3, 4)]
-    assert seen.kinds("val", "final") == [("val", 0), ("final", 4)]
-    assert seen.checkpoints == ["checkpoint_step_2.pt", "checkpoint_step_4.pt", "final_model.pt"]
-    assert sorted(seen.samples) == ["samples_step_2.txt", "samples_step_4.txt"]
-    assert observed("log_interval=2").kinds("train") == [("train", 2), ("train", 4)]
-    evaluations = [*(("val", step) for step in range(4)), ("final", 4)]
-    assert observed("eval_interval=1").kinds("val", "final") == evaluations
+    seen, trained = observed(), [("train", step) for step in (1, 2, 3, 4)]
+    assert seen["steps"] == [("val", 0), *trained, ("final", 4)]
+    assert seen["checkpoints"] == ["checkpoint_step_2.pt", "checkpoint_step_4.pt", "final_model.pt"]
+    assert sorted(seen["samples"]) == ["samples_step_2.txt", "samples_step_4.txt"]
+    assert observed("log_interval=2")["steps"] == [("val", 0), trained[1], trained[3], ("final", 4)]
+    evaluated = [("val", 0), trained[0], ("val", 1), trained[1], ("val", 2), trained[2], ("val", 3), trained[3]]
+    assert observed("eval_interval=1")["steps"] == [*evaluated, ("final", 4)]
     every = [f"checkpoint_step_{step}.pt" for step in (1, 2, 3, 4)]
-    assert observed("save_interval=1").checkpoints == [*every, "final_model.pt"]
-    assert observed("keep_checkpoints=1").checkpoints == ["checkpoint_step_4.pt", "final_model.pt"]
-    assert observed("sample_tokens=0").samples == {}
-    assert "skipped" in observed("skip_grad_norm=0.001").printed
-    assert "skipped" not in seen.printed
+    assert observed("save_interval=1")["checkpoints"] == [*every, "final_model.pt"]
+    assert observed("keep_checkpoints=1")["checkpoints"] == ["checkpoint_step_4.pt", "final_model.pt"]
+    assert observed("sample_tokens=0")["samples"] == {}
 
 
-def test_the_schedules_warm_up_and_end_at_min_lr(observed):
-    """Four steps, two of warm-up, from 1e-2 down to 1e-3."""
-    rates = {name: observed(f"lr_scheduler={name}").rates for name in ("cosine", "linear", "constant")}
-    assert rates["cosine"] == pytest.approx([5e-3, 1e-2, 1e-2, 5.5e-3])
-    assert rates["linear"] == pytest.approx([5e-3, 1e-2, 1e-2, 5.5e-3])
-    assert rates["constant"] == pytest.approx([5e-3, 1e-2, 1e-2, 1e-2])
-    assert observed("warmup_steps=3").rates == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2])
-    assert observed("warmup_steps=0").rates[0] == pytest.approx(1e-2)
-    longer = ("target_tokens=1536",)  # six steps
-    rates = {name: observed(*longer, f"lr_scheduler={name}").rates for name in ("cosine", "linear")}
-    cosine = [1e-3 + 9e-3 * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
-    assert rates["cosine"] == pytest.approx([5e-3, 1e-2, *cosine])
-    assert rates["linear"] == pytest.approx([5e-3, 1e-2, 1e-2, 7.75e-3, 5.5e-3, 3.25e-3])
-
-
-def test_skipped_updates_leave_the_weights_as_they_were(observed):
-    seen = observed("skip_grad_norm=0.001", "log_interval=1", "eval_batches=null")
-    assert len({record["loss"] for record in seen.evaluations}) == 1
+def test_the_schedules_warm_up_and_end_at_min_lr():
+    """Six steps, two of warm-up, from 1e-2 down to 1e-3."""
+    for name, decay in {
+        "cosine": [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(5)],
+        "linear": [1, 0.75, 0.5, 0.25, 0],
+        "constant": 5 * [1],
+    }.items():
+        settings = dict(map(SCRIPT.setting, [*TINY_RUN, "target_tokens=1536", f"lr_scheduler={name}"]))
+        config = SCRIPT.load_config(SCRIPT.TrainingConfig, CONFIGS["train"], settings)
+        rates = [SCRIPT.get_lr(step, config) for step in range(7)]
+        assert rates == pytest.approx([5e-3, 1e-2, *(1e-3 + 9e-3 * share for share in decay)])
 
 
 @pytest.mark.parametrize("key", ["train_data", "val_data"])
-def test_data_come_from_the_folder_named(key, observed, other_data):
-    before, after = observed(), observed(f"{key}={other_data[key]}")
-    assert same(before.losses, after.losses) == (key == "val_data")
-    assert not same(before.evaluations, after.evaluations)
-    assert same(before.samples, after.samples) is False
+def test_data_come_from_the_folder_named(key, observed, tmp_path):
+    other = dict(setting.split("=") for setting in prepare(tmp_path, [s.upper() for s in SENTENCES]))
+    before, after = observed(), observed(f"{key}={other[key]}")
+    assert (before["losses"] == after["losses"]) == (key == "val_data")
+    assert before["evaluations"] != after["evaluations"]
+    assert before["samples"] != after["samples"]
 
 
 def one_step(data, tmp_path, *settings):
     return run(SCRIPT, tmp_path / "out", *TINY_MODEL, *TINY_RUN, *data, *ONE_STEP, *settings)
 
 
-@pytest.mark.parametrize(("value", "compiled"), [("true", True), ("false", False), ("auto", False)])
-def test_compile_compiles_the_model_and_auto_does_not_on_the_cpu(
-    value, compiled, data, tmp_path, monkeypatch
-):
-    if torch.cuda.is_available():
-        pytest.skip("auto compiles where there is a GPU")
+@pytest.mark.parametrize(("value", "compiled"), [("true", True), ("false", False), ("auto", torch.cuda.is_available())])
+def test_compile_compiles_and_auto_where_there_is_a_gpu(value, compiled, data, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: calls.append(type(module).__name__))
     one_step(data, tmp_path, f"compile={value}")
     assert bool(calls) == compiled
 
 
-@pytest.mark.parametrize("alias", SCRIPTS)
-def test_flash_attention_is_used_where_it_is_asked_for_installed_and_fits(alias, monkeypatch):
+def test_flash_attention_is_used_where_it_is_asked_for_installed_and_fits(monkeypatch):
     """A stand-in for the package, and tensors that say they are on a GPU."""
-    script, calls = SCRIPTS[alias], []
+    calls = []
 
     def flash_attn_func(q, k, v, causal):
-        assert causal
-        assert q.dtype == k.dtype == v.dtype == torch.bfloat16
-        calls.append(q.shape)
+        assert causal and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        calls.append((q.shape, k.shape))  # [B, T, heads, head_dim]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
-    monkeypatch.setattr(script, "flash_attn_func", flash_attn_func)
-    ids = torch.arange(8).view(1, 8)
-
-    def logits(precision, **changes):
-        torch.manual_seed(0)
-        values = {"vocab_size": 61, "n_positions": 8, "n_embd": 32, "n_layer": 2, "n_head": 4}
-        groups = {"n_kv_groups": 2 if alias in {"gqa", "qgqa"} else 1} if alias in GROUPED else {}
-        config = script.ModelConfig(**values, **groups, **changes)
-        model = getattr(script, VARIANTS[alias]["class"])(config).eval()
+    def attention(dtype=torch.bfloat16, use_flash_attention=True):
         calls.clear()
-        autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
-        with autocast, monkeypatch.context() as patch:
+        config = SCRIPT.ModelConfig(n_embd=32, n_layer=1, n_head=4, use_flash_attention=use_flash_attention)
+        q, k, v = torch.randn(3, 1, 4, 7, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", True)
-            return model(ids)[0].float()
+            return SCRIPT.causal_attention(q, k[:, :2], v[:, :2], config)
 
-    with_flash = logits(torch.bfloat16)
-    assert calls == [(1, 8, 4, 8)] * 2  # each layer, [B, T, heads, head_dim]
-    without = logits(torch.bfloat16, use_flash_attention=False)
+    monkeypatch.setattr(SCRIPT, "flash_attn_func", flash_attn_func)
+    with_flash = attention()
+    assert calls == [((1, 7, 4, 8), (1, 7, 2, 8))]
+    torch.testing.assert_close(with_flash, attention(use_flash_attention=False), atol=1e-2, rtol=1e-2)
     assert calls == []
-    torch.testing.assert_close(with_flash, without, atol=1e-2, rtol=1e-2)
-    logits(torch.float32)
+    attention(torch.float32)
     assert calls == []
-    monkeypatch.setattr(script, "flash_attn_func", None)
-    logits(torch.bfloat16)
+    monkeypatch.setattr(SCRIPT, "flash_attn_func", None)
+    attention()
     assert calls == []
 
 
@@ -581,30 +416,23 @@ class FakeWandb(ModuleType):
         self.logged.append((step, values))
 
 
-@pytest.mark.parametrize("mode", ["offline", "online"])
-def test_wandb_gets_the_metrics_when_it_is_asked_for(mode, data, tmp_path, monkeypatch):
+def test_wandb_gets_the_metrics_when_it_is_asked_for(data, tmp_path, monkeypatch):
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    records = one_step(data, tmp_path, f"wandb={mode}")
-    assert [options["mode"] for options in wandb.options] == [mode]
+    records = one_step(data, tmp_path, "wandb=online")
+    assert [options["mode"] for options in wandb.options] == ["online"]
     assert [step for step, _ in wandb.logged] == [record["step"] for record in records]
     for (_, values), record in zip(wandb.logged, records, strict=True):
         assert record["loss"] in values.values()
 
 
-def test_wandb_is_not_even_imported_unless_it_is_asked_for(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
-    one_step(data, tmp_path, "wandb=disabled")
-    output = capsys.readouterr()
-    assert "warning" not in output.out + output.err
-
-
-@pytest.mark.parametrize("failure", ["import", "init", "log"])
-def test_a_run_completes_without_wandb_and_says_so(failure, data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None if failure == "import" else FakeWandb(failure))
-    records = one_step(data, tmp_path, "wandb=offline")
+@pytest.mark.parametrize("failure", ["import", "init", "log", None])
+def test_a_run_completes_without_wandb_and_says_so_if_asked(failure, data, tmp_path, monkeypatch, capsys):
+    missing = failure in ("import", None)  # then importing it raises ImportError
+    monkeypatch.setitem(sys.modules, "wandb", None if missing else FakeWandb(failure))
+    records = one_step(data, tmp_path, f"wandb={'offline' if failure else 'disabled'}")
     assert records[-1]["kind"] == "final"
-    assert "warning: no wandb" in capsys.readouterr().out
+    assert ("warning: no wandb" in capsys.readouterr().out) == bool(failure)
 
 
 @pytest.mark.slow
@@ -624,16 +452,8 @@ def test_the_real_wandb_keeps_an_offline_run(data, tmp_path):
         assert json.dumps(record["loss"]).encode() in written
 
 
-OWN_TEST = {
-    "n_kv_groups": test_groups_change_the_width_of_the_shared_projection,
-    "use_flash_attention": test_flash_attention_is_used_where_it_is_asked_for_installed_and_fits,
-    "train_data": partial(test_data_come_from_the_folder_named, "train_data"),
-    "val_data": partial(test_data_come_from_the_folder_named, "val_data"),
-    "compile": test_compile_compiles_the_model_and_auto_does_not_on_the_cpu,
-    "wandb": test_wandb_gets_the_metrics_when_it_is_asked_for,
-}
-
-
 def test_no_key_is_left_out_of_the_tests_above():
-    keys = [field.name for kind in (SCRIPT.ModelConfig, SCRIPT.TrainingConfig) for field in fields(kind)]
-    assert sorted([*ROWS, *OWN_TEST]) == sorted(keys)
+    """n_kv_groups has its tests beside the models."""
+    own_test = {"n_kv_groups", "use_flash_attention", "train_data", "val_data", "compile", "wandb"}
+    alive = {setting.partition("=")[0] for setting in ROWS} | own_test
+    assert alive == WRONG.keys() == MODEL_KEYS | TRAIN_KEYS

@@ -1,10 +1,9 @@
 """The models of the training scripts against transformers' GPT-2, against each other with and without the KV
 cache, and against what the paper says of their size; the checkpoints they load and refuse."""
 
+import io
 import math
-import pickle
 from dataclasses import dataclass
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import ROOT, TINY_MODEL, TINY_RUN, script_of
+from conftest import ROOT, script_of
 from conftest import VARIANTS as TABLE
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -92,7 +89,6 @@ SMALL = {
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 # for text that all scripts share
 one_variant = pytest.mark.parametrize("variant", [VARIANTS["kqv"]], ids=["kqv"])
-examples = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def tokens(rows, length, seed=1):
@@ -103,16 +99,11 @@ def close(actual, expected, tolerance=1e-5):
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
-def shape_of(config):
-    """The arguments of a configuration of transformers."""
-    names = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon"]
-    return {name: getattr(config, name) for name in names} | {"activation_function": "gelu"}
-
-
 def oracle(variant, model):
     """transformers' GPT-2 as a function of ids and labels, computing with the parameters of our model."""
     c, own, theirs = model.config, dict(model.named_parameters()), {}
-    config = GPT2Config(**shape_of(c))
+    names = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon"]
+    config = GPT2Config(**{name: getattr(c, name) for name in names}, activation_function="gelu")
     heads = {"q": c.n_head, "k": variant.groups or c.n_head, "v": variant.groups or c.n_head}
     head_dim = c.n_embd // c.n_head
 
@@ -148,37 +139,18 @@ def test_every_variant_of_the_table_is_tested_here():
 
 
 @each_variant
-def test_logits_are_those_of_transformers(variant):
-    model, ids = variant.build(), tokens(3, 24)
-    logits, loss = model(ids)
-    assert loss is None
-    assert logits.std() > 0.5  # large enough for the comparison to mean something
-    close(logits, oracle(variant, model)(ids).logits)
-
-
-@each_variant
 @pytest.mark.parametrize("masked", [False, True])
-def test_loss_is_that_of_transformers(variant, masked):
-    model, ids = variant.build(), tokens(3, 24)
-    labels = ids.masked_fill(tokens(3, 24, seed=2) % 3 == 0, -100) if masked else ids
-    close(model(ids, labels=labels)[1], oracle(variant, model)(ids, labels).loss)
-
-
-@one_variant
-def test_a_loss_without_any_label_is_zero(variant):
-    ids = tokens(2, 8)
-    assert variant.build()(ids, labels=torch.full_like(ids, -100))[1] == 0
-
-
-@each_variant
-def test_gradients_of_every_parameter_are_those_of_transformers(variant):
+def test_logits_loss_and_gradients_are_those_of_transformers(variant, masked):
     """Where key and value share a projection, its gradient is the sum of the oracle's two."""
     model, ids = variant.build(), tokens(3, 24)
-    labels = ids.masked_fill(tokens(3, 24, seed=2) % 3 == 0, -100)
+    labels = ids.masked_fill(tokens(3, 24, seed=2) % 3 == 0, -100) if masked else ids
+    logits, loss, expected = model(ids)[0], model(ids, labels=labels)[1], oracle(variant, model)(ids, labels)
+    assert logits.std() > 0.5  # large enough for the comparison to mean something
+    close(logits, expected.logits)
+    close(loss, expected.loss)
     names, parameters = zip(*model.named_parameters(), strict=True)
-    ours = torch.autograd.grad(model(ids, labels=labels)[1], parameters)
-    expected = torch.autograd.grad(oracle(variant, model)(ids, labels).loss, parameters)
-    for name, gradient, reference in zip(names, ours, expected, strict=True):
+    pairs = zip(*(torch.autograd.grad(x, parameters) for x in (loss, expected.loss)), strict=True)
+    for name, (gradient, reference) in zip(names, pairs, strict=True):
         assert reference.abs().max() > 1e-4, name
         difference = (gradient - reference).abs() - 1e-4 * reference.abs()
         assert difference.max() < 1e-5, name
@@ -212,6 +184,7 @@ def test_a_loss_in_chunks_is_the_whole_loss_and_never_holds_all_logits(variant, 
     close(loss, whole)
     close(gradients, expected)
     assert largest.rows == 5
+    assert model(ids, labels=torch.full_like(ids, -100))[1] == 0
 
 
 @one_variant
@@ -231,35 +204,12 @@ def test_the_loss_in_bf16_has_the_gradients_of_the_obvious_one(variant):
 
 
 @one_variant
-def test_a_loss_without_gradients_is_the_same(variant):
-    model, ids = variant.build(), tokens(3, 24)
-    with torch.no_grad():
-        without = model(ids, labels=ids)[1]
-    close(without, model(ids, labels=ids)[1])
-    assert not without.requires_grad
-
-
-@one_variant
-def test_a_model_in_bf16_adds_its_losses_up_in_fp32(variant):
-    model, ids = variant.build().to(torch.bfloat16), tokens(3, 24)
-    obvious = F.cross_entropy(model(ids)[0][:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
-    loss = model(ids, labels=ids)[1]
-    assert loss.dtype == torch.float32
-    close(loss, obvious)
-    loss.backward()
-    assert model.wte.weight.grad.dtype == torch.bfloat16
-
-
-@one_variant
-@pytest.mark.parametrize("wrong", [-1, -99, -101, SMALL["vocab_size"]])
-@pytest.mark.parametrize("grad", [True, False])
-def test_a_label_that_is_neither_a_token_nor_minus_100_raises(variant, grad, wrong):
+@pytest.mark.parametrize("wrong", [-1, SMALL["vocab_size"]])
+def test_a_label_that_is_neither_a_token_nor_minus_100_raises(variant, wrong):
     """On a GPU it is an assertion of the device."""
-    model, ids = variant.build(), tokens(2, 8)
-    labels = ids.clone()
-    labels[1, 5] = wrong
-    with torch.set_grad_enabled(grad), pytest.raises((IndexError, RuntimeError), match="out of bounds"):
-        model(ids, labels=labels)
+    ids = tokens(2, 8)
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        variant.build()(ids, labels=torch.full_like(ids, wrong))
 
 
 # ---- the attention function alone
@@ -282,12 +232,12 @@ def explicit_attention(q, k, v):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_kv_head", [16, 4, 1])
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 2), (1, 150), (4, 4), (3, 50)])
+@pytest.mark.parametrize(("T", "S"), [(1, 1), (1, 50), (4, 4), (3, 50)])
 def test_attention_is_the_explicit_sum(variant, T, S, shared, n_kv_head, dtype):
     """Of one query (decode) and of several (prefill), over views of a longer cache."""
     torch.manual_seed(0)
     q = torch.randn(2, 16, T, 8).to(dtype)
-    cached = [torch.randn(2, n_kv_head, 200, 8).to(dtype)[:, :, :S] for _ in range(2)]
+    cached = [torch.randn(2, n_kv_head, 60, 8).to(dtype)[:, :, :S] for _ in range(2)]
     k, v = (cached[0], cached[0]) if shared else cached
     y = variant.script.causal_attention(q, k, v, variant.build().config)
     assert (y.shape, y.dtype) == (q.shape, dtype)
@@ -296,66 +246,40 @@ def test_attention_is_the_explicit_sum(variant, T, S, shared, n_kv_head, dtype):
 
 @one_variant
 def test_dropout_acts_on_what_attention_and_mlp_give_and_nowhere_else(variant):
-    model, ids = variant.build(dropout=0.5), tokens(8, 24)
-    given = {}
+    model, ids, given = variant.build(dropout=0.5), tokens(8, 24), {}
     for name in ("attn", "mlp"):
         module = getattr(model.h[0], name)
         module.register_forward_hook(lambda *args, name=name: given.update({name: args[-1]}))
     model(ids)
     expected = given["attn"]
-    model.train()
-    for name in ("attn", "mlp"):
-        torch.manual_seed(3)
-        model(ids)
-        assert (given[name] == 0).float().mean() == pytest.approx(0.5, abs=0.05)
+    model.train()(ids)
+    for output in given.values():
+        assert (output == 0).float().mean() == pytest.approx(0.5, abs=0.05)
     kept = given["attn"] != 0
-    # neither the embeddings nor the attention weights lost any
-    close(given["attn"][kept], 2 * expected[kept])
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if ".c_proj." in name:
-                tensor.zero_()
+    close(given["attn"][kept], 2 * expected[kept])  # neither embeddings nor attention weights lost any
+    for name, tensor in model.named_parameters():
+        if ".c_proj." in name:
+            tensor.data.zero_()
     assert torch.equal(model(ids)[0], model(ids)[0])
 
 
 # ---- the KV cache
 
 
-@each_variant
-@examples
-@given(
-    split=st.lists(st.integers(1, 9), min_size=1, max_size=24),
-    rows=st.sampled_from([1, 3]),
-)
-def test_reading_in_pieces_through_the_cache_gives_the_uncached_logits(variant, split, rows):
-    check_pieces(variant, split, rows)
-
-
-@each_variant
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("split", [[24], [1] * 24, [23, 1], [1, 23]])
-def test_token_by_token_and_at_once_through_the_cache_gives_the_uncached_logits(variant, rows, split):
-    check_pieces(variant, split, rows)
-
-
-def check_pieces(variant, split, rows):
-    model = variant.build()
-    ids = tokens(rows, min(sum(split), 24))
+def in_pieces(variant, model, ids, split):
     cache = variant.script.KVCache(ids.shape[1])
-    logits = [model(piece, cache=cache)[0] for piece in ids.split(cut(split, ids.shape[1]), dim=1)]
-    close(torch.cat(logits, dim=1), model(ids)[0])
-
-
-def cut(split, length):
-    """The first pieces of the split, the last one shortened, so that they add up to the length."""
-    ends = [0]
-    while ends[-1] < length:
-        ends.append(min(length, ends[-1] + split[len(ends) - 1]))
-    return [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return torch.cat([model(piece, cache=cache)[0] for piece in ids.split(split, dim=1)], dim=1), cache
 
 
 @each_variant
-@pytest.mark.parametrize("split", [[24], [1] * 24, [7, 1, 9, 7]])
+@pytest.mark.parametrize("split", [[24], [1] * 24, [23, 1], [1, 23], [7, 1, 9, 7]])
+def test_reading_in_pieces_through_the_cache_gives_the_uncached_logits(variant, split):
+    model, ids = variant.build(), tokens(3, 24)
+    close(in_pieces(variant, model, ids, split)[0], model(ids)[0])
+
+
+@each_variant
+@pytest.mark.parametrize("split", [[1] * 24, [7, 1, 9, 7]])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_in_bf16_the_cache_changes_no_more_than_bf16_does_by_itself(variant, split, weights):
     """Under autocast, and with weights in bf16."""
@@ -363,24 +287,11 @@ def test_in_bf16_the_cache_changes_no_more_than_bf16_does_by_itself(variant, spl
     exact = model(ids)[0]
     model.to(weights)
     with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
-        cache = variant.script.KVCache(24)
-        cached = torch.cat([model(piece, cache=cache)[0] for piece in ids.split(split, dim=1)], dim=1)
+        cached, cache = in_pieces(variant, model, ids, split)
         uncached = model(ids)[0]
-    assert {tensor.dtype for tensor in held_by(cache)} == {torch.bfloat16}
+    assert {tensor.dtype for layer in cache.layers.values() for tensor in layer} == {torch.bfloat16}
     rounding = (uncached.float() - exact).abs().max()
     assert (cached.float() - exact).abs().max() < 2 * rounding
-
-
-@each_variant
-def test_labels_are_scored_through_the_cache_as_without_it(variant):
-    model, ids = variant.build(), tokens(2, 12)
-    cache = variant.script.KVCache(24)
-    close(model(ids, labels=ids, cache=cache)[1], model(ids, labels=ids)[1])
-    close(model(ids[:, :1], cache=cache)[0], model(torch.cat([ids, ids[:, :1]], dim=1))[0][:, -1:])
-
-
-def held_by(cache):
-    return [tensor for layer in cache.layers.values() for tensor in layer]
 
 
 @each_variant
@@ -388,15 +299,14 @@ def held_by(cache):
 def test_a_cache_holds_what_the_paper_says_and_nothing_else(variant, dtype):
     model, cache = variant.build().to(dtype), variant.script.KVCache(20)
     with torch.no_grad():
-        model(tokens(3, 5), cache=cache)
-        held = [(tensor.data_ptr(), tuple(tensor.shape)) for tensor in held_by(cache)]
-        model(tokens(3, 15), cache=cache)
+        for count in (5, 15):
+            model(tokens(3, count), cache=cache)
     heads = variant.groups or SMALL["n_head"]
-    assert [shape for _, shape in held] == [(3, heads, 20, 8)] * SMALL["n_layer"] * variant.cached
-    assert held == [(tensor.data_ptr(), tuple(tensor.shape)) for tensor in held_by(cache)]
+    held = [tensor for layer in cache.layers.values() for tensor in layer]
+    assert [tensor.shape for tensor in held] == [(3, heads, 20, 8)] * SMALL["n_layer"] * variant.cached
     assert cache.nbytes == SMALL["n_layer"] * variant.cached * 3 * 20 * heads * 8 * dtype.itemsize
-    assert cache.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in held_by(cache))
-    assert cache.length == 20 and vars(cache).keys() == {"max_length", "length", "layers"}
+    assert cache.nbytes == sum(tensor.untyped_storage().nbytes() for tensor in held)
+    assert cache.length == 20
 
 
 # Tables 4 and 10: the percentage of QKV's cache that a variant saves.
@@ -430,23 +340,17 @@ def test_a_cache_can_be_set_back_and_filled_with_other_tokens(variant):
 
 
 @one_variant
-def test_more_tokens_than_positions_are_refused_with_both_numbers(variant):
-    model = variant.build()
-    with pytest.raises(ValueError, match=r"25.*24"):
-        model(tokens(1, 25))
-    cache = variant.script.KVCache(100)
-    model(tokens(1, 20), cache=cache)
-    with pytest.raises(ValueError, match=r"25.*24"):
-        model(tokens(1, 5), cache=cache)
-
-
-@one_variant
-def test_a_cache_that_is_too_short_is_refused_with_both_numbers_and_stays_usable(variant):
-    model, ids, cache = variant.build(), tokens(2, 8), variant.script.KVCache(6)
-    model(ids[:, :4], cache=cache)
-    with pytest.raises(ValueError, match="7.* 6"):
-        model(ids[:, 4:7], cache=cache)
-    close(model(ids[:, 4:6], cache=cache)[0], model(ids[:, :6])[0][:, 4:])
+@pytest.mark.parametrize(("max_length", "limit"), [(None, 24), (100, 24), (6, 6)])
+def test_more_tokens_than_fit_are_refused_with_both_numbers(variant, max_length, limit):
+    """In the model's positions or in a cache, which stays usable."""
+    model, ids = variant.build(), tokens(2, limit + 1)
+    cache = max_length and variant.script.KVCache(max_length)
+    if cache:
+        model(ids[:, :4], cache=cache)
+    with pytest.raises(ValueError, match=rf"{limit + 1}.* {limit}"):
+        model(ids[:, 4:] if cache else ids, cache=cache)
+    if cache:
+        close(model(ids[:, 4:limit], cache=cache)[0], model(ids[:, :limit])[0][:, 4:])
 
 
 # ---- generation
@@ -461,10 +365,9 @@ def greedy(model, ids, count):
 
 
 @each_variant
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("prompt", "count"), [(1, 30), (5, 8), (23, 8), (24, 8), (27, 8)])
-def test_greedy_generation_is_the_obvious_loop_past_n_positions_too(variant, prompt, count, rows):
-    model, ids = variant.build(), tokens(rows, prompt)
+@pytest.mark.parametrize(("prompt", "count"), [(1, 30), (5, 0), (5, 8), (24, 8), (27, 8)])
+def test_greedy_generation_is_the_obvious_loop_past_n_positions_too(variant, prompt, count):
+    model, ids = variant.build(), tokens(3, prompt)
     expected = greedy(model, ids, count)
     for use_cache in (True, False):
         result = model.generate(ids, count, temperature=0, use_cache=use_cache)
@@ -472,51 +375,36 @@ def test_greedy_generation_is_the_obvious_loop_past_n_positions_too(variant, pro
         assert torch.equal(result, expected)
 
 
-@each_variant
-def test_with_the_cache_each_step_reads_one_token(variant):
+@one_variant
+@pytest.mark.parametrize(
+    ("prompt", "use_cache", "expected"),
+    [(5, True, [5, 1, 1, 1]), (5, False, [5, 6, 7, 8]), (23, True, [23, 1, 24, 24])],  # the window moves on
+)
+def test_with_the_cache_each_step_reads_one_token(variant, prompt, use_cache, expected):
     model, lengths = variant.build(), []
     model.h[0].register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
-    model.generate(tokens(2, 5), 6, temperature=0)
-    assert lengths == [5, 1, 1, 1, 1, 1]
-    lengths.clear()
-    model.generate(tokens(2, 5), 6, temperature=0, use_cache=False)
-    assert lengths == [5, 6, 7, 8, 9, 10]
-    lengths.clear()
-    model.generate(tokens(2, 21), 6, temperature=0)
-    assert lengths == [21, 1, 1, 1, 24, 24]  # the window moves on, and with it every position
+    model.generate(tokens(2, prompt), 4, temperature=0, use_cache=use_cache)
+    assert lengths == expected
 
 
 @one_variant
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_no_new_tokens_is_the_prompt(variant, use_cache):
-    ids = tokens(2, 5)
-    assert torch.equal(variant.build().generate(ids, 0, use_cache=use_cache), ids)
-
-
-@each_variant
-@pytest.mark.parametrize("top_k", [None, 4])
-def test_sampling_is_a_function_of_the_seed_with_and_without_the_cache(variant, top_k):
+def test_sampling_is_a_function_of_the_seed_with_and_without_the_cache(variant):
     model, ids = variant.build(), tokens(3, 6)
 
     def sampled(seed, use_cache):
         torch.manual_seed(seed)
-        return model.generate(ids, 25, temperature=0.9, top_k=top_k, use_cache=use_cache)
+        return model.generate(ids, 25, temperature=0.9, top_k=4, use_cache=use_cache)
 
     assert torch.equal(sampled(1, True), sampled(1, True))
     assert torch.equal(sampled(1, True), sampled(1, False))
     assert not torch.equal(sampled(1, True), sampled(2, True))
-
-
-@one_variant
-def test_top_k_of_one_is_greedy(variant):
-    model, ids = variant.build(), tokens(3, 6)
     assert torch.equal(model.generate(ids, 25, top_k=1), model.generate(ids, 25, temperature=0))
 
 
 @one_variant
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.6, None), (1.5, 7), (1.0, 1000)])
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.6, None), (1.5, 7), (1.0, 1000)])
 def test_sampled_tokens_have_the_frequencies_of_the_softmax(variant, temperature, top_k):
-    model, ids = variant.build(), tokens(1, 4).expand(20_000, -1)
+    model, ids = variant.build(), tokens(1, 4).expand(10_000, -1)
     torch.manual_seed(5)
     frequencies = model.generate(ids, 1, temperature, top_k)[:, -1].bincount(minlength=61) / len(ids)
     logits = model(ids[:1])[0][0, -1] / temperature
@@ -524,12 +412,13 @@ def test_sampled_tokens_have_the_frequencies_of_the_softmax(variant, temperature
         logits[logits.argsort(descending=True)[7:]] = -math.inf
     expected = logits.softmax(dim=-1)
     assert ((frequencies > 0) <= (expected > 0)).all()
-    assert (frequencies - expected).abs().max() < 0.015
+    assert (frequencies - expected).abs().max() < 0.02  # four standard deviations
 
 
 @one_variant
 @pytest.mark.parametrize("training", [True, False])
 def test_generation_switches_dropout_and_gradients_off_and_leaves_the_mode_as_it_was(variant, training):
+    """Where it fails, too."""
     model, ids = variant.build(dropout=0.5), tokens(2, 5)
     expected, grad = greedy(model, ids, 8), []
     model.h[0].register_forward_hook(lambda *_: grad.append(torch.is_grad_enabled()))
@@ -537,20 +426,8 @@ def test_generation_switches_dropout_and_gradients_off_and_leaves_the_mode_as_it
     assert torch.equal(model.generate(ids, 8, temperature=0), expected)
     assert {module.training for module in model.modules()} == {training}
     assert not any(grad)
-
-
-@one_variant
-@pytest.mark.parametrize("training", [True, False])
-def test_a_generation_that_fails_leaves_the_mode_as_it_was(variant, training):
-    model = variant.build().train(training)
-
-    def fail(*_):
-        assert not model.training
-        raise MemoryError("of the test")
-
-    model.h[1].register_forward_hook(fail)
-    with pytest.raises(MemoryError, match="of the test"):
-        model.generate(tokens(1, 5), 3)
+    with pytest.raises(IndexError):
+        model.generate(ids + 100, 3)
     assert {module.training for module in model.modules()} == {training}
 
 
@@ -579,15 +456,10 @@ def test_published_sizes_have_the_parameters_of_the_architecture(alias, size):
     total = sum(tensor.numel() for tensor in model.parameters())
     attention = sum(tensor.numel() for name, tensor in model.named_parameters() if ".attn." in name)
     assert (total, attention) == parameter_counts(alias, size)
-    assert model.config.n_embd // model.config.n_head == 64
-
-
-def test_the_300m_counts_are_the_published_ones():
-    """Of QKV and Q=K=V; Q–K=V and Q=K–V have a projection of 1,024 x 1,025 less than QKV in each layer."""
-    assert parameter_counts("kqv", "300M") == (305_534_976, 83_968_000)
-    assert parameter_counts("k", "300M") == (263_550_976, 41_984_000)
-    for alias in ("kv", "qk"):
-        assert parameter_counts(alias, "300M") == (284_542_976, 62_976_000)
+    published = {"kqv": (305_534_976, 83_968_000), "k": (263_550_976, 41_984_000)}
+    published |= dict.fromkeys(("kv", "qk"), (284_542_976, 62_976_000))
+    if size == "300M" and alias in published:
+        assert (total, attention) == published[alias]
 
 
 @each_variant
@@ -606,21 +478,20 @@ def test_state_dict_has_the_released_names_and_no_buffers(variant):
 
 
 @one_variant
-@pytest.mark.parametrize("std", [None, 0.05])
-def test_weights_start_normal_with_0_02_and_biases_at_zero(variant, std):
-    changes = {} if std is None else {"initializer_range": std}
+@pytest.mark.parametrize("std", [0.02, 0.05])
+def test_weights_start_normal_and_biases_at_zero(variant, std):
     torch.manual_seed(0)
     wider = {"n_embd": 128, "n_inner": 128, "n_positions": 128}
-    config = variant.script.ModelConfig(**(SMALL | changes | wider))
+    config = variant.script.ModelConfig(**(SMALL | wider), initializer_range=std)
     for name, tensor in getattr(variant.script, variant.model)(config).named_parameters():
         if name.endswith("bias"):
             assert not tensor.any(), name
-        elif ".ln_" in name or name.startswith("ln_f"):
+        elif "ln_" in name:
             assert (tensor == 1).all(), name
         else:
-            assert tensor.std().item() == pytest.approx(std or 0.02, rel=0.05), name
-            assert abs(tensor.mean().item()) < (std or 0.02) / 20, name
-            assert tensor.abs().max() > 3 * (std or 0.02), name  # normal, not uniform
+            assert tensor.std().item() == pytest.approx(std, rel=0.05), name
+            assert abs(tensor.mean().item()) < std / 20, name
+            assert tensor.abs().max() > 3 * std, name  # normal, not uniform
 
 
 # ---- checkpoints
@@ -631,22 +502,16 @@ def released_config(**changes):
     return SMALL | {"initializer_range": 0.02, "gradient_checkpointing": False} | changes
 
 
-def released_state(state, layers, positions):
-    mask = torch.ones(1, 1, positions, positions).tril()
-    masks = {f"h.{layer}.attn.bias": mask for layer in range(layers)}
-    return {f"module.{name}": tensor for name, tensor in (state | masks).items()}
-
-
 def save_released(path, state, config):
+    """With DDP's prefix and the causal masks."""
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 24, 24).tril() for layer in range(config["n_layer"])}
     contents = {"step": 7, "epoch": 0, "tokens_seen": 7 * 2_359_296, "optimizer_state_dict": {}}
-    contents |= {"model_state_dict": state, "model_config": config}
-    contents |= {"train_config": {"learning_rate": 2e-4, "micro_batch_size": 6}}
+    contents |= {"model_state_dict": {f"module.{name}": tensor for name, tensor in (state | masks).items()}}
+    contents |= {"model_config": config, "train_config": {"learning_rate": 2e-4, "micro_batch_size": 6}}
     torch.save(contents, path)
     return path
 
 
-PAIRS = list(permutations(VARIANTS, 2))
-TOLD_APART = [pair for pair in PAIRS if pair != ("gqa", "mqa")]  # MQA is GQA with a single group; see below
 SHAPES = {"300M": (16, 4), "1.2B": (32, 8)}  # heads, and groups of the variants with several
 
 
@@ -659,113 +524,41 @@ def fake_released(path, alias, size):
     for name, width in VARIANTS[alias].widths(d, (groups or heads) * 4).items():
         state[f"h.0.attn.{name}.weight"] = torch.zeros(width, d)
         state[f"h.0.attn.{name}.bias"] = torch.zeros(width)
-    return save_released(path, released_state(state, 1, 24), config)
+    return save_released(path, state, config)
 
 
-@each_variant
-def test_a_released_checkpoint_gives_the_same_logits_in_eval_mode(variant, tmp_path):
-    model, ids = variant.build(), tokens(2, 24)
-    changes = {"n_kv_groups": variant.groups} if variant.groups else {}
-    state = released_state(model.state_dict(), SMALL["n_layer"], SMALL["n_positions"])
-    path = save_released(tmp_path / "checkpoint_step_7.pt", state, released_config(**changes))
-    for argument in (path, str(path)):
-        loaded = variant.script.load_model(argument)
-        assert isinstance(loaded, getattr(variant.script, variant.model))
+# of 300M, of 1.2B, of the released Q-GQA at 300M, and of MQA, which is GQA with a single group
+HEADS_AND_GROUPS = [(16, 4), (32, 8), (16, 8), (16, 1)]
+
+
+@pytest.mark.parametrize(("alias", "size"), PUBLISHED)
+def test_either_size_loads_a_released_checkpoint_of_any_groups_in_eval_mode(alias, size, tmp_path):
+    variant, script = VARIANTS[alias], script_of(alias, size)
+    for heads, groups in HEADS_AND_GROUPS if alias in ("gqa", "qgqa") else [(16, variant.groups)]:
+        shape = {"n_head": heads, "n_embd": 4 * heads} | ({"n_kv_groups": groups} if groups else {})
+        model, ids = variant.build(**shape), tokens(2, 24)
+        path = save_released(tmp_path / "7.pt", model.state_dict(), released_config(**shape))
+        loaded = script.load_model(str(path))
+        assert type(loaded).__name__ == variant.model and loaded.config.n_kv_groups == groups
         assert not any(module.training for module in loaded.modules())
+        assert loaded.wte.weight.requires_grad  # it can be trained on
         assert torch.equal(loaded(ids)[0], model(ids)[0])
-    assert loaded.wte.weight.requires_grad  # it can be trained on
-
-
-GROUPED = [(alias, size) for alias, size in PUBLISHED if VARIANTS[alias].groups]
-HEADS_AND_GROUPS = [(16, 4), (32, 8), (16, 8)]  # of 300M, of 1.2B, and of the released Q-GQA at 300M
-
-
-@pytest.mark.parametrize(("alias", "size"), GROUPED)
-@pytest.mark.parametrize(("heads", "groups"), HEADS_AND_GROUPS)
-def test_either_size_loads_a_released_checkpoint_of_any_groups(alias, size, heads, groups, tmp_path):
-    groups = {"mqa": 1, "qmqa": 1}.get(alias, groups)
-    shape = {"n_head": heads, "n_embd": 4 * heads, "n_kv_groups": groups}
-    model, ids = VARIANTS[alias].build(**shape), tokens(2, 24)
-    state = released_state(model.state_dict(), SMALL["n_layer"], SMALL["n_positions"])
-    path = save_released(tmp_path / "7.pt", state, released_config(**shape))
-    loaded = script_of(alias, size).load_model(path)
-    assert loaded.config.n_kv_groups == groups
-    assert torch.equal(loaded(ids)[0], model(ids)[0])
-
-
-@pytest.fixture(scope="module")
-def trained(data, tmp_path_factory):
-    """The folder of a finished tiny run of each script."""
-    demo = [f"--{kind}_config={ROOT}/configs/{kind}_config_demo.yaml" for kind in ("model", "train")]
-    folders = {}
-    for alias, variant in VARIANTS.items():
-        folders[alias] = tmp_path_factory.mktemp(alias)
-        shape = [*TINY_MODEL, "n_head=4", f"n_kv_groups={variant.groups or 'null'}"]
-        place = f"--output_dir={folders[alias]}"
-        variant.script.main([*demo, place, *shape, *TINY_RUN, *data, "target_tokens=512"])
-    return folders
-
-
-@pytest.mark.parametrize("alias", VARIANTS)
-def test_a_trained_model_loads_from_the_last_checkpoint_and_the_final_model_alike(alias, trained, data_dir):
-    script, folder = VARIANTS[alias].script, trained[alias]
-    final = script.load_model(folder / "final_model.pt")
-    last = script.load_model(folder / "checkpoint_step_2.pt")
-    assert not final.training
-    logged = [yaml.safe_load(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
-    loader = script.get_dataloader(data_dir / "validation", 2, 32, "packed")
-    for model in (final, last):
-        assert script.evaluate(model, loader)["loss"] == pytest.approx(logged["loss"], abs=1e-6)
-
-
-@pytest.mark.parametrize("alias", VARIANTS)
-def test_our_own_checkpoints_carry_released_names_and_neither_prefix_nor_masks(alias, trained):
-    for name in ("final_model.pt", "checkpoint_step_2.pt"):
-        contents = torch.load(trained[alias] / name, weights_only=True)
-        assert contents["step"] == 2
-        assert contents["tokens_seen"] == 512
-        assert contents["epoch"] == 0
-        keys = {"model_state_dict", "model_config", "train_config"}
-        assert keys <= contents.keys()
-        assert "h.0.attn.c_proj.weight" in contents["model_state_dict"]
-        for key in contents["model_state_dict"]:
-            assert not key.startswith("module.")
-            assert ".attn.bias" not in key
-        assert type(contents["model_config"]) is dict
-        assert contents["model_config"].get("n_kv_groups") == VARIANTS[alias].groups
-    assert "optimizer_state_dict" in contents  # of the checkpoint
-
-
-@pytest.mark.parametrize(("alias", "other"), PAIRS)
-def test_our_checkpoint_of_another_variant_is_refused_with_its_script(alias, other, trained):
-    path = trained[other] / "final_model.pt"
-    check_refused(VARIANTS[alias], path, VARIANTS[alias].script.PAPER_NAME, TABLE[other]["script"]["300M"])
-
-
-@pytest.mark.parametrize(("alias", "other"), TOLD_APART)
-@pytest.mark.parametrize("size", SHAPES)
-def test_a_released_checkpoint_of_another_variant_is_refused(alias, other, size, tmp_path):
-    """It does not say its variant: its configuration or its projections do not fit."""
-    path = fake_released(tmp_path / "checkpoint_step_7.pt", other, size)
-    check_refused(VARIANTS[alias], path)
 
 
 @each_variant
-@pytest.mark.parametrize("size", SHAPES)
-def test_half_a_released_checkpoint_of_the_same_variant_is_refused(variant, size, tmp_path):
-    path = fake_released(tmp_path / "checkpoint_step_7.pt", variant.alias, size)
-    check_refused(variant, path, f"not the weights of {variant.script.PAPER_NAME}")
-
-
-def test_a_released_checkpoint_of_mqa_is_one_of_gqa_with_a_single_group(tmp_path):
-    model, ids = VARIANTS["mqa"].build(), tokens(2, 24)
-    state = released_state(model.state_dict(), SMALL["n_layer"], SMALL["n_positions"])
-    path = save_released(tmp_path / "checkpoint_step_7.pt", state, released_config(n_kv_groups=1))
-    assert torch.equal(VARIANTS["gqa"].script.load_model(path)(ids)[0], model(ids)[0])
+def test_a_checkpoint_of_another_variant_is_refused(variant, tmp_path):
+    """Ours by its name, with the script to use; a released one, as configuration or projections do not fit."""
+    path = tmp_path / "checkpoint_step_7.pt"
+    for other in VARIANTS.values():
+        if other != variant:
+            torch.save(whole(other) | {"variant": other.script.VARIANT}, path)
+            check_refused(variant, path, variant.script.PAPER_NAME, TABLE[other.alias]["script"]["300M"])
+        for size in SHAPES if other != variant and (variant.alias, other.alias) != ("gqa", "mqa") else ():
+            check_refused(variant, fake_released(path, other.alias, size))
 
 
 def check_refused(variant, path, *parts):
-    """load_model raises a ValueError: a line with the path and the parts, or pydantic's words on a setting."""
+    """load_model raises a ValueError: a line with path and parts, or pydantic's words on a setting."""
     with pytest.raises(ValueError) as caught:
         variant.script.load_model(path)
     message = str(caught.value)
@@ -787,102 +580,53 @@ class Evil:
 
 
 def whole(variant):
-    model = variant.build()
-    return {"model_state_dict": model.state_dict(), "model_config": released_config()}
+    return {"model_state_dict": variant.build().state_dict(), "model_config": released_config()}
 
 
-def cut_file(keep):
-    """Saves a whole checkpoint, and leaves this much of the file."""
-
-    def damage(path, variant):
-        torch.save(whole(variant), path)
-        content = path.read_bytes()
-        path.write_bytes(content[: int(keep * len(content))])
-
-    return damage
+def packed(contents, keep):
+    """This much of the file of a checkpoint."""
+    torch.save(contents, buffer := io.BytesIO())
+    return buffer.getvalue()[: int(keep * buffer.tell())]
 
 
-def saved(make):
-    return lambda path, variant: torch.save(make(whole(variant)), path)
-
-
-def changed(config, changes):
-    """A model_config that says something else; None: does not have the key."""
-    return {key: value for key, value in (config | changes).items() if value is not None}
-
-
-WRONG_CONFIGS = {
-    "more layers in config": {"n_layer": 4},
-    "more positions in config": {"n_positions": 33},
-    "no width in config": {"n_embd": None},
-    "no layers in config": {"n_layer": None},
-    "no heads in config": {"n_head": 0},
-    "heads in config that do not fit": {"n_head": 3},
-    "text in config": {"n_head": "four"},
-    "groups in config that do not fit": {"n_kv_groups": 3},
-    "text for groups in config": {"n_kv_groups": "two"},
+BROKEN = {  # what is to be saved in the place of a whole checkpoint; bytes are the file itself
+    "empty file": lambda whole: b"",
+    "cut in half": lambda whole: packed(whole, 0.5),
+    "end missing": lambda whole: packed(whole, 0.999),
+    "text file": lambda whole: b"loss 3.2\nloss 3.1\n",
+    "bare state dict": lambda whole: whole["model_state_dict"],
+    "list": lambda whole: list(whole.values()),
+    "other project": lambda whole: whole | {"model_state_dict": {"layers.0": torch.zeros(3, 3)}},
+    "weights missing": lambda whole: whole | {"model_state_dict": {"ln_f.bias": torch.zeros(32)}},
+    "no width in config": lambda whole: whole | {"model_config": {"n_layer": 3, "n_head": 4}},
 }
+for key, value in (
+    ("n_layer", 4), ("n_positions", 33), ("n_head", 0), ("n_head", 3), ("n_head", "four"), ("n_kv_groups", 3),
+):  # fmt: skip
+    config = released_config(**{key: value})
+    BROKEN[f"{key} {value} in config"] = lambda whole, config=config: whole | {"model_config": config}
 
 
-def with_config(changes):
-    return saved(lambda contents: contents | {"model_config": changed(contents["model_config"], changes)})
-
-
-def without(contents, name):
-    del contents["model_state_dict"][name]
-    return contents
-
-
-BROKEN = {
-    "empty file": cut_file(0),
-    "cut in half": cut_file(0.5),
-    "end missing": cut_file(0.999),
-    "text file": lambda path, _: path.write_text("loss 3.2\nloss 3.1\n"),
-    "folder": lambda path, _: path.mkdir(),
-    "bare state dict": saved(lambda contents: contents["model_state_dict"]),
-    "list": saved(lambda contents: list(contents.values())),
-    "tensor": saved(lambda contents: torch.zeros(3)),
-    "no weights": saved(lambda contents: contents | {"model_state_dict": {}}),
-    "other project": saved(lambda contents: contents | {"model_state_dict": {"layers.0": torch.zeros(3, 3)}}),
-    "weight missing": saved(lambda contents: without(contents, "ln_f.bias")),
-} | {name: with_config(changes) for name, changes in WRONG_CONFIGS.items()}
-
-
-@pytest.mark.parametrize("alias", ["kqv", "gqa", "qmqa"])
+@one_variant
 @pytest.mark.parametrize("damage", BROKEN)
-def test_a_broken_checkpoint_is_refused_in_one_line_by_name(alias, damage, tmp_path):
-    path = tmp_path / "checkpoint_step_7.pt"
-    BROKEN[damage](path, VARIANTS[alias])
-    check_refused(VARIANTS[alias], path)
-
-
-@pytest.mark.parametrize("alias", ["kqv", "gqa", "qmqa"])
-@pytest.mark.parametrize("change", WRONG_CONFIGS)
-def test_a_checkpoint_of_ours_with_a_wrong_config_is_refused_by_name(alias, change, trained, tmp_path):
-    contents, path = torch.load(trained[alias] / "final_model.pt"), tmp_path / "final_model.pt"
-    torch.save(contents | {"model_config": changed(contents["model_config"], WRONG_CONFIGS[change])}, path)
-    check_refused(VARIANTS[alias], path)
-
-
-@one_variant
-def test_a_missing_checkpoint_is_refused_in_one_line_by_name(variant, tmp_path):
-    check_refused(variant, tmp_path / "nowhere.pt")
-
-
-@one_variant
-@pytest.mark.parametrize("form", ["torch", "old torch", "pickle", "beside whole weights"])
-def test_code_in_a_checkpoint_never_runs(variant, form, tmp_path):
-    path, trace = tmp_path / "checkpoint_step_7.pt", tmp_path / "ran"
-    evil = {"model_state_dict": Evil(trace), "model_config": {}}
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(evil))
+def test_a_broken_checkpoint_is_refused_in_one_line_by_name(variant, damage, tmp_path):
+    path, broken = tmp_path / "checkpoint_step_7.pt", BROKEN[damage](whole(variant))
+    if isinstance(broken, bytes):
+        path.write_bytes(broken)
     else:
-        contents = whole(variant) | {"optimizer_state_dict": Evil(trace)} if "weights" in form else evil
-        torch.save(contents, path, _use_new_zipfile_serialization=form != "old torch")
+        torch.save(broken, path)
+    check_refused(variant, path)
+    check_refused(variant, tmp_path)
+    check_refused(variant, tmp_path / "missing.pt")
+
+
+@one_variant
+@pytest.mark.parametrize("beside", [False, True])
+def test_code_in_a_checkpoint_never_runs(variant, beside, tmp_path):
+    path, trace = tmp_path / "checkpoint_step_7.pt", tmp_path / "ran"
+    evil = {"optimizer_state_dict": Evil(trace)}
+    torch.save(whole(variant) | evil if beside else {"model_state_dict": Evil(trace)}, path)
     check_refused(variant, path)
     assert not trace.exists()
-    if form == "pickle":
-        pickle.loads(path.read_bytes())
-    else:
-        torch.load(path, weights_only=False)
+    torch.load(path, weights_only=False)
     assert trace.exists()  # it would have run

@@ -1,8 +1,10 @@
 """Token files -> rows -> batches -> the figures of an evaluation, each against a few lines of numpy."""
 
+import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import tempfile
 from contextlib import contextmanager
 from itertools import islice
@@ -12,25 +14,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, completed, gpt2_of, script_of, start_ranks
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 SCRIPT = script_of("kqv")  # owns the text that the scripts share; another test holds the others to it
 EOS = 60
 TOKEN_BYTES = np.array([1 + i % 5 for i in range(EOS)] + [0], dtype=np.uint16)
 each_sequence = pytest.mark.parametrize("sequence", ["padded", "packed"])
-examples = settings(max_examples=60, deadline=None, derandomize=True)
+examples = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def documents_of(lengths):
     """Documents of these lengths, whose tokens follow from their number."""
-    documents = []
-    for i, length in enumerate(lengths):
-        documents.append(np.random.default_rng(i).integers(0, EOS, length).astype(np.uint16))
-    return documents
+    return [np.random.default_rng(i).integers(0, EOS, n).astype(np.uint16) for i, n in enumerate(lengths)]
 
 
-def write(folder, documents, chunks=None, finished=True, vocabulary=TOKEN_BYTES):
+def write(folder, documents, chunks=None, vocabulary=TOKEN_BYTES):
     """A split as dataset_download.py writes it, with this many documents in each chunk."""
     chunks = chunks or [len(documents)]
     assert sum(chunks) == len(documents)
@@ -48,10 +47,8 @@ def write(folder, documents, chunks=None, finished=True, vocabulary=TOKEN_BYTES)
         entries.append(entry)
     np.save(folder / "token_bytes.npy", vocabulary)
     totals = {key: sum(entry[key] for entry in entries) for key in ("documents", "tokens", "bytes")}
-    names = {"source": "test", "revision": None, "text_column": "text", "tokenizer": "test", "split": "train"}
-    sizes = {"vocab_size": len(vocabulary), "eos_id": eos, "target_tokens": 1, "chunk_tokens": 1}
-    metadata = names | sizes | totals | {"finished": finished, "chunks": entries}
-    (folder / "metadata.json").write_text(json.dumps(metadata))
+    metadata = totals | {"tokenizer": "test", "vocab_size": len(vocabulary), "eos_id": eos}
+    (folder / "metadata.json").write_text(json.dumps(metadata | {"finished": True, "chunks": entries}))
     return folder
 
 
@@ -89,106 +86,56 @@ def read(loader):
 # ---- rows
 
 
-def check_rows(lengths, chunks, seq_length, sequence):
-    documents = documents_of(lengths)
-    with tempfile.TemporaryDirectory() as folder:
-        path = write(Path(folder) / "train", documents, chunks)
-        rows, is_text = read(SCRIPT.get_dataloader(path, 4, seq_length, sequence))
-    expected_rows, expected_text = rows_of(documents, seq_length, sequence, chunks=chunks)
-    np.testing.assert_array_equal(rows, expected_rows)
-    np.testing.assert_array_equal(is_text, expected_text)
-
-
-LENGTHS = {
-    "one token": ([1], [1]),
-    "a row exactly": ([8, 8], [2]),
-    "a packed row exactly": ([7, 7, 7], [1, 2]),
-    "empty documents": ([0, 3, 0, 0, 5, 0], [2, 2, 2]),
-    "a chunk of empty documents": ([5, 0, 0, 0, 9], [1, 3, 1]),
-    "only empty documents": ([0] * 20, [3, 17]),
-    "longer than many rows": ([100, 3, 61], [1, 1, 1]),
-    "a document a chunk": ([3, 9, 1, 20], [1, 1, 1, 1]),
-}
-
-
-@each_sequence
-@pytest.mark.parametrize("case", LENGTHS)
-def test_rows_hold_the_documents_at_every_edge(case, sequence):
-    lengths, chunks = LENGTHS[case]
-    check_rows(lengths, chunks, 8, sequence)
-
-
 @each_sequence
 @examples
 @given(
     chunks=st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=6), min_size=1, max_size=4),
     seq_length=st.integers(2, 17),
 )
+@example([[1]], 8)
+@example([[8, 8]], 8)
+@example([[7], [7, 7]], 8)  # a packed row exactly
+@example([[5], [0, 0, 0], [9]], 8)
+@example([3 * [0], 17 * [0]], 8)
+@example([[100], [3], [61]], 8)
 def test_rows_hold_the_documents_whatever_their_lengths_and_chunks(sequence, chunks, seq_length):
-    lengths = [length for chunk in chunks for length in chunk]
-    check_rows(lengths, [len(chunk) for chunk in chunks], seq_length, sequence)
-
-
-@examples
-@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12), seq_length=st.integers(2, 17))
-def test_packed_rows_joined_are_the_documents_each_followed_by_an_end_of_text(lengths, seq_length):
-    documents = documents_of(lengths)
+    documents, counts = documents_of(sum(chunks, [])), [len(chunk) for chunk in chunks]
     with tempfile.TemporaryDirectory() as folder:
-        path = write(Path(folder), documents, [1] * len(lengths))
-        rows, is_text = read(SCRIPT.get_dataloader(path, 3, seq_length, "packed"))
-    stream = rows.ravel()[is_text.ravel()]
-    ends = np.flatnonzero(stream == EOS)
-    assert len(ends) == len(documents)
-    for document, start, end in zip(documents, [-1, *ends], ends, strict=False):
-        np.testing.assert_array_equal(stream[start + 1 : end], document)
-    padding = (~is_text).sum(axis=1)
-    assert padding.max() < seq_length
-    assert (padding > 0).sum() <= len(documents)  # a row of each chunk at most
-
-
-@each_sequence
-def test_what_dataset_download_prepared_is_read_back(sequence, data_dir):
-    documents, chunks = documents_in(data_dir / "train")
-    assert len(documents) == 110
-    assert len(chunks) > 1
-    rows, is_text = read(SCRIPT.get_dataloader(data_dir / "train", 7, 96, sequence))
-    expected_rows, expected_text = rows_of(documents, 96, sequence, 256, chunks)
+        path = write(Path(folder) / "train", documents, counts)
+        rows, is_text = read(SCRIPT.get_dataloader(path, 4, seq_length, sequence))
+    expected_rows, expected_text = rows_of(documents, seq_length, sequence, chunks=counts)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_array_equal(is_text, expected_text)
 
 
-@each_sequence
-def test_batches_are_int64_ids_and_a_bool_mask(sequence, tmp_path):
-    path = write(tmp_path, documents_of([5, 9]))
-    input_ids, is_text = next(iter(SCRIPT.get_dataloader(str(path), 2, 4, sequence)))
-    assert (input_ids.dtype, is_text.dtype) == (torch.int64, torch.bool)
-    assert input_ids.shape == is_text.shape == (2, 4)
+@pytest.mark.parametrize("sequence", [["padded"], ["packed"], []])
+def test_what_dataset_download_prepared_is_read_back(sequence, data_dir):
+    """Padded, the paper's protocol, unless told."""
+    documents, chunks = documents_in(data_dir / "train")
+    assert len(documents) == 110
+    assert len(chunks) > 1
+    loader = SCRIPT.get_dataloader(str(data_dir / "train"), 7, 96, *sequence)
+    expected_rows, expected_text = rows_of(documents, 96, *sequence or ["padded"], 256, chunks)
+    for found, expected in zip(read(loader), (expected_rows, expected_text), strict=True):
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == expected.dtype
+    assert next(iter(loader))[0].shape == (7, 96)
 
 
-def test_padded_is_the_protocol_unless_told(tmp_path):
-    path = write(tmp_path, documents_of([5, 9]))
-    rows, _ = read(SCRIPT.get_dataloader(path, 2, 7))
-    np.testing.assert_array_equal(rows, rows_of(documents_of([5, 9]), 7, "padded")[0])
-
-
-@each_sequence
-def test_ids_up_to_the_largest_uint16_are_kept(sequence, tmp_path):
+def test_ids_up_to_the_largest_uint16_are_kept(tmp_path):
     vocabulary = np.ones(65_535, dtype=np.uint16)
     documents = [np.array([65_533, 0, 40_000], dtype=np.uint16)]
     path = write(tmp_path, documents, vocabulary=vocabulary)
-    rows, _ = read(SCRIPT.get_dataloader(path, 1, 4, sequence))
+    rows, _ = read(SCRIPT.get_dataloader(path, 1, 4))
     assert rows.tolist() == [[65_533, 0, 40_000, 65_534]]
 
 
 def test_tokens_stay_on_disk_memory_mapped(tmp_path):
     """Reading a row must not bring a chunk of 100 million tokens into memory."""
     path = write(tmp_path, documents_of([5, 9, 3]), [2, 1])
-    dataset = SCRIPT.get_dataloader(path, 1, 4, "packed").dataset
+    dataset = SCRIPT.TokenDataset(path, 4, "packed")
     dataset[1]
-    assert len(dataset.tokens) == 2
-    for array in [*dataset.tokens, *dataset.offsets]:
-        assert isinstance(array, np.memmap)
-        assert not array.flags.writeable
+    assert all(isinstance(array, np.memmap) for array in [*dataset.tokens, *dataset.offsets])
 
 
 # ---- order
@@ -221,8 +168,7 @@ def order(path, count, batch_size=3, seed=5, rows_seen=0):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("batch_size", [1, 3, 5])
-@pytest.mark.parametrize("rows_seen", [0, 60])
+@pytest.mark.parametrize(("batch_size", "rows_seen"), [(1, 60), (5, 0), (3, 60)])
 def test_any_number_of_processes_reads_the_same_global_batches(numbered, world_size, batch_size, rows_seen):
     """Of 4 micro batches a step: a process alone takes them all, of two each takes two, and so on."""
     steps, micro_batches = 3, 4
@@ -236,17 +182,12 @@ def test_any_number_of_processes_reads_the_same_global_batches(numbered, world_s
     np.testing.assert_array_equal(np.stack(shares, axis=1).reshape(-1, batch_size), alone)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 30])
-def test_every_row_comes_once_an_epoch_and_each_epoch_in_another_order(numbered, batch_size):
-    epochs = np.array(order(numbered, 4 * ROWS, batch_size)).reshape(4, ROWS)
+def test_every_row_comes_once_an_epoch_and_each_epoch_and_seed_in_another_order(numbered):
+    epochs = np.array(order(numbered, 4 * ROWS, 4)).reshape(4, ROWS)
     for epoch in epochs:
         assert sorted(epoch) == list(range(ROWS))
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    assert tuple(epochs[0]) != tuple(range(ROWS))
-
-
-def test_the_order_does_not_depend_on_the_batch_size(numbered):
-    assert order(numbered, 60, batch_size=1) == order(numbered, 60, batch_size=7)
+    assert len({tuple(range(ROWS)), *map(tuple, epochs)}) == 5
+    assert order(numbered, ROWS, seed=6) != epochs[0].tolist()
 
 
 @examples
@@ -254,18 +195,6 @@ def test_the_order_does_not_depend_on_the_batch_size(numbered):
 def test_a_loader_starts_where_a_run_was_interrupted(numbered, rows_seen, batch_size):
     whole = order(numbered, 5 * ROWS + 20)
     assert order(numbered, 20, batch_size, rows_seen=rows_seen) == whole[rows_seen : rows_seen + 20]
-
-
-def test_the_order_is_the_seeds(numbered):
-    assert order(numbered, 40, seed=5) == order(numbered, 40, seed=5)
-    assert order(numbered, 40, seed=5) != order(numbered, 40, seed=6)
-    assert sorted(order(numbered, ROWS, seed=0)) == list(range(ROWS))
-
-
-def test_without_a_seed_every_row_comes_once_in_order_and_the_last_batch_is_short(numbered):
-    batches = [ids[:, 0].tolist() for ids, _ in SCRIPT.get_dataloader(numbered, 5, 4, "padded")]
-    assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
-    assert sum(batches, []) == list(range(ROWS))
 
 
 @examples
@@ -300,21 +229,18 @@ def change(name, make):
 METADATA, BYTES = "metadata.json", "token_bytes.npy"
 TOKENS, OFFSETS = "chunk_001.tokens.npy", "chunk_001.offsets.npy"
 DAMAGE = {  # what is done to the folder; dataset_download.py --verify finds the rest
-    "no metadata": lambda folder: (folder / METADATA).unlink(),
+    "no folder": lambda folder: shutil.rmtree(folder),
     "unfinished": lambda folder: rewrite(folder, finished=False),
-    "metadata cut off": lambda folder: half(folder / METADATA),
-    "metadata empty": lambda folder: (folder / METADATA).write_text(""),
     "metadata of something else": lambda folder: (folder / METADATA).write_text('{"name": "x"}'),
     "metadata a list": lambda folder: (folder / METADATA).write_text("[]"),
     "metadata no text": lambda folder: (folder / METADATA).write_bytes(b"\xff\x00"),
     "no documents": lambda folder: rewrite(folder, documents=0, chunks=[]),
     "tokens no array": lambda folder: (folder / TOKENS).write_text("tokens"),
     "a token more": change(TOKENS, lambda array: np.append(array, array[-1])),
-    "a token less": change(TOKENS, lambda array: array[:-1]),
     "an offset less": change(OFFSETS, lambda array: array[[0, 2, 3]]),
     "offsets of another length": change(OFFSETS, lambda array: np.append(array[:-1], 99)),
 }
-for name in (TOKENS, OFFSETS, BYTES):
+for name in (METADATA, TOKENS, OFFSETS, BYTES):
     DAMAGE[f"{name} missing"] = lambda folder, name=name: (folder / name).unlink()
     DAMAGE[f"{name} cut off"] = lambda folder, name=name: half(folder / name)
     DAMAGE[f"{name} empty"] = lambda folder, name=name: (folder / name).write_bytes(b"")
@@ -322,17 +248,9 @@ for name in (TOKENS, OFFSETS, BYTES):
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_token_files_that_are_not_whole_are_refused_by_name(damage, tmp_path):
+    """In one line with the folder and the script that makes it anew."""
     folder = write(tmp_path / "train", documents_of([9, 30, 12, 4]), [1, 3])
     DAMAGE[damage](folder)
-    check_refused(folder)
-
-
-def test_a_folder_that_is_missing_is_refused_with_what_to_run(tmp_path):
-    check_refused(tmp_path / "nowhere")
-
-
-def check_refused(folder):
-    """A RunError of one line that names the folder and the script that makes it anew."""
     with pytest.raises(SCRIPT.RunError) as caught:
         SCRIPT.get_dataloader(folder, 2, 8)
     message = str(caught.value)
@@ -377,56 +295,33 @@ def split(tmp_path_factory):
 
 
 @each_sequence
-def test_an_evaluation_is_the_obvious_arithmetic_over_the_rows(sequence, split):
-    model = model_of()
-    results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, 3, T, sequence))
-    expected = expected_of(model, *rows_of(DOCUMENTS, T, sequence, chunks=CHUNKS))
-    assert {name: results[name] for name in expected} == pytest.approx(expected, rel=1e-5)
-    assert all(type(value) is float for value in results.values())  # for metrics.jsonl
-
-
-@each_sequence
-@pytest.mark.parametrize("max_batches", [1, 2, 100, None])
-def test_max_batches_takes_the_first_ones(sequence, max_batches, split):
+@pytest.mark.parametrize(("batch_size", "max_batches"), [(1, None), (3, None), (2, 1), (2, 100)])
+def test_an_evaluation_is_the_obvious_arithmetic_over_the_rows(sequence, batch_size, max_batches, split):
     model, (rows, is_text) = model_of(), rows_of(DOCUMENTS, T, sequence, chunks=CHUNKS)
-    results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, 2, T, sequence), max_batches)
-    taken = None if max_batches is None else 2 * max_batches
+    results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, batch_size, T, sequence), max_batches)
+    taken = max_batches and batch_size * max_batches
     expected = expected_of(model, rows[:taken], is_text[:taken])
     assert {name: results[name] for name in expected} == pytest.approx(expected, rel=1e-5)
-
-
-def test_an_evaluation_ends_at_the_next_batch_when_a_signal_arrives(split, monkeypatch):
-    model, received, batches = model_of(), [], []
-    monkeypatch.setattr(SCRIPT, "STOP", received)
-
-    def second_batch_brings_a_signal(*_):
-        batches.append(1)
-        if len(batches) == 2:
-            received.append(15)
-
-    model.h[0].register_forward_hook(second_batch_brings_a_signal)
-    model.train()
-    assert SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, 2, T)) is None
-    assert len(batches) == 2
-    assert model.training
+    assert all(type(value) is float for value in results.values())  # for metrics.jsonl
 
 
 RANK_PROGRAM = """
 import json
 import sys
 
-sys.path[:0] = sys.argv[1:3]
-from test_token_data import CASES, SCRIPT, T, model_of
+sys.path.insert(0, sys.argv[1])
+import transformer_KQV_300_M as SCRIPT
 
 read = []
 whole = SCRIPT.TokenDataset.__getitem__
 SCRIPT.TokenDataset.__getitem__ = lambda self, i: read.append(int(i)) or whole(self, i)
 SCRIPT.init_distributed()
-for sequence, batch_size, max_batches in CASES:
+model = SCRIPT.load_model(sys.argv[3] + "/model.pt")
+for sequence, batch_size, max_batches in json.loads(sys.argv[4]):
     read.clear()
-    loader = SCRIPT.get_dataloader(sys.argv[3], batch_size, T, sequence)
-    results = SCRIPT.evaluate(model_of(), loader, max_batches)
-    with open(f"{sys.argv[4]}/rank_{SCRIPT.RANK}.jsonl", "a") as file:
+    loader = SCRIPT.get_dataloader(sys.argv[2], batch_size, model.config.n_positions, sequence)
+    results = SCRIPT.evaluate(model, loader, max_batches)
+    with open(f"{sys.argv[3]}/rank_{SCRIPT.RANK}.jsonl", "a") as file:
         file.write(json.dumps([results, read]) + "\\n")
 SCRIPT.dist.destroy_process_group()
 """
@@ -437,8 +332,11 @@ CASES = [("padded", 2, None), ("packed", 3, None), ("padded", 4, None), ("padded
 def ranks(split, tmp_path_factory):
     """What each of three ranks got from the evaluations of CASES, and the rows that it read for them."""
     folder = tmp_path_factory.mktemp("ranks")
+    model = model_of()
+    contents = {"model_state_dict": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
+    torch.save(contents, folder / "model.pt")
     (folder / "ranks.py").write_text(RANK_PROGRAM)
-    completed(start_ranks(*3 * [[folder / "ranks.py", ROOT, ROOT / "tests", split, folder]]))
+    completed(start_ranks(*3 * [[folder / "ranks.py", ROOT, split, folder, json.dumps(CASES)]]))
     lines = [(folder / f"rank_{rank}.jsonl").read_text().splitlines() for rank in range(3)]
     return [[json.loads(line) for line in of_rank] for of_rank in lines]
 
@@ -460,29 +358,6 @@ def test_several_ranks_evaluate_the_same_and_no_row_is_read_twice(case, ranks, s
     assert sorted(read) == list(range(taken))
 
 
-@each_sequence
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_the_batch_size_does_not_change_an_evaluation(batch_size, sequence, split):
-    model = model_of()
-    results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, batch_size, T, sequence))
-    reference = SCRIPT.evaluate(model, SCRIPT.get_dataloader(split, 4, T, sequence))
-    assert results == pytest.approx(reference, rel=1e-6)
-
-
-def test_packed_rows_are_text_but_for_the_end_of_each_chunk(tmp_path):
-    model = model_of()
-    # with the ends of text, 36 tokens and 12: three rows and one
-    full = write(tmp_path / "full", documents_of([11, 23, 11]), [2, 1])
-    results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(full, 2, T, "packed"))
-    assert results["padding_fraction"] == 0
-    assert results["text_loss"] == results["loss"]
-    # 17 tokens and 27: two rows and three
-    tail = write(tmp_path / "tail", documents_of([11, 4, 23, 2]), [2, 2])
-    results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(tail, 2, T, "packed"))
-    assert results["padding_fraction"] == pytest.approx((7 + 9) / 60)
-    assert results["text_loss"] != results["loss"]
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_an_evaluation_switches_dropout_and_gradients_off_and_leaves_the_mode_as_it_was(training, split):
     model, loader, grad = model_of(dropout=0.5), SCRIPT.get_dataloader(split, 3, T), []
@@ -495,25 +370,10 @@ def test_an_evaluation_switches_dropout_and_gradients_off_and_leaves_the_mode_as
     assert not any(grad)
 
 
-def test_an_evaluation_follows_the_precision_of_its_caller(split):
-    model, loader = model_of(), SCRIPT.get_dataloader(split, 3, T)
-    exact = SCRIPT.evaluate(model, loader)
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = SCRIPT.evaluate(model, loader)
-    assert rounded != exact
-    assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.02)
-
-
-def test_an_evaluation_without_a_token_to_predict_is_refused_by_name(tmp_path):
-    path = write(tmp_path, documents_of([1, 0, 1]))
-    with pytest.raises(ValueError, match=str(path)):
-        SCRIPT.evaluate(model_of(), SCRIPT.get_dataloader(path, 2, T))
-
-
 ten_million = pytest.param(10_000_000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
 
 
-@pytest.mark.parametrize("total", [60_000, ten_million])
+@pytest.mark.parametrize("total", [30_000, ten_million])
 @each_sequence
 def test_an_evaluation_is_that_of_transformers_on_the_same_tokens(sequence, total, tmp_path):
     """Rows by numpy, losses by GPT2LMHeadModel; the slow test has the size of the paper's validation set."""
@@ -521,7 +381,6 @@ def test_an_evaluation_is_that_of_transformers_on_the_same_tokens(sequence, tota
     documents, model = documents_of(lengths), model_of(n_positions=T)
     chunks = [len(documents) // 2, len(documents) - len(documents) // 2]
     path = write(tmp_path, documents, chunks)
-    assert lengths.sum() == pytest.approx(total, rel=0.1)
     results = SCRIPT.evaluate(model, SCRIPT.get_dataloader(path, 16, T, sequence))
 
     gpt2, losses = gpt2_of(model), []

@@ -31,6 +31,7 @@ from conftest import (
     metrics,
     script_of,
     start,
+    steps_of,
     to_a_moment,
     wait_until_held,
     weights,
@@ -42,11 +43,6 @@ import transformer_KV_1_300_M as KV
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 LONG_ROWS = ["sequence=padded", "n_positions=128", "seq_length=128"]  # longer than some of the texts
-
-
-def steps_of(folder):
-    """The steps of the checkpoints in a folder."""
-    return [int(path.stem.rpartition("_")[2]) for path in KV.checkpoints(folder)]
 
 
 # -----------------------------------------------------------------------------
@@ -117,7 +113,6 @@ def test_a_whole_run_is_a_loop_over_transformers(protocol, data, data_dir, tmp_p
         "torch.optim:AdamW.step:4:after",  # between two checkpoints, beyond the last logged step
         "pathlib:Path.replace:checkpoint_step_4.pt:before",  # the second checkpoint has no name yet
         "pathlib:Path.replace:checkpoint_step_8.pt:after",  # of checkpoint and final model, one is there
-        "pathlib:Path.replace:final_model.pt:after",
     ],
 )
 def test_a_killed_run_resumes_to_the_same_weights_and_log(moment, data, whole_run, tmp_path):
@@ -158,14 +153,13 @@ def test_a_signal_saves_the_step_in_hand_and_the_next_start_goes_on(number, data
     assert_same_run(whole_run, tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_ends_the_evaluation_at_its_next_batch(number, data, whole_run, tmp_path, monkeypatch):
+def test_a_signal_ends_the_evaluation_at_its_next_batch(data, whole_run, tmp_path, monkeypatch):
     batches, cross_entropy = [], F.cross_entropy
 
     def counted(*args, **kwargs):
         batches.append(1)
         if len(batches) == first + 3:
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
         return cross_entropy(*args, **kwargs)
 
     val_set = KV.TokenDataset(data[1].partition("=")[2], 32, "packed")
@@ -228,16 +222,6 @@ def test_a_resumed_run_goes_on_with_rows_it_has_not_seen(data, tmp_path, monkeyp
     assert read[32:] == read[:32]
 
 
-def test_a_second_start_of_a_complete_run_changes_nothing(data, whole_run):
-    def state():
-        files = [path for path in whole_run.iterdir() if path.name != "run.lock"]
-        return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-
-    before = state()
-    KV.main(arguments(data, whole_run, "dropout=0.1"))
-    assert state() == before
-
-
 def test_a_longer_run_that_is_stopped_at_its_end_still_writes_its_final_model(data, tmp_path):
     """The final_model.pt of the shorter run stands there meanwhile."""
     KV.main(arguments(data, tmp_path, "target_tokens=512"))
@@ -266,19 +250,20 @@ def test_the_log_has_the_documented_fields(whole_run):
         assert record["tokens"] == record["step"] * 256
 
 
-def test_a_checkpoint_has_the_released_layout(whole_run):
+def test_a_checkpoint_has_the_released_layout_and_loads(whole_run, data_dir):
     contents = torch.load(whole_run / "checkpoint_step_4.pt", weights_only=True)
     released = {"step", "epoch", "tokens_seen", "model_state_dict", "optimizer_state_dict", "model_config"}
     assert released | {"train_config"} <= contents.keys()
-    assert (contents["step"], contents["tokens_seen"]) == (4, 1024)
+    assert (contents["step"], contents["tokens_seen"], type(contents["model_config"])) == (4, 1024, dict)
     assert contents["tokenizer"].keys() == {"name", "vocab_size", "sha256"}
+    assert not any(name.startswith("module.") for name in contents["model_state_dict"])
     assert steps_of(whole_run) == [2, 4, 6, 8]
     assert_same_weights(whole_run / "final_model.pt", whole_run / "checkpoint_step_8.pt")
-
-
-def test_samples_continue_validation_text(whole_run):
-    text = (whole_run / "samples_step_8.txt").read_text(encoding="utf-8")
-    assert text.startswith("Document 0 says that 0 times 40 ")
+    logged, loader = metrics(whole_run)[-1], KV.get_dataloader(data_dir / "validation", 2, 32, "packed")
+    model = KV.load_model(whole_run / "final_model.pt")
+    assert KV.evaluate(model, loader)["loss"] == pytest.approx(logged["loss"], abs=1e-6)
+    samples = (whole_run / "samples_step_8.txt").read_text(encoding="utf-8")
+    assert samples.startswith("Document 0 says that 0 times 40 ")  # continues validation text
 
 
 def test_a_terminal_shows_loss_speed_and_the_time_left(data, tmp_path):
@@ -297,10 +282,7 @@ def test_a_terminal_shows_loss_speed_and_the_time_left(data, tmp_path):
     assert re.search(r"\d+/50 \[\d\d:\d\d<\d\d:\d\d", shown)  # tqdm's: steps, time gone, time left
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 80GB HBM3", 989e12)],
-)
+@pytest.mark.parametrize(("name", "peak"), [("NVIDIA H100 PCIe", 756e12), ("some other GPU", None)])
 def test_mfu_is_the_share_of_the_peak_of_all_gpus(name, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
     monkeypatch.setattr(KV, "WORLD_SIZE", 8)
@@ -308,10 +290,9 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(name, peak, monkeypatch):
     model_config = KV.load_config(KV.ModelConfig, ROOT / "configs/model_config_300M.yaml", {})
     n_parameters, speed = 284_542_976, 10 * 2_359_296 / 20  # of Q–K=V; tokens a second
     flops = 6 * n_parameters + 12 * 20 * 1024 * 2048  # a token
-    for device, expected in (("cuda", {"mfu": pytest.approx(flops * speed / (8 * peak))}), ("cpu", {})):
-        assert KV.mfu(n_parameters, model_config, config, torch.device(device), speed) == expected
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "some other GPU")
-    assert KV.mfu(n_parameters, model_config, config, torch.device("cuda"), speed) == {}
+    expected = {"mfu": pytest.approx(flops * speed / (8 * peak))} if peak else {}
+    assert KV.mfu(n_parameters, model_config, config, torch.device("cuda"), speed) == expected
+    assert KV.mfu(n_parameters, model_config, config, torch.device("cpu"), speed) == {}
 
 
 # -----------------------------------------------------------------------------
@@ -328,17 +309,12 @@ def test_weights_that_are_not_numbers_are_not_saved(evaluated, data, tmp_path, c
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_an_update_beyond_the_norm_is_skipped_and_said(data, tmp_path, capsys):
-    KV.main(arguments(data, tmp_path, "skip_grad_norm=1e-6"))
-    assert capsys.readouterr().out.count("update skipped") == 8
+def test_an_update_beyond_the_norm_is_skipped_and_ten_in_a_row_end_the_run(data, tmp_path, capsys):
+    line = failing_run(arguments(data, tmp_path, "skip_grad_norm=1e-6", "target_tokens=4096"), capsys, KV)
+    assert "step 10: " in line
     last = torch.load(tmp_path / "checkpoint_step_8.pt", weights_only=True)
     assert last["step"] == 8 and not last["optimizer_state_dict"]["state"]
     assert_same_weights(tmp_path / "checkpoint_step_2.pt", tmp_path / "checkpoint_step_8.pt")
-
-
-def test_ten_skipped_updates_in_a_row_end_the_run(data, tmp_path, capsys):
-    line = failing_run(arguments(data, tmp_path, "skip_grad_norm=1e-6", "target_tokens=4096"), capsys, KV)
-    assert "step 10: " in line
 
 
 def test_too_little_memory_says_which_settings_need_less(data, tmp_path, capsys, monkeypatch):
@@ -348,12 +324,6 @@ def test_too_little_memory_says_which_settings_need_less(data, tmp_path, capsys,
     monkeypatch.setattr(KV.GPT_QKV_KEqualsV, "forward", fail)
     line = failing_run(arguments(data, tmp_path), capsys, KV)
     assert all(part in line for part in ("CUDA out of memory.", "micro_batch_size", "gradient_accumulation"))
-
-
-def test_an_error_of_the_program_keeps_its_traceback(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(KV, "get_lr", lambda *_: torch.zeros(2) @ torch.zeros(3))
-    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
-        KV.main(arguments(data, tmp_path))
 
 
 def test_a_closed_pipe_does_not_end_a_run(data, whole_run, tmp_path):
