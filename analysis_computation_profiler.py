@@ -14,7 +14,8 @@ otherwise.
 `decode` fills the KV cache through the scripts' `generate` and decodes from it; `train` trains the scripts'
 model (earlier: --measure, --measure train). Weights are random, and each run has as many positions as its
 context needs. The variants take turns, after a warm-up round. Figures are medians over the rounds (lowest to
-highest); "vs QKV" compares the turns of one round.
+highest); "vs QKV" compares the turns of one round. A run whose memory PyTorch cannot allocate is skipped; on a
+CPU, Linux may promise more than it has, and end the process.
 
     peak memory   of weights and run together; on a CPU, resident memory, reported on Linux only
     roofline      the decode rate if a step took no longer than reading the weights and the cache
@@ -84,7 +85,6 @@ from report import (
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that, torch.profiler reports its every start and stop
 
-
 SEQUENCE_LENGTHS = (128, 512, 1024, 2048)
 PAPER_CONTEXTS = (2_048, 32_000, 128_000)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -139,9 +139,8 @@ class Variant:
             counts["total"] += parameter.numel()
             if parameter.requires_grad:
                 counts["trainable"] += parameter.numel()
-            for module in name.split("."):
-                if module in MODULES:
-                    counts[MODULES[module]] += parameter.numel()
+            part = next(MODULES[module] for module in name.split(".") if module in MODULES)
+            counts[part] += parameter.numel()
         return counts
 
     @property
@@ -535,7 +534,7 @@ def take_turns(variants, turn, rounds, progress):
             continue
         try:
             result = turn(variant)
-        except RuntimeError as error:  # OutOfMemoryError is of GPUs alone
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, but a CPU does not raise it
             if "tried to allocate" not in str(error).lower():
                 raise
             failed[variant.alias] = first_line(error)
