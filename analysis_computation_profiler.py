@@ -13,8 +13,9 @@ otherwise.
 
 `decode` fills the KV cache through the scripts' `generate` and decodes from it; `train` trains the scripts'
 model (earlier: --measure, --measure train). Weights are random, and each run has as many positions as its
-own context needs. The variants take turns, after a warm-up round that does not count. Figures are medians
-over the rounds (lowest to highest); "vs QKV" compares the turns of one round.
+context needs. The variants take turns, after a warm-up round. Figures are medians over the rounds (lowest to
+highest); "vs QKV" compares the turns of one round. A run whose memory PyTorch cannot allocate is skipped; on a
+CPU, Linux may promise more than it has, and end the process.
 
     peak memory   of weights and run together; on a CPU, resident memory, reported on Linux only
     roofline      the decode rate if a step took no longer than reading the weights and the cache
@@ -23,8 +24,7 @@ over the rounds (lowest to highest); "vs QKV" compares the turns of one round.
 
 GB are 10^9 bytes, GiB 2^30.
 
-Contents: variants, accounts, measurement (the machine, decoding, training, rounds), printing, figures,
-command line.
+Contents: variants, accounts, measurement (the machine, turns, rounds), printing, figures, command line.
 """
 
 import argparse
@@ -37,9 +37,9 @@ import platform
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib import import_module
 from itertools import product
@@ -49,7 +49,6 @@ from statistics import median
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import psutil
 import torch
 import yaml
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -63,6 +62,7 @@ from common import (
     VARIANTS,
     InputError,
     Parser,
+    first_line,
     script_of,
     show_what_the_terminal_can,
     write_text,
@@ -84,7 +84,6 @@ from report import (
 )
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that, torch.profiler reports its every start and stop
-
 
 SEQUENCE_LENGTHS = (128, 512, 1024, 2048)
 PAPER_CONTEXTS = (2_048, 32_000, 128_000)
@@ -108,7 +107,7 @@ class Variant:
     of that size, or the script rejects a setting.
     """
 
-    def __init__(self, alias, size, **settings):
+    def __init__(self, alias, size, /, **settings):
         self.alias, self.size, self.row = alias, size, VARIANTS[alias]
         if size not in self.row["script"]:
             sizes = " and ".join(self.row["script"])
@@ -140,9 +139,8 @@ class Variant:
             counts["total"] += parameter.numel()
             if parameter.requires_grad:
                 counts["trainable"] += parameter.numel()
-            for module in name.split("."):
-                if module in MODULES:
-                    counts[MODULES[module]] += parameter.numel()
+            part = next(MODULES[module] for module in name.split(".") if module in MODULES)
+            counts[part] += parameter.numel()
         return counts
 
     @property
@@ -160,19 +158,14 @@ class Variant:
 
 
 def chosen(sizes, aliases, settings):
-    """{size: its Variants}, where None stands for all.
-
-    InputError for a model that is asked for by both size and alias, and does not exist.
-    """
+    """{size: its Variants}, where None stands for all; one asked for by size and alias has to exist."""
     variants = {}
     for size in sizes or SIZES:
-        of_size = []
-        for alias, row in VARIANTS.items():
-            exists = size in row["script"] or (sizes and aliases)  # if not, Variant says so
-            if exists and alias in (aliases or VARIANTS):
-                of_size.append(Variant(alias, size, **settings))
+        of_size = [alias for alias in VARIANTS if alias in (aliases or VARIANTS)]
+        if not (sizes and aliases):  # if both are given, Variant says which does not exist
+            of_size = [alias for alias in of_size if size in VARIANTS[alias]["script"]]
         if of_size:
-            variants[size] = of_size
+            variants[size] = [Variant(alias, size, **settings) for alias in of_size]
     return variants
 
 
@@ -181,9 +174,9 @@ def chosen(sizes, aliases, settings):
 
 
 def theoretical_macs(variant, T):
-    """Multiply-accumulates of the matrix products in a forward pass of T tokens.
+    """Multiply-accumulates of the matrix products in a forward pass of T tokens (Table 6).
 
-    Projections, 2 T^2 d in each layer (the causal mask saves nothing), MLP, output embedding (Table 6).
+    Projections, 2 T^2 d in each layer (the causal mask saves nothing), MLP, output embedding.
     """
     c = variant.config
     # "Q=...": the query has no projection of its own. Where the key alone is cached, it is the value too.
@@ -192,14 +185,8 @@ def theoretical_macs(variant, T):
     attention = T * c.n_embd * (width + c.n_embd) + 2 * T * T * c.n_embd
     mlp = 2 * T * c.n_embd * c.n_inner
     lm_head = T * c.n_embd * c.vocab_size
-    return {
-        "attention_per_layer": attention,
-        "mlp_per_layer": mlp,
-        "total_attention": c.n_layer * attention,
-        "total_mlp": c.n_layer * mlp,
-        "lm_head": lm_head,
-        "total": c.n_layer * (attention + mlp) + lm_head,
-    }
+    layers = {"total_attention": c.n_layer * attention, "total_mlp": c.n_layer * mlp, "lm_head": lm_head}
+    return {"attention_per_layer": attention, "mlp_per_layer": mlp} | layers | {"total": sum(layers.values())}
 
 
 def elementwise_flops(variant, T):
@@ -226,11 +213,6 @@ def explicit_attention(q, k, v, config):
     return scores.masked_fill(~causal, -math.inf).softmax(dim=-1) @ v
 
 
-def counting(script):
-    """A context in which the models of a training script compute attention explicitly."""
-    return patch.object(script, "causal_attention", explicit_attention)
-
-
 def fvcore_macs(model, input_ids):
     """fvcore's count of a forward pass, without its estimate for LayerNorm."""
     from fvcore.nn import FlopCountAnalysis
@@ -247,10 +229,8 @@ def profiled_flops(model, input_ids):
     Python, though, and call further operators that no real device runs. So an operator counts only if the
     model called it, or if linear or matmul did, which PyTorch composes of other operators on every device.
     """
-    with (
-        torch.no_grad(),
-        profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as run,
-    ):
+    watch = profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True)
+    with torch.no_grad(), watch as run:
         model(input_ids)
     flops = Counter()
     for event in run.events():
@@ -266,7 +246,7 @@ def forward_account(variant, model, T):
     """The three accounts of one forward pass of T tokens, in the form of the JSON."""
     input_ids = torch.zeros(1, T, dtype=torch.int64, device=model.wte.weight.device)
     macs = theoretical_macs(variant, T)
-    with counting(variant.script):
+    with patch.object(variant.script, "causal_attention", explicit_attention):
         by_operator = profiled_flops(model, input_ids)
         counted_macs = fvcore_macs(model, input_ids)
     flops = sum(by_operator.values())
@@ -315,14 +295,13 @@ def analyse(alias, size):
     }
 
 
-def sequences_that_fit(variant, context, memory):
-    """How many caches of `context` tokens fit into `memory` bytes next to the weights, all in bf16."""
-    return max(0, memory - 2 * variant.parameters["total"]) // variant.cache_bytes(context)
-
-
 def account_records(variant, entry, contexts, memory):
-    """{table: flat records} of an entry; `unexplained` is how far its three accounts disagree."""
-    compute = []
+    """{table: flat records} of an entry.
+
+    `unexplained` is how far its three accounts disagree; `sequences` is how many caches fit into `memory`
+    bytes beside the weights, all in bf16.
+    """
+    parameters, compute, cache = [variant.label | entry["parameters"]], [], []
     for T, forward in entry["analysis_by_seq_len"].items():
         macs, flops = forward["theoretical_macs"]["total"], forward["actual_flops"]["total_flops"]
         items = dict(forward["elementwise_flops"])
@@ -331,16 +310,17 @@ def account_records(variant, entry, contexts, memory):
             **variant.label, "T": int(T), "theoretical_macs": macs, "fvcore_macs": forward["fvcore_macs"],
             "profiled_flops": flops, **items, "unexplained": unexplained, "ratio": forward["ratio"],
         })  # fmt: skip
-    cache = []
     account = cache_account(variant, contexts)
+    weights = 2 * variant.parameters["total"]
     for context in contexts:
+        size = account["by_context"][str(context)]
         cache.append({
             **variant.label, "bytes_per_token": account["bytes_per_token"],
-            "reduction_percent": account["reduction_percent"], "context": context,
-            **account["by_context"][str(context)], "weight_bytes": 2 * variant.parameters["total"],
-            "memory_bytes": memory, "sequences": sequences_that_fit(variant, context, memory),
+            "reduction_percent": account["reduction_percent"], "context": context, **size,
+            "weight_bytes": weights, "memory_bytes": memory,
+            "sequences": max(0, memory - weights) // size["bytes"],
         })  # fmt: skip
-    return {"parameters": [variant.label | entry["parameters"]], "compute": compute, "kv_cache": cache}
+    return {"parameters": parameters, "compute": compute, "kv_cache": cache}
 
 
 def add_change(records, key, name):
@@ -355,14 +335,7 @@ def add_change(records, key, name):
 # -----------------------------------------------------------------------------
 # Measurement: the machine
 
-
-@dataclass
-class Machine:
-    """What a measurement runs on: device, dtype, and the read bandwidth in bytes a second."""
-
-    device: torch.device
-    dtype: torch.dtype
-    bandwidth: float
+Machine = namedtuple("Machine", "device dtype bandwidth")  # that is measured on; reads in bytes a second
 
 
 def cpu_info():
@@ -407,16 +380,10 @@ def read_bandwidth(device, repeats=5):
     return matrix.nbytes / min(times)
 
 
-def free_memory(device):
-    """Bytes that can still be allocated on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
 class PeakMemory:
     """The highest rise of the memory in use above where it stood when this object was made."""
 
     def __init__(self, device):
-        self.device = device
         self.cuda = device.type == "cuda"
         # Freed memory goes back to the system; otherwise the next model would reuse it, and show no rise.
         gc.collect()
@@ -424,28 +391,31 @@ class PeakMemory:
             torch.cuda.empty_cache()
         with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
             ctypes.CDLL(None).malloc_trim(0)
-        self.before = torch.cuda.memory_allocated(device) if self.cuda else psutil.Process().memory_info().rss
+        self.before = torch.cuda.memory_allocated() if self.cuda else resident("VmRSS")
 
     def restart(self):
         """Forget the peak so far, such as that of building a model in fp32 and casting it."""
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.reset_peak_memory_stats()
         else:
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
 
     def read(self):
-        """The rise in bytes; None outside Linux, where a peak cannot be restarted."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated(self.device) - self.before
-        status = Path("/proc/self/status")
-        text = status.read_text() if status.exists() else ""
-        peak = re.search(r"^VmHWM:\s*(\d+) kB$", text, re.MULTILINE)  # psutil has no peak
-        return int(peak[1]) * 1024 - self.before if peak else None
+        """The rise, as a field of a record; without one outside Linux, where a peak cannot be restarted."""
+        peak = torch.cuda.max_memory_allocated() if self.cuda else resident("VmHWM")
+        return {} if peak is None else {"peak_bytes": peak - self.before}
+
+
+def resident(field):
+    """Bytes of resident memory, now (VmRSS) or at its peak (VmHWM); None outside Linux."""
+    path = Path("/proc/self/status")
+    found = re.search(rf"{field}:\s+(\d+) kB", path.read_text() if path.exists() else "")
+    return 1024 * int(found[1]) if found else None
 
 
 # -----------------------------------------------------------------------------
-# Measurement: decoding
+# Measurement: turns
 
 
 def step_bytes(variant, context, batch, itemsize):
@@ -477,42 +447,20 @@ def decode_turn(variant, machine, context, batch, steps):
 
     # On average a step reads the prompt and half of what is decoded.
     read = step_bytes(variant, context + steps / 2, batch, machine.dtype.itemsize)
+    roofline = batch * machine.bandwidth / read
+    decode = batch * steps / (times[2] - times[1])
+    published = {f"published_{key}": variant.published(key) for key in ("decode", "peak_memory")}
     return {
         "n_positions": n_positions,
         "cache_bytes": caches[-1].nbytes,
         "formula_bytes": batch * variant.cache_bytes(context + steps + 1, machine.dtype.itemsize),
-        "peak_bytes": peak.read(),
+        **peak.read(),
         "prefill": batch * context / (times[1] - times[0]),
-        "decode": batch * steps / (times[2] - times[1]),
-        "roofline": batch * machine.bandwidth / read,
+        "decode": decode,
+        "roofline": roofline,
+        "of_roofline": 100 * decode / roofline,
+        **{key: figure for key, figure in published.items() if figure},
     }
-
-
-def decode_needs(variant, machine, context, batch, steps):
-    """An estimate of a decode turn's peak in bytes: weights, cache, and one layer's work on the prompt."""
-    c = variant.config
-    itemsize = machine.dtype.itemsize
-    length = context + steps + 1
-    parameters = variant.parameters["total"] + max(0, length - c.n_positions) * c.n_embd
-    layer = batch * context * (6 * c.n_embd + 2 * c.n_inner) * itemsize
-    run = parameters * itemsize + layer + batch * variant.cache_bytes(length, itemsize)
-    # A model is built in fp32 and then cast.
-    return int(1.05 * max(run, 4 * parameters))
-
-
-def decode_record(variant, machine, point, ours, qkvs):
-    """A variant's record from its decode turns, and from QKV's of the same rounds (None without QKV)."""
-    record = {key: ours[0][key] for key in ("n_positions", "cache_bytes", "formula_bytes")}
-    record |= spreads(("peak_bytes", "prefill", "decode", "roofline"), ours, qkvs)
-    record["of_roofline"] = 100 * record["decode"] / record["roofline"]
-    for key in ("decode", "peak_memory"):
-        if figure := variant.published(key):
-            record[f"published_{key}"] = figure
-    return record
-
-
-# -----------------------------------------------------------------------------
-# Measurement: training
 
 
 def train_turn(variant, machine, micro_batch_size, seq_length, accumulation, steps, compile):
@@ -540,77 +488,61 @@ def train_turn(variant, machine, micro_batch_size, seq_length, accumulation, ste
     start = now(device)
     for _ in range(steps):
         update()
-    tokens = steps * accumulation * micro_batch_size * seq_length
-    return {"train": tokens / (now(device) - start), "peak_bytes": peak.read()}
-
-
-def train_needs(variant, machine, micro_batch_size, seq_length, **_):
-    """An estimate of a training turn's peak: 16 bytes a parameter, fp32 activations, a chunk of logits."""
-    c = variant.config
-    tokens = micro_batch_size * seq_length
-    activations = tokens * c.n_layer * (10 * c.n_embd + 2 * c.n_inner)
-    logits = 3 * min(tokens, variant.script.LOSS_CHUNK) * c.vocab_size
-    return 16 * variant.parameters["total"] + 4 * (activations + logits)
-
-
-def train_record(variant, machine, point, ours, qkvs):
-    """As decode_record, for training turns; `mfu` in percent, where the GPU's peak is known."""
-    record = spreads(("train", "peak_bytes"), ours, qkvs)
-    length = SimpleNamespace(seq_length=point["seq_length"])
-    model = variant.parameters["total"], variant.config
-    for key, share in variant.script.mfu(*model, length, machine.device, record["train"]).items():
-        record[key] = 100 * share
-    return record
+    rate = steps * accumulation * micro_batch_size * seq_length / (now(device) - start)
+    length = SimpleNamespace(seq_length=seq_length)
+    share = variant.script.mfu(variant.parameters["total"], variant.config, length, device, rate)
+    return {"train": rate, **peak.read(), **{key: 100 * value for key, value in share.items()}}
 
 
 # -----------------------------------------------------------------------------
 # Measurement: rounds
 
-MEASUREMENTS = {
-    "decode": (decode_turn, decode_needs, decode_record),
-    "train": (train_turn, train_needs, train_record),
-}
+MEASUREMENTS = {"decode": decode_turn, "train": train_turn}
+FIGURES = ("peak_bytes", "prefill", "decode", "roofline", "of_roofline", "train", "mfu")  # of each turn anew
 
 
-def spread(key, values):
-    """Median and range of a figure over the rounds, as fields of a record; none where it was not measured."""
-    if None in values:
-        return {}
-    return {key: median(values), f"{key}_low": min(values), f"{key}_high": max(values)}
+def over_rounds(turns, qkvs):
+    """A record of turns: median and range of each figure, and of its change in percent against QKV's turn.
 
-
-def spreads(keys, turns, qkvs):
-    """The spread of each figure, and of its change in percent against QKV's turn in the same round."""
+    `qkvs` are QKV's turns of the same rounds, or None. What does not differ between turns stays as it is.
+    """
     record = {}
-    for key in keys:
-        record |= spread(key, [turn[key] for turn in turns])
-        if qkvs and key in record:
+    for key, value in turns[0].items():
+        if key not in FIGURES:
+            record[key] = value
+            continue
+        by_round = {key: [turn[key] for turn in turns]}
+        if qkvs:
             pairs = zip(turns, qkvs, strict=True)
-            record |= spread(f"{key}_vs_qkv", [100 * (ours[key] / qkv[key] - 1) for ours, qkv in pairs])
+            by_round[f"{key}_vs_qkv"] = [100 * (ours[key] / qkv[key] - 1) for ours, qkv in pairs]
+        for name, values in by_round.items():
+            record |= {name: median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
     return record
 
 
-def take_turns(variants, turn, needs, rounds, available, progress):
-    """({alias: results of turn(variant), round by round}, {alias: why it was left out}).
+def take_turns(variants, turn, rounds, progress):
+    """({alias: results of turn(variant), round by round}, {alias: how it ran out of memory}).
 
     Every round goes through all variants, so that whatever else the machine does affects them alike. The
-    first round warms up and does not count. A variant is left out if it needs(variant) more bytes than are
-    available, or runs out of memory all the same.
+    first round warms up and does not count.
     """
     results = {variant.alias: [] for variant in variants}
-    skipped = {}
-    for _, variant in product(range(rounds + 1), variants):
+    failed = {}
+    for number, variant in product(range(rounds + 1), variants):
         progress()
-        needed = needs(variant)
-        if needed > available:
-            reason = f"needs about {needed / 1e9:,.1f} GB, {available / 1e9:,.1f} GB are available"
-            skipped[variant.alias] = reason
-        if variant.alias not in skipped:
-            try:
-                results[variant.alias].append(turn(variant))
-            except torch.OutOfMemoryError:
-                skipped[variant.alias] = "out of memory"
-    return {alias: turns[1:] for alias, turns in results.items() if alias not in skipped}, skipped
+        if variant.alias in failed:
+            continue
+        try:
+            result = turn(variant)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one, but a CPU does not raise it
+            if "tried to allocate" not in str(error).lower():
+                raise
+            failed[variant.alias] = first_line(error)
+            del results[variant.alias]
+        else:
+            if number:
+                results[variant.alias].append(result)
+    return results, failed
 
 
 def points_of(options, size):
@@ -625,37 +557,28 @@ def points_of(options, size):
 
 def measure(variants, options):
     """Records of what was measured, of what was skipped, and of the machine."""
-    turn_of, needs_of, record_of = MEASUREMENTS[options.command]
     machine = Machine(options.device, DTYPES[options.dtype], read_bandwidth(options.device))
     points = [(size, point) for size in variants for point in points_of(options, size)]
     turns = (options.rounds + 1) * sum(len(variants[size]) for size, _ in points)
-    measured = []
-    left_out = []
+    measured, skipped = [], []
     with tqdm(total=turns, unit="turn", disable=None) as bar:
         for size, point in points:
             place = ", ".join(f"{key} {value}" for key, value in point.items())
             bar.set_description(f"{size}, {place}")
-            turn = partial(turn_of, machine=machine, **point)
-            needs = partial(needs_of, machine=machine, **point)
-            available = min(free_memory(machine.device), options.memory or math.inf)
-            results, skipped = take_turns(variants[size], turn, needs, options.rounds, available, bar.update)
+            turn = partial(MEASUREMENTS[options.command], machine=machine, **point)
+            results, failed = take_turns(variants[size], turn, options.rounds, bar.update)
             for variant in variants[size]:
                 record = variant.label | point
-                if variant.alias in skipped:
-                    left_out.append(record | {"place": place, "reason": skipped[variant.alias]})
+                if variant.alias in failed:
+                    skipped.append(record | {"place": place, "reason": failed[variant.alias]})
                 else:
-                    ours = results[variant.alias]
-                    measured.append(record | record_of(variant, machine, point, ours, results.get("kqv")))
+                    measured.append(record | over_rounds(results[variant.alias], results.get("kqv")))
     about = {
-        "device": device_name(machine.device),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dtype": options.dtype,
-        "rounds": options.rounds,
+        "device": device_name(machine.device), "cores": os.cpu_count(), "python": platform.python_version(),
+        "torch": torch.__version__, "dtype": options.dtype, "rounds": options.rounds,
         "read_bandwidth": machine.bandwidth,
-    }
-    return {"machine": [about], options.command: measured, "skipped": left_out}
+    }  # fmt: skip
+    return {"machine": [about], options.command: measured, "skipped": skipped}
 
 
 # -----------------------------------------------------------------------------
@@ -711,20 +634,17 @@ VIEWS = {
 }  # fmt: skip
 
 
-def model_of(record):
-    """How a heading names the model: its size, and what --set changed."""
-    return " with ".join(record[key] for key in ("size", "set") if key in record)
-
-
 def as_tables(records, heading, style):
-    """Every view of the records, model by model, each under its title."""
+    """Every view of the records, model by model (a size, and what --set changed), each under its title."""
     blocks = []
     for name, of_name in records.items():
-        for model in dict.fromkeys(model_of(record) for record in of_name):
-            of_model = [record for record in of_name if model_of(record) == model]
+        by_model = {}
+        for record in of_name:
+            model = " with ".join(record[key] for key in ("size", "set") if key in record)
+            by_model.setdefault(model, []).append(record)
+        for model, of_model in by_model.items():
             for title, columns in VIEWS[name]:
-                blocks.append(heading + title.format(size=model))
-                blocks.append(view(columns, of_model, style))
+                blocks += [heading + title.format(size=model), view(columns, of_model, style)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -752,18 +672,17 @@ def pareto_figure(path, variants):
     """
     figure, axes = panels(list(variants))
     for ax, of_size in zip(axes, variants.values(), strict=True):
-        of_size = [variant for variant in of_size if variant.published("perplexity")]
-        if not of_size:
-            continue
-        points = {}
-        for variant in of_size:
+        shown = [variant for variant in of_size if variant.published("perplexity")]
+        points = []
+        for variant in shown:
             kept = 1 - cache_account(variant, [])["reduction_percent"] / 100
-            points[variant.alias] = kept, variant.published("perplexity")
-        ax.plot(*zip(*pareto_front(points.values()), strict=True), color="0.7", zorder=1)
+            points.append((kept, variant.published("perplexity")))
+        if not points:
+            continue
+        ax.plot(*zip(*pareto_front(points), strict=True), color="0.7", zorder=1)
 
-        edge = 1.08 * min(perplexity for _, perplexity in points.values())
-        for variant in of_size:
-            kept, perplexity = points[variant.alias]
+        edge = 1.08 * min(perplexity for _, perplexity in points)
+        for variant, (kept, perplexity) in zip(shown, points, strict=True):
             colour, marker = LOOKS[variant.alias]
             label = variant.paper if perplexity <= edge else f"{variant.paper}: {perplexity:g} ↑"
             ax.scatter(kept, min(perplexity, edge), s=70, color=colour, marker=marker, zorder=2)
@@ -845,12 +764,10 @@ def setting(text):
     """(key, value) of a KEY=VALUE; the training scripts check the value."""
     key, _, value = text.partition("=")
     known = script_of("kqv").ModelConfig.__annotations__
-    if key not in known or not value:
-        raise argparse.ArgumentTypeError(f"{text}: expected KEY=VALUE with a KEY out of {', '.join(known)}")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"{text}: not a value as in a YAML file") from error
+    with contextlib.suppress(yaml.YAMLError):
+        if key in known:
+            return key, yaml.safe_load(value)
+    raise argparse.ArgumentTypeError(f"{text}: expected KEY=VALUE, with a KEY out of {', '.join(known)}")
 
 
 def command_line():
@@ -872,7 +789,6 @@ def command_line():
             add("--contexts", nargs="+", type=positive, default=contexts, metavar="T", help=tokens)
         if name == "count":
             return add
-        add("--memory", type=memory_size, metavar="SIZE", help="what a run may take (default: what is free)")
         add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
         add("--dtype", choices=DTYPES, help="default: bf16 where it is native; training casts by autocast")
         add("--rounds", type=positive, default=3, metavar="N", help="turns of each variant after the warm-up")
@@ -938,10 +854,8 @@ def run_accounts(options):
     add_change(records["compute"], "theoretical_macs", "macs_vs_qkv")
 
     # A file holds all variants of its size, or is left as it is.
-    to_write = [] if options.variants else options.sizes or ["300M"]
-    for size in to_write:
-        path = options.output_dir / f"comprehensive_flop_analysis_{size}.json"
-        write_text(path, as_json(by_size[size]))
+    for size in [] if options.variants else options.sizes or ["300M"]:
+        write_text(options.output_dir / f"comprehensive_flop_analysis_{size}.json", as_json(by_size[size]))
     if options.figures:
         pareto_figure(options.figures / "pareto.png", variants)
         cache_figure(options.figures / "kv_cache.png", variants, options.memory)

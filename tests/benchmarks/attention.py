@@ -9,7 +9,6 @@ layers, medians of interleaved rounds. Every layer has its own cache, a part of 
 and together they are beyond the processor's caches.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -26,44 +25,40 @@ from decode import machine  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 from analysis_computation_profiler import DTYPES  # noqa: E402
-from common import write_text  # noqa: E402
+from common import Parser, write_text  # noqa: E402
 
 N_HEAD, HEAD_DIM = 16, 64
 
 
-def sdpa(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v)
+def grouped(q, k, v):
+    return sdpa(q, k, v, enable_gqa=True)
 
 
-def sdpa_grouped(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-
-def sdpa_projected(q, k, v):
-    return F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))
+def folded(q, k):
+    """The query heads of one KV head as rows: [B, n_head, 1, D] -> [B, n_kv_head, n_head / n_kv_head, D]."""
+    return q.view(len(q), k.shape[1], -1, HEAD_DIM)
 
 
 def sdpa_folded(q, k, v):
-    return F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, HEAD_DIM), k, v)
+    return sdpa(folded(q, k), k, v)
 
 
 def sdpa_two_rows(q, k, v):
-    return F.scaled_dot_product_attention(q.repeat(1, 1, 2, 1), k, v)[:, :, :1]
+    return sdpa(q.repeat(1, 1, 2, 1), k, v)[:, :, :1]
 
 
 def products(q, k, v):
-    q = q.view(len(q), k.shape[1], -1, HEAD_DIM)
-    return (q @ k.mT / HEAD_DIM**0.5).softmax(dim=-1) @ v
+    return (folded(q, k) @ k.mT / HEAD_DIM**0.5).softmax(dim=-1) @ v
 
 
 def products_by_column(q, k, v):
-    q = q.view(len(q), k.shape[1], -1, HEAD_DIM)
-    scores = k @ q.mT / HEAD_DIM**0.5
+    scores = k @ folded(q, k).mT / HEAD_DIM**0.5
     return (v.mT @ scores.softmax(dim=-2)).mT
 
 
+PROJECTED = "SDPA on [B, S, n_head, head_dim]"  # the layout of the projections, not that of the cache
 CASES = [  # KV heads, tensors a layer, a way, and in which dtypes the scripts take it
-    (16, 2, "SDPA on [B, S, n_head, head_dim]", sdpa_projected, ()),
+    (16, 2, PROJECTED, sdpa, ()),
     (16, 2, "SDPA", sdpa, ("fp32", "bf16")),
     (16, 2, "SDPA, the query twice", sdpa_two_rows, ()),
     (16, 2, "q @ k.mT, softmax, @ v", products, ()),
@@ -72,10 +67,10 @@ CASES = [  # KV heads, tensors a layer, a way, and in which dtypes the scripts t
     (16, 1, "SDPA, the query twice", sdpa_two_rows, ()),
     (16, 1, "q @ k.mT, softmax, @ v", products, ()),
     (16, 1, "k @ q.mT, softmax, v.mT @", products_by_column, ()),
-    (4, 2, "SDPA, enable_gqa", sdpa_grouped, ()),
+    (4, 2, "SDPA, enable_gqa", grouped, ()),
     (4, 2, "SDPA, query heads folded", sdpa_folded, ("fp32", "bf16")),
     (4, 2, "q @ k.mT, softmax, @ v, folded", products, ()),
-    (1, 1, "SDPA, enable_gqa", sdpa_grouped, ()),
+    (1, 1, "SDPA, enable_gqa", grouped, ()),
     (1, 1, "SDPA, query heads folded", sdpa_folded, ("fp32", "bf16")),
     (1, 1, "q @ k.mT, softmax, @ v, folded", products, ()),
 ]
@@ -87,16 +82,13 @@ def measure(options, dtype):
     q = torch.randn(options.batch_size, N_HEAD, 1, HEAD_DIM, dtype=DTYPES[dtype])
     times = [[] for _ in CASES]
     for number in range(options.rounds + 1):  # the first is the warm-up
-        for case, (n_kv_head, n_tensors, _, attend, _) in enumerate(CASES):
+        for case, (n_kv_head, n_tensors, way, attend, _) in enumerate(CASES):
             shape = (options.batch_size, n_kv_head, options.context + 32, HEAD_DIM)
-            if attend is sdpa_projected:
-                shape = (options.batch_size, options.context, n_kv_head, HEAD_DIM)
+            order = (0, 2, 1, 3) if way == PROJECTED else (0, 1, 2, 3)
             caches = []
             for _ in range(options.layers):
-                layer = [torch.randn(shape, dtype=q.dtype) for _ in range(n_tensors)]
-                if attend is not sdpa_projected:
-                    layer = [tensor[:, :, : options.context] for tensor in layer]
-                caches.append(layer)
+                layer = [torch.empty_permuted(shape, order, dtype=q.dtype) for _ in range(n_tensors)]
+                caches.append([tensor.normal_()[:, :, : options.context] for tensor in layer])
             started = time.perf_counter()
             for layer in caches:
                 attend(q, layer[0], layer[-1])
@@ -111,19 +103,16 @@ def show(results):
     print(", ".join(f"{key} {value}" for key, value in about.items() if key != "transformers"), end="\n\n")
     times = results["milliseconds"]
     rows = []
-    for case, (n_kv_head, n_tensors, name, _, taken) in enumerate(CASES):
+    for case, (n_kv_head, n_tensors, way, _, taken) in enumerate(CASES):
         cells = [f"{median(times[dtype][case]):.1f}{' *' if dtype in taken else ''}" for dtype in times]
-        rows.append([n_kv_head, ("K = V", "K and V")[n_tensors - 1], name, *cells])
+        rows.append([n_kv_head, ("K = V", "K and V")[n_tensors - 1], way, *cells])
     print(tabulate(rows, ["KV heads", "cached", "way", *times], tablefmt="pipe", disable_numparse=True))
 
 
 def main(arguments=None):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = Parser(__file__, __doc__)
+    for name, default in {"context": 4096, "batch_size": 1, "layers": 8, "rounds": 7}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep machine, options and all times there")
     parser.add_argument("--show", type=Path, metavar="FILE", help="only print the table of a file")

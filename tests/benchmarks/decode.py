@@ -8,11 +8,9 @@
     short   4 layers, d 512, 8 heads, a prompt of 384 tokens and 128 new ones
     long    8 layers of the 300M width (d 1024, 16 heads), a prompt of 4,064 tokens and 32 new ones
 
-Held equal: the shape, the vocabulary, batch 1, greedy choice, the dtype of weights and cache, eval mode, the
-process and its threads. GPT-2 holds the weights of QKV, and in fp32 the run ends with an error if the two
-disagree on a token. All go through their own `generate`. The contestants take turns, after a warm-up round
-that is not counted. A ratio is that of one round, so that what else the machine does falls on both: the
-median of the rounds (lowest to highest).
+Held equal: shape, vocabulary, batch 1, greedy choice, dtype of weights and cache, eval mode and process.
+GPT-2 holds the weights of QKV, and in fp32 the run ends with an error if the two disagree on a token. The
+contestants take turns, after a warm-up round. Ratios are those of one round: median (lowest to highest).
 
     prefill   the prompt and the first new token
     decode    the other new tokens, out of the filled cache
@@ -24,7 +22,6 @@ median of the rounds (lowest to highest).
 A processor that only emulates bf16 is measured in fp32 alone.
 """
 
-import argparse
 import copy
 import inspect
 import json
@@ -52,7 +49,7 @@ from analysis_computation_profiler import (  # noqa: E402
     read_bandwidth,
     step_bytes,
 )
-from common import VARIANTS, write_text  # noqa: E402
+from common import VARIANTS, Parser, write_text  # noqa: E402
 
 SCENES = {  # shape, tokens of the prompt, new tokens
     "short": ({"n_layer": 4, "n_embd": 512, "n_head": 8}, 384, 128),
@@ -74,16 +71,13 @@ def build_gpt2(qkv, **settings):
     """transformers' GPT-2 with the weights of QKV; without an end token it stops nowhere, masks nothing."""
     names = ("n_layer", "n_embd", "n_head", "n_positions", "vocab_size")
     shape = {name: getattr(qkv.config, name) for name in names}
-    gpt2 = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            **shape, activation_function="gelu", bos_token_id=None, eos_token_id=None, **settings
-        )
-    )
-    transposed = {name for name in qkv.state_dict() if ".c_" in name and name.endswith("weight")}
-    weights = {}
+    shape |= {"activation_function": "gelu", "bos_token_id": None, "eos_token_id": None}
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, **settings))
+    weights = {"lm_head.weight": qkv.wte.weight}
     for name, weight in qkv.state_dict().items():
-        weights[f"transformer.{name}"] = weight.T if name in transposed else weight
-    gpt2.load_state_dict(weights | {"lm_head.weight": qkv.wte.weight})
+        stored_transposed = ".c_" in name and name.endswith("weight")
+        weights[f"transformer.{name}"] = weight.T if stored_transposed else weight
+    gpt2.load_state_dict(weights)
     return gpt2.eval()
 
 
@@ -95,10 +89,7 @@ class Script:
         self.variant = Variant(alias, "300M", **shape, n_inner=None, initializer_range=0.2)
         torch.manual_seed(0)
         self.model = self.variant.build("cpu")
-        self.embedding = self.model.wte
-
-    def empty_cache(self, length):
-        return self.variant.script.KVCache(length)
+        self.embedding, self.empty_cache = self.model.wte, self.variant.script.KVCache
 
     def generate(self, tokens, new, cache):
         with patch.object(self.variant.script, "KVCache", lambda _: cache):
@@ -151,23 +142,21 @@ def measure(contestants, prompt, new, dtype, rounds):
             prefill[name].append(seconds)
 
     # decode, from a copy of the filled cache; the first round is the warm-up
-    for number in range(rounds + 1):
-        bandwidth = read_bandwidth(CPU, repeats=2)
+    for _ in range(rounds + 1):
+        bandwidths.append(read_bandwidth(CPU, repeats=2))
         answers = {}
         for name, contestant in contestants.items():
-            cache = copy.deepcopy(filled[name])
-            _, seconds, answers[name] = timed(contestant, first[name], new - 1, cache)
-            if number:
-                decode[name].append(seconds / (new - 1))
-        if number:
-            bandwidths.append(bandwidth)
+            _, seconds, answers[name] = timed(contestant, first[name], new - 1, copy.deepcopy(filled[name]))
+            decode[name].append(seconds / (new - 1))
         if dtype == "fp32" and "kqv" in answers:
             for name in (DYNAMIC, STATIC):
                 assert torch.equal(answers["kqv"], answers[name]), f"QKV and {name} disagree on a token"
+    decode = {name: times[1:] for name, times in decode.items()}
     length = prompt.shape[1] + new // 2
-    ours = {name: each.variant for name, each in contestants.items() if name in VARIANTS}
-    read = {name: step_bytes(variant, length, 1, DTYPES[dtype].itemsize) for name, variant in ours.items()}
-    return {"prefill": prefill, "decode": decode, "bandwidth": bandwidths, "step_bytes": read}
+    read = {}
+    for name in filter(VARIANTS.__contains__, contestants):
+        read[name] = step_bytes(contestants[name].variant, length, 1, DTYPES[dtype].itemsize)
+    return {"prefill": prefill, "decode": decode, "bandwidth": bandwidths[1:], "step_bytes": read}
 
 
 # -----------------------------------------------------------------------------
@@ -175,12 +164,7 @@ def measure(contestants, prompt, new, dtype, rounds):
 
 
 def ratio(theirs, ours):
-    """Their time over ours, the median over the rounds."""
-    return f"{median(a / b for a, b in zip(theirs, ours, strict=True)):.2f}"
-
-
-def ratio_and_range(theirs, ours):
-    """The same, with the lowest and the highest."""
+    """Their time over ours: the median over the rounds, the lowest and the highest."""
     values = [a / b for a, b in zip(theirs, ours, strict=True)]
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
@@ -188,21 +172,20 @@ def ratio_and_range(theirs, ours):
 def table(times):
     """The results of `measure`, as a table in Markdown."""
     prefill, decode, read = times["prefill"], times["decode"], times["step_bytes"]
+    better_prefill, better = (list(map(min, phase[DYNAMIC], phase[STATIC])) for phase in (prefill, decode))
     rows = []
     for name in decode:
         row = {"": VARIANTS[name]["paper"] if name in VARIANTS else name}
         row["prefill, s"] = f"{median(prefill[name]):.2f}"
         row["decode, tokens/s"] = f"{1 / median(decode[name]):.1f}"
         if name in read:
-            row["prefill vs better"] = ratio(list(map(min, prefill[DYNAMIC], prefill[STATIC])), prefill[name])
-            row["vs dynamic"] = ratio(decode[DYNAMIC], decode[name])
-            row["vs static"] = ratio(decode[STATIC], decode[name])
-            row["vs better"] = ratio_and_range(list(map(min, decode[DYNAMIC], decode[STATIC])), decode[name])
+            row["prefill vs better"] = ratio(better_prefill, prefill[name])
+            row["vs better"] = ratio(better, decode[name])
             row["step, MB"] = f"{read[name] / 1e6:.0f}"
             shares = [read[name] / s / b for s, b in zip(decode[name], times["bandwidth"], strict=True)]
             row["share"] = f"{100 * median(shares):.0f} %"
         if name in read and "kqv" in read:
-            row["over QKV"] = ratio_and_range(decode["kqv"], decode[name])
+            row["over QKV"] = ratio(decode["kqv"], decode[name])
             row["promised"] = f"{read['kqv'] / read[name]:.2f}"
         rows.append(row)
     return tabulate(rows, headers="keys", tablefmt="pipe", disable_numparse=True)
@@ -226,20 +209,17 @@ def show(results):
 
 
 def main(arguments=None):
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser = Parser(__file__, __doc__)
     parser.add_argument("--scenes", nargs="+", choices=SCENES, default=list(SCENES))
     native = list(DTYPES) if bf16_is_native(CPU) else ["fp32"]
     parser.add_argument("--dtypes", nargs="+", choices=native, default=native)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="ALIAS")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep machine, options and all times there")
     parser.add_argument("--show", type=Path, metavar="FILE", help="only print the tables of a file")
     options = parser.parse_args(arguments)
     if options.show:
         return show(json.loads(options.show.read_text(encoding="utf-8")))
-    torch.set_num_threads(options.threads)
 
     results = {"machine": machine(), "options": {"rounds": options.rounds}, "times": []}
     for scene in options.scenes:
