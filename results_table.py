@@ -23,7 +23,7 @@ Contents: reading, comparing, printing, plotting, command line.
 import json
 import math
 from dataclasses import asdict
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -403,12 +403,7 @@ FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_
 
 def table_figure(path, tables, draw):
     """A panel for each table, which draw(ax, table) fills."""
-
-    def fill(axes):
-        for ax, table in zip(axes, tables, strict=True):
-            draw(ax, table)
-
-    report.draw(path, ["\n".join(table["title"]) for table in tables], fill)
+    report.draw(path, [("\n".join(table["title"]), partial(draw, table=table)) for table in tables])
 
 
 def curves(ax, table):
