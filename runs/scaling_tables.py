@@ -62,7 +62,7 @@ def cells_of(runs):
                 both = f"{shared(first)[key]} in {first.name}, and {value} in {run.name}"
                 raise InputError(f"runs of two studies: {key} is {both}; name those of one")
         model, c = run.variant.config, run.config
-        row = {
+        row = {key: run.final[key] for key in ("loss", "text_loss", "padding_fraction")} | {
             "alias": run.alias,
             "variant": run.variant.paper,
             "size": f"d{model.n_embd}",
@@ -72,9 +72,6 @@ def cells_of(runs):
             "protocol": run.protocol,
             "rate": c.learning_rate,
             "seed": run.seed,
-            "loss": run.final["loss"],
-            "text_loss": run.final["text_loss"],
-            "padding": run.final["padding_fraction"],
             "macs": profiler.theoretical_macs(run.variant, c.seq_length)["total"],
         }
         rows.append(row)
@@ -125,6 +122,10 @@ class Cell:
         self.names = dict(zip(runs["alias"], runs["variant"], strict=True))  # by alias, as the paper writes them
         self.of = cache(self.of)  # asked for many times
 
+    def about(self, alias, *keys):
+        """What a record says of a variant and its cell."""
+        return {"variant": self.names[alias], "alias": alias} | {key: getattr(self, key) for key in keys}
+
     def of(self, alias, key="text_loss"):
         """Final losses in nats a token, a row for each rate and a column for each seed."""
         return self.runs[self.runs["alias"] == alias].pivot(index="rate", columns="seed", values=key)
@@ -159,14 +160,17 @@ def compared(cells):
     return {alias: names[alias] for alias in (*VARIANTS, CONVERTED) if alias in names and alias != "kqv"}
 
 
+def repeated(cells):
+    """Those of the compared that were trained in more than one cell."""
+    return [alias for alias in compared(cells) if sum(alias in cell.names for cell in cells) > 1]
+
+
 def varied(cells):
     """The cells of one size and number of tokens whose rows differ in content, with each variant that varies."""
     for _, group in groupby(cells, key=lambda cell: (cell.size, cell.tokens)):
         group = list(group)
         if len({cell.protocol for cell in group}) > 1:
-            for alias, name in compared(group).items():
-                if sum(alias in cell.names for cell in group) > 1:
-                    yield group, alias, name
+            yield from ((group, alias) for alias in repeated(group))
 
 
 # -----------------------------------------------------------------------------
@@ -283,9 +287,9 @@ def percent(nats):
     return 100 * math.expm1(nats)
 
 
-def with_intervals(name, values, convert=percent):
+def with_intervals(name, by_seed, convert=percent):
     """Fields for a mean and its two intervals; of gaps, as changes of perplexity in percent."""
-    values = list(values)
+    values = list(by_seed.values())
     intervals = {f"{name}_interval": bootstrap([values]), f"{name}_t": t_interval(values)}
     intervals = {key: limits and [convert(limit) for limit in limits] for key, limits in intervals.items()}
     return {name: convert(fmean(values)) if values else None} | intervals
@@ -297,19 +301,10 @@ def gap_records(cells):
     for alias, cell in product(compared(cells), cells):
         if alias in cell.names:
             own = cell.gaps(alias, "own")
-            record = {
-                "variant": cell.names[alias],
-                "alias": alias,
-                "size": cell.size,
-                "parameters": cell.parameters,
-                "tokens_per_parameter": cell.tokens_per_parameter,
-                "tokens": cell.tokens,
-                "seeds": list(own),
-                "common_rate": cell.best_rate("kqv"),
-                "own_rate": cell.best_rate(alias),
-            }
-            record |= with_intervals("gap_common", cell.gaps(alias, "common").values())
-            record |= with_intervals("gap_own", own.values())
+            record = cell.about(alias, "size", "parameters", "tokens_per_parameter", "tokens")
+            record |= {"seeds": list(own), "common_rate": cell.best_rate("kqv"), "own_rate": cell.best_rate(alias)}
+            record |= with_intervals("gap_common", cell.gaps(alias, "common"))
+            record |= with_intervals("gap_own", own)
             records.append(record | {"compute_lost_percent": compute_lost(cells, cell, alias)})
     return records
 
@@ -352,23 +347,15 @@ def slope_records(cells):
 def length_records(cells):
     """A row for every variant, protocol and length of rows: the gap over all positions and over text only."""
     records = []
-    for group, alias, name in varied(cells):
+    for group, alias in varied(cells):
         for cell in group:
             if gaps := cell.gaps(alias, "common"):
-                padding = cell.losses("kqv", key="padding")
-                record = {
-                    "variant": name,
-                    "alias": alias,
-                    "size": cell.size,
-                    "protocol": cell.protocol,
-                    "row": cell.row,
-                    "seeds": list(gaps),
-                    "rate": cell.best_rate("kqv"),
-                    "padding_percent": 100 * next(iter(padding.values())),
-                }
-                record |= with_intervals("gap_all_positions", cell.gaps(alias, "common", "loss").values())
-                record |= with_intervals("gap_common", gaps.values())
-                records.append(record | with_intervals("gap_own", cell.gaps(alias, "own").values()))
+                record = cell.about(alias, "size", "protocol", "row")
+                padding = next(iter(cell.losses("kqv", key="padding_fraction").values()))
+                record |= {"seeds": list(gaps), "rate": cell.best_rate("kqv"), "padding_percent": 100 * padding}
+                record |= with_intervals("gap_all_positions", cell.gaps(alias, "common", "loss"))
+                record |= with_intervals("gap_common", gaps)
+                records.append(record | with_intervals("gap_own", cell.gaps(alias, "own")))
     return records
 
 
@@ -378,7 +365,7 @@ def fall_records(cells):
     In 1/100 nat, in the mean over the seeds that both lengths have.
     """
     records = []
-    for group, alias, name in varied(cells):
+    for group, alias in varied(cells):
         for protocol in dict.fromkeys(cell.protocol for cell in group):
             here = [cell for cell in group if cell.protocol == protocol and cell.gaps(alias, "common")]
             if len(here) < 2:
@@ -386,8 +373,8 @@ def fall_records(cells):
             falls = {}
             for key in ("loss", "text_loss"):
                 before, after = (cell.gaps(alias, "common", key) for cell in (here[0], here[-1]))
-                falls[key] = [100 * (before[seed] - after[seed]) for seed in before if seed in after]
-            record = {"variant": name, "alias": alias, "protocol": protocol}
+                falls[key] = {seed: 100 * (before[seed] - after[seed]) for seed in before if seed in after}
+            record = here[0].about(alias, "protocol")
             record |= {"from": here[0].row, "to": here[-1].row, "seeds": len(falls["text_loss"])}
             record |= with_intervals("fall_all_positions", falls["loss"], float)
             records.append(record | with_intervals("fall_text", falls["text_loss"], float))
@@ -400,15 +387,8 @@ def rate_records(cells):
     for cell, alias in product(cells, VARIANTS):
         for rate in cell.of(alias).index:
             losses = cell.losses(alias, rate)
-            record = {
-                "variant": cell.names[alias],
-                "alias": alias,
-                "size": cell.size,
-                "tokens_per_parameter": cell.tokens_per_parameter,
-                "rate": rate,
-                "seeds": list(losses),
-                "best": "best" if rate == cell.best_rate(alias) else None,
-            }
+            record = cell.about(alias, "size", "tokens_per_parameter") | {"rate": rate, "seeds": list(losses)}
+            record |= {"best": "best" if rate == cell.best_rate(alias) else None}
             records.append(record | mean("text_loss", losses.values()))
     return records
 
@@ -532,10 +512,10 @@ def trained_and_converted(ax, cells, at):
     finish_gaps(ax, cells)
 
 
-def other_variants(ax, cells, names, all_cells):
-    for alias, name in names.items():
-        gap_line(ax, cells, alias, "own", (*LOOKS[alias], "-"), name)
-    finish_gaps(ax, all_cells)
+def other_variants(ax, cells, smallest, aliases):
+    for alias in aliases:
+        gap_line(ax, smallest, alias, "own", (*LOOKS[alias], "-"), compared(smallest)[alias])
+    finish_gaps(ax, cells)
 
 
 def finish_gaps(ax, cells):
@@ -577,7 +557,7 @@ def rates(ax, cell):
     """Text loss against the peak learning rate."""
     for alias in VARIANTS:
         points = [(1000 * rate, cell.losses(alias, rate).values()) for rate in cell.of(alias).index]
-        seed_line(ax, points, (*LOOKS.get(alias), "-"), cell.names.get(alias))
+        seed_line(ax, points, (*LOOKS[alias], "-"), cell.names.get(alias))
     finish(ax, 1000 * cell.runs["rate"].unique(), "peak learning rate, x 1e-3", "text loss, nats per token")
 
 
@@ -593,23 +573,22 @@ def lengths(ax, cells, key):
 
 def draw_all(folder, cells, all_cells):
     """The figures for which there are runs."""
+    gaps = partial(trained_and_converted, cells=cells)
     panels = {
-        "gap": [("Q–K=V, each at its own best rate", partial(trained_and_converted, cells=cells, at="own"))],
-        "gap_common_rate": [("Q–K=V, both at QKV's best rate", partial(trained_and_converted, cells=cells, at="common"))],
+        "gap": [("Q–K=V, each at its own best rate", partial(gaps, at="own"))],
+        "gap_common_rate": [("Q–K=V, both at QKV's best rate", partial(gaps, at="common"))],
         "losses": [("each at its own best rate", partial(losses, cells=cells))],
     }
     smallest = [cell for cell in cells if cell.size == cells[0].size]
-    names = {alias: name for alias, name in compared(smallest).items() if alias not in ("kv", CONVERTED)}
-    names = {alias: name for alias, name in names.items() if sum(alias in cell.names for cell in smallest) > 1}
-    if names:
-        fill = partial(other_variants, cells=smallest, names=names, all_cells=cells)
+    if others := [alias for alias in repeated(smallest) if alias not in ("kv", CONVERTED)]:
+        fill = partial(other_variants, cells=cells, smallest=smallest, aliases=others)
         panels["gap_other_variants"] = [(f"other variants at {cells[0].size}, own rates", fill)]
     if with_gaps := [cell for cell in cells if cell.gaps("kv", "own")]:
         panels["gap_by_loss"] = [("each at its own best rate", partial(gap_by_loss, cells=with_gaps))]
     if swept := [cell for cell in cells if cell.runs.groupby("alias")["rate"].nunique().max() > 2]:
         titles = [f"{cell.size}, {cell.tokens_per_parameter:g} tokens per parameter" for cell in swept]
         panels["rates"] = [(title, partial(rates, cell=cell)) for title, cell in zip(titles, swept, strict=True)]
-    if group := next((group for group, alias, _ in varied(all_cells) if alias == "kv"), None):
+    if group := next((group for group, alias in varied(all_cells) if alias == "kv"), None):
         for title, key in (("all positions", "loss"), ("text only", "text_loss")):
             panels.setdefault("lengths", []).append((f"Q–K=V, over {title}", partial(lengths, cells=group, key=key)))
     for name, fills in panels.items():
