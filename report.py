@@ -111,25 +111,20 @@ def grid(headers, rows, style):
     return tabulate(rows, headers, style, colalign=alignment, disable_numparse=True)
 
 
-def value(record, key, pattern, unit):
+def value(record, key, pattern="", unit=""):
     """The text of a value, with its spread or its interval where it has one; empty for None."""
     found = record[key]
     if found is None:
         return ""
     if isinstance(found, list | dict):
         return listed(f"{part:{pattern}}" for part in (found.values() if isinstance(found, dict) else found))
-    text = f"{found:{pattern}}"
-    if record.get(f"{key}_spread") is not None:
-        text += f" ± {record[f'{key}_spread']:{pattern.lstrip('+')}}"
-    text += unit
-    if record.get(f"{key}_interval") is not None:
-        low, high = record[f"{key}_interval"]
-        text += f" [{low:{pattern}}, {high:{pattern}}]"
-    return text
+    spread, interval = record.get(f"{key}_spread"), record.get(f"{key}_interval")
+    text = f"{found:{pattern}}" + ("" if spread is None else f" ± {spread:{pattern.lstrip('+')}}") + unit
+    return text + (" [{:{p}}, {:{p}}]".format(*interval, p=pattern) if interval else "")
 
 
 def table(columns, records, style):
-    """A table of records; a column is a header, a key, and how a number is written: its pattern and its unit."""
+    """A table of records; a column is a header, a key, and for numbers their pattern and their unit."""
     headers = [header for header, *_ in columns]
     return grid(headers, [[value(record, *how) for _, *how in columns] for record in records], style)
 
@@ -166,12 +161,12 @@ def write_texts(folder, name, markdown, json_text):
 # Figures
 
 
-def draw(path, titles, fill):
-    """A PNG with a panel for each title; fill(axes) draws in them."""
-    figure, axes = panels(titles)
-    for ax in axes:
+def draw(path, fills):
+    """A PNG with a panel for each (title, fill); fill(ax) draws in it."""
+    figure, axes = panels([title for title, _ in fills])
+    for ax, (_, fill) in zip(axes, fills, strict=True):
         ax.title.set_fontsize("medium")
-    fill(axes)
+        fill(ax)
     save_figure(path, figure)
 
 

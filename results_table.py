@@ -16,14 +16,12 @@ alone. A row marked * was trained with other settings than QKV, which the lines 
 
 Incomplete runs are listed below the table and enter no mean. --output_dir writes results_table.md,
 results_table.json and figures/. For runs over sizes, tokens and learning rates, see runs/scaling_tables.py.
-
-Contents: reading, comparing, printing, plotting, command line.
 """
 
 import json
 import math
 from dataclasses import asdict
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -40,7 +38,7 @@ IDENTITY = ("variant", "init_from", "training text", "validation text", "tokeniz
 TABLES = {"300M": ["300M (Table 4)"], "1.2B": ["1.2B (Table 10)"]}
 FIGURES = ("perplexity", "text_perplexity", "loss", "text_loss")  # of an evaluation
 SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
-GROUPED_BY = {*SHAPE, "n_kv_groups", "sequence", "score_padding", "seq_length"}  # into tables, or by variant
+GROUPED_BY = {*SHAPE, "n_kv_groups", "sequence", "score_padding", "seq_length", "seed"}  # into tables and rows
 
 
 # -----------------------------------------------------------------------------
@@ -119,18 +117,14 @@ class Run:
     @cached_property
     def final(self):
         """The evaluation after the last step; None if the run is incomplete."""
-        for evaluation in self.evaluations:
-            if evaluation["kind"] == "final" and evaluation["step"] == self.config.total_steps:
-                return evaluation
-        return None
+        end = "final", self.config.total_steps
+        return next((entry for entry in self.evaluations if (entry["kind"], entry["step"]) == end), None)
 
     @cached_property
     def size(self):
         """300M or 1.2B where the model has that shape, else None."""
-        for size in SIZES:
-            if shape(self.variant.config) == shape(published_config(size)):
-                return size
-        return None
+        own = shape(self.variant.config)
+        return next((size for size in SIZES if own == shape(published_config(size))), None)
 
     @property
     def as_published(self):
@@ -154,13 +148,14 @@ class Run:
     @property
     def title(self):
         """The title of its table, in parts: the shape, and the data protocol."""
-        model = self.variant.config
-        layers = f"{model.n_layer} layers, d {model.n_embd}, {model.n_head} heads"
-        rest = f"{model.n_positions:,} positions, vocabulary {model.vocab_size:,}"
-        described = [layers, f"feed-forward {model.n_inner:,}, {rest}"]
-        sequence, _, padding = self.protocol.partition(", ")
+        m = self.variant.config
+        described = [
+            f"{m.n_layer} layers, d {m.n_embd}, {m.n_head} heads",
+            f"feed-forward {m.n_inner:,}, {m.n_positions:,} positions, vocabulary {m.vocab_size:,}",
+        ]
+        sequence, *padding = self.protocol.split(", ")
         rows = f"{sequence} rows of {self.config.seq_length:,} tokens"
-        return [*TABLES.get(self.size, described), f"{rows}, {padding}" if padding else rows]
+        return [*TABLES.get(self.size, described), ", ".join([rows, *padding])]
 
     @cached_property
     def setup(self):
@@ -170,7 +165,7 @@ class Run:
         in place of its three factors, the global batch.
         """
         c = self.config
-        left_out = GROUPED_BY | set(script_of("kqv").MAY_CHANGE) | {"seed"}
+        left_out = GROUPED_BY | set(script_of("kqv").MAY_CHANGE)
         settings = asdict(self.variant.config) | asdict(c)
         return {key: value for key, value in settings.items() if key not in left_out} | {
             "train_data": self.about["training text"],
@@ -229,35 +224,25 @@ def table_of(runs):
     rows = {}
     for run in runs:
         row = rows.setdefault((run.variant.paper, *run.setup.items()), [])
-        refuse_twice(run, row)
+        if row and row[-1].seed == run.seed:
+            who = f"{run.variant.paper}, seed {run.seed}, same settings"
+            raise InputError(f"{row[-1].name} and {run.name}: the same run twice ({who}); name one of them")
         row.append(run)
     rows = list(rows.values())
 
     # Where QKV was trained in several ways, the one with the most seeds is compared with.
     of_qkv = [row for row in rows if row[0].alias == "kqv"]
     reference = max(of_qkv, key=lambda row: len(complete(row)), default=[])
-
-    # The paper's tables are both of rows with the padding scored.
     size = runs[0].size
-    published = "published" if size else "published at 300M"
-    if not runs[0].as_published:
-        published += ", padding scored"
     return {
         "title": runs[0].title,
         "size": size,
-        "published": published,
+        # The paper's tables are both of rows with the padding scored.
+        "published": "published" + " at 300M" * (not size) + ", padding scored" * (not runs[0].as_published),
         "rows": [row_record(row, reference, size or "300M") for row in rows],
         "notes": notes(rows, reference),
         "runs": runs,
     }
-
-
-def refuse_twice(run, others):
-    """InputError where a run of the same row has the same seed."""
-    for other in others:
-        if other.seed == run.seed:
-            who = f"{run.variant.paper}, seed {run.seed}, same settings"
-            raise InputError(f"{other.name} and {run.name}: the same run twice ({who}); name one of them")
 
 
 def complete(row):
@@ -286,12 +271,10 @@ def row_record(row, reference, size):
     # A change is that of a seed, against QKV's run of the same seed.
     finals = {run.seed: run.final for run in row if run.final}
     of_qkv = {run.seed: run.final for run in reference if run.final}
-    paired = [seed for seed in finals if seed in of_qkv and row is not reference]
+    pairs = [(finals[seed], of_qkv[seed]) for seed in finals if seed in of_qkv and row is not reference]
     for key in FIGURES:
-        changes = []
-        for seed in paired:
-            ours, qkv = finals[seed][key], of_qkv[seed][key]
-            changes.append(100 * (ours / qkv - 1) if "perplexity" in key else ours - qkv)
+        change = (lambda own, qkv: 100 * (own / qkv - 1)) if "perplexity" in key else (lambda own, qkv: own - qkv)
+        changes = [change(own[key], qkv[key]) for own, qkv in pairs]
         record |= report.mean(key, [final[key] for final in finals.values()])
         record |= report.mean(f"{key}_vs_qkv", changes)
     return record
@@ -308,54 +291,35 @@ def differences(row, reference):
 def notes(rows, reference):
     """Lines about what stands in the way of a comparison, and about what is not known."""
     seeds = complete(reference)
-    lines = []
-    if not seeds:
-        lines.append("No complete run of QKV: nothing to compare with.")
+    lines = [] if seeds else ["No complete run of QKV: nothing to compare with."]
     for row in rows:
-        who = f"{row[0].variant.paper} ({folders(row)})"
+        who = f"{row[0].variant.paper} ({listed(run.name for run in row)})"
         for key, (theirs, ours) in differences(row, reference).items():
             lines.append(f"* {who}: {key} is {ours}, and {theirs} for QKV")
         if seeds and complete(row) not in ([], seeds):
             lines.append(f"{who}: its complete seeds are {listed(complete(row))}, those of QKV {listed(seeds)}")
-    runs = [run for row in rows for run in row]
-    if runs[0].protocol == "padded, padding masked":
-        lines.append(
-            "The padding was masked in training, so a perplexity that includes it says nothing; "
-            "the text perplexity does."
-        )
+    if rows[0][0].protocol == "padded, padding masked":
+        masked = "The padding was masked in training, so a perplexity that includes it says nothing"
+        lines.append(f"{masked}; the text perplexity does.")
     return lines
-
-
-def folders(runs):
-    return listed(run.name for run in runs)
 
 
 # -----------------------------------------------------------------------------
 # Printing
 
-RESULTS = [  # header, key, and how a number is written: its pattern and its unit
-    ("", "variant", "", ""),
-    ("seeds", "seeds", "", ""),
-    ("perplexity", "perplexity", ".3f", ""),
-    ("vs QKV", "perplexity_vs_qkv", "+.2f", " %"),
-    ("{published}", "published", "g", ""),
-    ("vs QKV", "published_vs_qkv", "+g", " %"),
-    ("text perplexity", "text_perplexity", ".3f", ""),
-    ("vs QKV", "text_perplexity_vs_qkv", "+.2f", " %"),
-    ("parameters", "parameters", ",", ""),
-    ("cache, bytes a token", "cache_bytes_per_token", ",", ""),
+RESULTS = [  # columns as report.table takes them
+    ("", "variant"), ("seeds", "seeds"),
+    ("perplexity", "perplexity", ".3f"), ("vs QKV", "perplexity_vs_qkv", "+.2f", " %"),
+    ("{published}", "published", "g"), ("vs QKV", "published_vs_qkv", "+g", " %"),
+    ("text perplexity", "text_perplexity", ".3f"), ("vs QKV", "text_perplexity_vs_qkv", "+.2f", " %"),
+    ("parameters", "parameters", ","), ("cache, bytes a token", "cache_bytes_per_token", ","),
     ("saved", "cache_reduction_percent", ".1f", " %"),
-]
+]  # fmt: skip
 INCOMPLETE = [
-    ("incomplete", "variant", "", ""),
-    ("seed", "seed", "", ""),
-    ("step", "step", ",", ""),
-    ("of", "steps", ",", ""),
-    ("evaluated at", "evaluated_at", ",", ""),
-    ("perplexity", "perplexity", ".3f", ""),
-    ("text perplexity", "text_perplexity", ".3f", ""),
-    ("folder", "folder", "", ""),
-]
+    ("incomplete", "variant"), ("seed", "seed"), ("step", "step", ","), ("of", "steps", ","),
+    ("evaluated at", "evaluated_at", ","), ("perplexity", "perplexity", ".3f"),
+    ("text perplexity", "text_perplexity", ".3f"), ("folder", "folder"),
+]  # fmt: skip
 
 
 def document(tables, heading, style, bullet):
@@ -383,10 +347,7 @@ def as_markdown(tables):
 
 def as_csv(tables):
     """The rows of all tables, unrounded; `table` says which one a row belongs to."""
-    rows = []
-    for table in tables:
-        rows += [{"table": ", ".join(table["title"])} | record for record in table["rows"]]
-    return report.sheet(rows)
+    return report.sheet([{"table": ", ".join(t["title"])} | row for t in tables for row in t["rows"]])
 
 
 def as_json(tables):
@@ -403,24 +364,17 @@ FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_
 
 def table_figure(path, tables, draw):
     """A panel for each table, which draw(ax, table) fills."""
-
-    def fill(axes):
-        for ax, table in zip(axes, tables, strict=True):
-            draw(ax, table)
-
-    report.draw(path, ["\n".join(table["title"]) for table in tables], fill)
+    report.draw(path, [("\n".join(table["title"]), partial(draw, table=table)) for table in tables])
 
 
 def curves(ax, table):
     """Validation loss of the text against tokens, a line for each run; the untrained model is left out."""
-    named = set()
+    unnamed = {run.variant.paper: run.variant.paper for run in table["runs"]}
     for run in table["runs"]:
         colour, marker = report.LOOKS[run.alias]
         points = [(e["tokens"] / 1e6, e["text_loss"]) for e in run.evaluations if e["step"]]
-        name = run.variant.paper
         look = {"color": colour, "marker": marker, "markersize": 4, "linewidth": 1}
-        ax.plot(*np.reshape(points, (-1, 2)).T, label=None if name in named else name, **look)
-        named.add(name)
+        ax.plot(*np.reshape(points, (-1, 2)).T, label=unnamed.pop(run.variant.paper, None), **look)
     ax.set_xlabel("training tokens, millions, padding included")
     ax.set_ylabel("validation loss of the text, nats per token")
     ax.legend(frameon=False)
@@ -428,10 +382,8 @@ def curves(ax, table):
 
 def pareto(ax, table):
     """Text loss beyond QKV's against a token's KV cache, with a line through the Pareto front."""
-    points = []
-    for row in table["rows"]:
-        if row["text_loss_vs_qkv"] is not None or row["variant"] == "QKV":
-            points.append((row["cache_bytes_per_token"], row["text_loss_vs_qkv"] or 0.0, row))
+    rows = [row for row in table["rows"] if row["text_loss_vs_qkv"] is not None or row["variant"] == "QKV"]
+    points = [(row["cache_bytes_per_token"], row["text_loss_vs_qkv"] or 0.0, row) for row in rows]
     front = report.pareto_front((size, loss) for size, loss, _ in points)
     ax.plot(*zip(*front, strict=True), color="0.7", zorder=1)
     for size, loss, row in points:

@@ -54,17 +54,17 @@ class Source:
     seed: int
 
     @property
+    def grouped(self):
+        return self.alias in ("gqa", "qgqa")
+
+    @property
     def configs(self):
         """Files and settings of its model and recipe."""
         width, _, heads = self.shape.partition("h")
         model, train = ("replicate",) * 2 if self.shape == "replica" else (f"scaling_{width}", "scaling")
         arguments = ["--model_config", ROOT / f"configs/model_config_{model}.yaml"]
         arguments += ["--train_config", ROOT / f"configs/train_config_{train}.yaml"]
-        return arguments + ([f"n_head={heads}"] if heads else []) + self.groups
-
-    @property
-    def groups(self):
-        return ["n_kv_groups=2"] if self.alias in ("gqa", "qgqa") else []
+        return arguments + [f"n_head={heads}"] * bool(heads) + ["n_kv_groups=2"] * self.grouped
 
     @property
     def steps(self):
@@ -139,20 +139,16 @@ class Study:
 
     def train(self, source, rate):
         """From the start."""
-        if source.name(rate) not in self.records():
-            self.from_the_first_step(source, rate)
-
-    def from_the_first_step(self, source, rate):
+        name, start = source.name(rate), None
+        if name in self.records():
+            return
         # All variants of a seed start from the same weights where they share them; not with other heads, nor
         # the replica.
-        name, start = source.name(rate), None
         if source.shape.isdigit():
             start = OUTPUTS / f"{name}.initial.pt"
             if not start.exists():
-                groups = ["--n_kv_groups", 2] if source.groups else []
-                model = source.configs[:2]
-                how = [source.alias, *model, *groups, "--seed", source.seed, "--output", start]
-                self.command("runs/initial_weights.py", *how)
+                how = [*source.configs[:2], *["--n_kv_groups", 2] * source.grouped, "--seed", source.seed]
+                self.command("runs/initial_weights.py", source.alias, *how, "--output", start)
         steps = source.steps
         settings = {"seed": source.seed, "target_tokens": 1024 * steps, "warmup_steps": steps // 10}
         settings |= {"learning_rate": f"{rate:g}e-3", "min_lr": f"{rate / 10:g}e-3", "keep_checkpoints": None}
@@ -217,10 +213,9 @@ class Study:
 
         def attempt(job):
             function, *arguments = job
-            if self.stopped.is_set():
-                return False
             try:
-                function(*arguments)
+                if not self.stopped.is_set():
+                    function(*arguments)
             except Failed as error:
                 print(error, file=sys.stderr)
                 return True
@@ -235,19 +230,15 @@ class Study:
     def stages(self, part):
         """Lists of jobs of a part; the rates of a list may come from the runs of the one before it."""
 
-        def everywhere(function, alias, shape, n, *arguments):
-            return [(function, Source(alias, shape, n, seed), *arguments) for seed in SEEDS]
+        def jobs(function, alias, shape, n, *arguments, seeds=SEEDS):
+            return [(function, Source(alias, shape, n, seed), *arguments) for seed in seeds]
 
-        def on_all_seeds(alias, shape, n, tenths=10, every=False):
-            return everywhere(self.one_shot, alias, shape, n, tenths, every)
+        def alone(alias, shape, n, tenths=10, every=False):
+            return jobs(self.one_shot, alias, shape, n, tenths, every)
 
-        def after_the_end(alias, shape, n, percents, methods=("none", "joint_svd")):
-            choices = [(10, method, percent) for percent in percents for method in methods]
-            return [job for choice in choices for job in everywhere(self.train_on, alias, shape, n, *choice)]
-
-        def before_the_end(alias, shape, n, *tenths):
-            choices = [(tenth, method, 0) for tenth in tenths for method in ("none", "joint_svd")]
-            return [job for choice in choices for job in everywhere(self.train_on, alias, shape, n, *choice)]
+        def trained_on(alias, shape, n, tenths, percents=(0,), methods=("none", "joint_svd")):
+            choices = [(tenths, method, percent) for percent in percents for method in methods]
+            return [job for choice in choices for job in jobs(self.train_on, alias, shape, n, *choice)]
 
         def from_the_start(shape, n, rates, *aliases):
             """The rates on seed 42, and the best of them on 43 and 44."""
@@ -255,43 +246,42 @@ class Study:
             best = {alias: self.best_rate(alias, shape, n) for alias in aliases}
             yield [(self.train, Source(alias, shape, n, seed), best[alias]) for alias in aliases for seed in (43, 44)]
 
+        qkv = "kqv", "64", 80
         if part == 1:
-            jobs = [job for tenths in range(1, 11) for job in on_all_seeds("kqv", "64", 80, tenths)]
-            jobs += on_all_seeds("kqv", "64", 5) + on_all_seeds("kqv", "64", 20)
-            yield jobs + on_all_seeds("kqv", "64", 80, 10, True)
+            yield [job for tenths in range(1, 11) for job in alone(*qkv, tenths)]
+            yield alone("kqv", "64", 5) + alone("kqv", "64", 20) + alone(*qkv, 10, True)
         if part == 2:
-            jobs = after_the_end("kqv", "64", 80, (1, 5, 10)) + before_the_end("kqv", "64", 80, 5, 1)
-            jobs += after_the_end("kqv", "64", 80, (10,), ("mean", "drop_v", "unweighted"))
-            yield jobs + everywhere(self.train_on, "kqv", "64", 80, 1, "own_rate", 0)
+            yield trained_on(*qkv, 10, (1, 5, 10)) + trained_on(*qkv, 5) + trained_on(*qkv, 1)
+            yield trained_on(*qkv, 10, (10,), ("mean", "drop_v", "unweighted"))
+            yield trained_on(*qkv, 1, (0,), ("own_rate",))
         if part == 3:
             rate, rate_kv = (self.best_rate(alias, "64", 80) for alias in ("kqv", "kv"))
             yield from from_the_start("64", 80, around(rate), "gqa", "mqa")
             yield from from_the_start("64", 80, [*around(rate_kv), 4 * rate_kv], "qgqa", "qmqa")
-            jobs = on_all_seeds("gqa", "64", 80) + on_all_seeds("mqa", "64", 80)
-            jobs += after_the_end("gqa", "64", 80, (10,)) + after_the_end("mqa", "64", 80, (10,))
-            yield jobs + before_the_end("gqa", "64", 80, 5) + before_the_end("mqa", "64", 80, 5)
+            for alias in ("gqa", "mqa"):
+                yield alone(alias, "64", 80) + trained_on(alias, "64", 80, 10, (10,)) + trained_on(alias, "64", 80, 5)
         if part == 4:
             yield from from_the_start("96", 60, around(self.best_rate("kqv", "96", 5)), "kqv", "kv")
-            yield on_all_seeds("kqv", "96", 60) + after_the_end("kqv", "96", 60, (1, 5, 10))
+            yield alone("kqv", "96", 60) + trained_on("kqv", "96", 60, 10, (1, 5, 10))
         if part == 5:
             heads = ("96h8", "96h4", "96h3", "96h2")
             rate, rate_kv = (self.best_rate(alias, "96", 20) for alias in ("kqv", "kv"))
-            jobs = [job for shape in heads for job in everywhere(self.train, "kqv", shape, 20, rate)]
-            yield jobs + everywhere(self.train, "kqv", "128h2", 5, self.best_rate("kqv", "128", 5))
-            jobs = [job for shape in heads for job in on_all_seeds("kqv", shape, 20)]
-            yield jobs + [(self.train, Source("kv", shape, 20, 42), rate_kv) for shape in heads]
-            yield on_all_seeds("kqv", "128h2", 5)
+            yield [job for shape in heads for job in jobs(self.train, "kqv", shape, 20, rate)]
+            yield jobs(self.train, "kqv", "128h2", 5, self.best_rate("kqv", "128", 5)) + [
+                (self.train, Source("kv", shape, 20, 42), rate_kv) for shape in heads
+            ]
+            yield [job for shape in heads for job in alone("kqv", shape, 20)] + alone("kqv", "128h2", 5)
             # Does the price stay small in wide heads after long training? One seed, see "Changes since".
-            yield [(self.train, Source("kqv", "96h2", 60, 42), rate)]
-            yield [(self.one_shot, Source("kqv", "96h2", 60, 42), 10)]
+            yield jobs(self.train, "kqv", "96h2", 60, rate, seeds=(42,))
+            yield jobs(self.one_shot, "kqv", "96h2", 60, 10, seeds=(42,))
         if part == 6:
             yield from from_the_start("replica", 1, (0.5, 1, 2), "kqv", "kv")
-            jobs = on_all_seeds("kqv", "replica", 1) + after_the_end("kqv", "replica", 1, (10,))
-            yield jobs + before_the_end("kqv", "replica", 1, 5)
+            replica = "kqv", "replica", 1
+            yield alone(*replica) + trained_on(*replica, 10, (10,)) + trained_on(*replica, 5)
         if part == 7:
-            yield before_the_end("kqv", "96", 60, 5, 1)
+            yield trained_on("kqv", "96", 60, 5) + trained_on("kqv", "96", 60, 1)
         if part == 8:
-            yield on_all_seeds("kqv", "96", 20, 10, True) + on_all_seeds("kqv", "96", 5) + on_all_seeds("kqv", "128", 5)
+            yield alone("kqv", "96", 20, 10, True) + alone("kqv", "96", 5) + alone("kqv", "128", 5)
 
 
 def around(rate):

@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
+import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from tabulate import tabulate
@@ -28,6 +29,8 @@ from results_table import read_runs
 FROM_THE_START = re.compile(r"(\w+?)_d(\w+?)_n(\d+)_lr([\d.]+)e-3_T256_(?:packed|padded)_seed(\d+)")
 TRAINED_ON = re.compile(r"(\w+?)_d(\w+?)_n(\d+)_at(\d+)_(\w+?)_(\d+)_seed(\d+)")
 PAPER = {alias: row["paper"] for alias, row in VARIANTS.items()}
+PLACE = ["alias", "shape", "n"]
+HEADERS = ["source", "shape", "D/N"]  # of these
 
 
 # -----------------------------------------------------------------------------
@@ -61,9 +64,36 @@ def best_rate(by_rate):
     return min(by_rate, key=lambda rate: fmean(by_rate[rate][seed][-1][1] for seed in seeds))
 
 
+def at_best(started, *place):
+    """{seed: curve} of a variant at its best rate; empty if it was not run."""
+    by_rate = started.get(place)
+    return by_rate[best_rate(by_rate)] if by_rate else {}
+
+
+def length(started, *place):
+    """The tokens of a source's training."""
+    return max(curve[-1][0] for curve in at_best(started, *place).values())
+
+
+def conversions(path, started):
+    """The conversions alone, of sources at their best rate, a row each; `end` is whether training had ended."""
+    rows = []
+    for record in read_one_shots(path):
+        alias, shape, n, rate, seed = FROM_THE_START.fullmatch(record["source"]).groups()
+        place = alias, shape, int(n)
+        if float(rate) == best_rate(started[place]):
+            tokens = 1024 * int(re.search(r"\d+", record["checkpoint"])[0])
+            at = [*place, int(seed), tokens, tokens == length(started, *place), json.dumps(record["way"])]
+            rows.append([*at, record["before"], record["after"], record["after"] - record["before"]])
+    return pd.DataFrame(rows, columns=[*PLACE, "seed", "tokens", "end", "way", "before", "after", "price"])
+
 
 # -----------------------------------------------------------------------------
 # Tables
+
+
+def named(alias, shape, n):
+    return [PAPER[alias], f"d{shape}", n]
 
 
 def of_seeds(by_seed, digits=4):
@@ -78,124 +108,92 @@ def of_seeds(by_seed, digits=4):
     return [mean, ", ".join(f"{value:+.{digits}f}" for value in values)]
 
 
+def price_of(rows, digits=4):
+    return of_seeds(dict(zip(rows["seed"], rows["price"], strict=True)), digits)
+
+
 def paired(curves, references, place=-1):
     """The differences of two dicts of evaluations by seed, at their first (0) or last (-1) evaluation."""
     both = curves.keys() & references.keys()
     return {seed: curves[seed][place][1] - references[seed][place][1] for seed in both}
 
 
-def gap_of(started, alias, shape, n):
+def gap_of(started, alias, *place):
     """By seed, what sharing from the start costs, each variant at its own best rate; empty if not run."""
-    source, shared = started.get((alias, shape, n)), started.get((SHARED[alias], shape, n))
-    if not source or not shared:
-        return {}
-    return paired(shared[best_rate(shared)], source[best_rate(source)])
+    return paired(at_best(started, SHARED[alias], *place), at_best(started, alias, *place))
 
 
-def read_prices(path, started):
-    """Of the conversions alone, of sources at their best rate:
-    {(alias, shape, n): {step: {way as JSON: {seed: price}}}}.
-    """
-    prices = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for record in read_one_shots(path):
-        alias, shape, n, rate, seed = FROM_THE_START.fullmatch(record["source"]).groups()
-        if float(rate) != best_rate(started[alias, shape, int(n)]):
-            continue
-        step = int(re.search(r"\d+", record["checkpoint"])[0])
-        by_seed = prices[alias, shape, int(n)][step][json.dumps(record["way"])]
-        by_seed[int(seed)] = record["after"] - record["before"]
-    return prices
-
-
-def last_step(started, alias, shape, n):
-    """Of the sources: the end of their training, 1,024 tokens a step."""
-    source = started[alias, shape, n]
-    return max(curve[-1][0] for curve in source[best_rate(source)].values()) // 1024
-
-
-def alone_table(started, prices):
-    rows = []
-    for (alias, shape, n), by_step in prices.items():
-        price = by_step[last_step(started, alias, shape, n)][json.dumps(DEFAULT)]
-        gap = gap_of(started, alias, shape, n)
-        rows.append([PAPER[alias], f"d{shape}", n, *of_seeds(price, 5), *of_seeds(gap)])
-    return ["source", "shape", "D/N", "price", "of the seeds", "gap from the start", "of the seeds"], rows
-
-
-def along_table(prices):
-    rows = []
-    for (alias, shape, n), by_step in prices.items():
-        for step in sorted(by_step):
-            if len(by_step) > 1:
-                price = by_step[step][json.dumps(DEFAULT)]
-                rows.append([PAPER[alias], f"d{shape}", n, f"{step:,}", *of_seeds(price)])
-    return ["source", "shape", "D/N", "step", "price", "of the seeds"], rows
-
-
-def ways_table(started, prices):
-    rows = []
-    for (alias, shape, n), by_step in prices.items():
-        by_way = by_step[last_step(started, alias, shape, n)]
-        for way in (DEFAULT, *WAYS):
-            if len(by_way) > 1 and json.dumps(way) in by_way:
+def tables_of_conversion_alone(started, alone):
+    """Three tables: at the end by default, along the training, and all ways."""
+    end, along, ways = [], [], []
+    for place, rows in alone.groupby(PLACE, sort=False):
+        default, at_end = rows[rows["way"] == json.dumps(DEFAULT)], rows[rows["end"]]
+        end.append([*named(*place), *price_of(default[default["end"]], 5), *of_seeds(gap_of(started, *place))])
+        if rows["tokens"].nunique() > 1:
+            for tokens, here in default.groupby("tokens"):
+                along.append([*named(*place), f"{tokens // 1024:,}", *price_of(here)])
+        if at_end["way"].nunique() > 1:
+            for way in (DEFAULT, *WAYS):
+                here = at_end[at_end["way"] == json.dumps(way)]
                 how = [way["method"], way["weighting"], f"{way['tokens']:,}"]
-                rows.append([PAPER[alias], f"d{shape}", n, *how, *of_seeds(by_way[json.dumps(way)])])
-    return ["source", "shape", "D/N", "method", "weighting", "tokens", "price", "of the seeds"], rows
+                ways += [[*named(*place), *how, *price_of(here)]] if len(here) else []
+    price = ["price", "of the seeds"]
+    return (
+        ([*HEADERS, *price, "gap from the start", "of the seeds"], end),
+        ([*HEADERS, "step", *price], along),
+        ([*HEADERS, "method", "weighting", "tokens", *price], ways),
+    )
 
 
 def trained_on_table(started, trained_on):
     rows = []
-    for (alias, shape, n, at, how, percent), curves in sorted(trained_on.items()):
-        source = trained_on.get((alias, shape, n, at, "none", percent), {})  # it went on in the same way
-        if how != "none":
-            when = "at the end" if at == 100 else f"at {at} %"
-            more = f"{percent} %" if at == 100 else f"{100 - at} %"
-            alone, price = paired(curves, source, 0), paired(curves, source)
-            gap, ahead = gap_of(started, alias, shape, n), {}
-            shared = started.get((SHARED[alias], shape, n))
-            if shared and at < 100:  # at the same total of tokens
-                ahead = paired(shared[best_rate(shared)], curves)
-            place = [PAPER[alias], f"d{shape}", n, when, more, how]
-            rows.append([*place, of_seeds(alone)[0], *of_seeds(price), of_seeds(gap)[0], *of_seeds(ahead)])
-    headers = ["source", "shape", "D/N", "converted", "trained on for", "by", "price before", "price after"]
-    headers += ["of the seeds", "gap from the start"]
-    return [*headers, "sharing from the start is behind it by", "of the seeds"], rows
+    for (*place, at, how, percent), curves in sorted(trained_on.items()):
+        if how == "none":
+            continue
+        source = trained_on.get((*place, at, "none", percent), {})  # it went on in the same way
+        when = ["at the end", f"{percent} %"] if at == 100 else [f"at {at} %", f"{100 - at} %"]
+        shared = at_best(started, SHARED[place[0]], *place[1:]) if at < 100 else {}  # at the same total of tokens
+        prices = [of_seeds(paired(curves, source, 0))[0], *of_seeds(paired(curves, source))]
+        gaps = [of_seeds(gap_of(started, *place))[0], *of_seeds(paired(shared, curves))]
+        rows.append([*named(*place), *when, how, *prices, *gaps])
+    headers = ["converted", "trained on for", "by", "price before", "price after", "of the seeds"]
+    ahead = ["sharing from the start is behind it by", "of the seeds"]
+    return [*HEADERS, *headers, "gap from the start", *ahead], rows
 
 
 def rates_table(started):
     rows = []
-    for (alias, shape, n), by_rate in sorted(started.items()):
-        best = best_rate(by_rate)
+    for place, by_rate in sorted(started.items()):
         for rate, curves in sorted(by_rate.items()):
             losses = ", ".join(f"{curves[seed][-1][1]:.4f}" for seed in sorted(curves))
-            mark = "best" if rate == best else ""
-            rows.append([PAPER[alias], f"d{shape}", n, f"{rate:g}e-3", losses, mark])
-    return ["variant", "shape", "D/N", "peak rate", "text loss of the seeds", ""], rows
+            rows.append([*named(*place), f"{rate:g}e-3", losses, "best" if rate == best_rate(by_rate) else ""])
+    return ["variant", *HEADERS[1:], "peak rate", "text loss of the seeds", ""], rows
 
 
 def write_all(scaling, results):
     """Write results.md and the figures, as far as their runs are there."""
     started, trained_on = by_place([*read_runs(scaling), *read_runs(results)])
-    prices = read_prices(results / "one_shot.jsonl", started)
-    parts = {
-        "Conversion alone": alone_table(started, prices),
-        "Conversion alone, along the training": along_table(prices),
-        "Ways of conversion alone": ways_table(started, prices),
-        "Converted and trained on": trained_on_table(started, trained_on),
-        "From the start": rates_table(started),
-    }
+    alone = conversions(results / "one_shot.jsonl", started)
+    titles = ["Conversion alone", "Conversion alone, along the training", "Ways of conversion alone"]
+    tables = dict(zip(titles, tables_of_conversion_alone(started, alone), strict=True))
+    tables["Converted and trained on"] = trained_on_table(started, trained_on)
+    tables["From the start"] = rates_table(started)
     text = "# Tables of conversion\n\nLosses, prices and gaps in nats per token of text; ± is a 95 % t interval.\n"
-    for title, (headers, rows) in parts.items():
+    for title, (headers, rows) in tables.items():
         if rows:
             text += f"\n## {title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n"
     (results / "figures").mkdir(exist_ok=True)
     write_text(results / "results.md", text)
-    draw(started, trained_on, read_one_shots(results / "one_shot.jsonl"), results / "figures/conversion.png")
-    if any(shape.startswith("96h") for _, shape, _ in prices):
-        draw_widths(started, prices, results / "figures/widths.png")
+    draw(started, trained_on, alone, results / "figures/conversion.png")
+    if alone["shape"].str.startswith("96h").any():
+        draw_widths(alone, results / "figures/widths.png")
 
 
-def draw(started, trained_on, one_shots, path):
+# -----------------------------------------------------------------------------
+# Figures
+
+
+def draw(started, trained_on, alone, path):
     """A figure: text perplexity against training tokens, from the start and converted."""
     places = [("kqv", "64", 80), ("gqa", "64", 80), ("mqa", "64", 80), ("kqv", "96", 60)]
     places = [place for place in places if place in started]
@@ -203,14 +201,13 @@ def draw(started, trained_on, one_shots, path):
         return
     columns = min(2, len(places))
     rows = math.ceil(len(places) / columns)
-    size = (6 * columns, 4.5 * rows)
-    figure = Figure(figsize=size, layout="constrained", dpi=120)
+    figure = Figure(figsize=(6 * columns, 4.5 * rows), layout="constrained", dpi=120)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[len(places) :]:
         ax.remove()
-    for ax, (alias, shape, n) in zip(axes.flat, places, strict=False):
-        source = started[alias, shape, n]
-        total = max(curve[-1][0] for curve in source[best_rate(source)].values())
+    for ax, place in zip(axes.flat, places, strict=False):
+        alias, shape, n = place
+        total = length(started, *place)
         for at, how, percent, colour, label in (
             (10, "none", 0, "0.8", None),
             (50, "none", 0, "0.8", None),
@@ -220,77 +217,59 @@ def draw(started, trained_on, one_shots, path):
             (100, "none", 10, "0.8", f"{PAPER[alias]}, continued alike"),
             (100, "joint_svd", 10, "#CC79A7", "converted at 100 %, 10 % more"),
         ):
-            curves = []
-            for curve in trained_on.get((alias, shape, n, at, how, percent), {}).values():
-                curves.append([(total * at / 100 + tokens, loss) for tokens, loss in curve])
-            add_curves(ax, curves, colour, label)
-        before, after = along(one_shots, f"{alias}_d{shape}_n{n}_lr{best_rate(source):g}e-3")
-        if max(map(len, after), default=0) > 1:
-            add_curves(ax, after, "#E69F00", "converted at every 10 %, no training", linestyle=":")
+            for curve in trained_on.get((*place, at, how, percent), {}).values():
+                label = add_curve(ax, [(total * at / 100 + tokens, loss) for tokens, loss in curve], colour, label)
+
+        here = alone[(alone["way"] == json.dumps(DEFAULT)) & (alone[PLACE] == list(place)).all(axis=1)]
+        here = here.sort_values("tokens")
+        by_seed = [rows for _, rows in here.groupby("seed") if here["tokens"].nunique() > 1]
+        label = "converted at every 10 %, no training"
+        for rows in by_seed:
+            label = add_curve(ax, zip(rows["tokens"], rows["after"], strict=True), "#E69F00", label, ":")
         for variant, look in ((alias, "kqv"), (SHARED[alias], "kv")):
-            if by_rate := started.get((variant, shape, n)):
-                curves = by_rate[best_rate(by_rate)]
-                trained = [curve[1:] for curve in curves.values()]  # without the untrained model
-                if variant == alias and max(map(len, before), default=0) > 1:
-                    trained = before  # more of its points
-                add_curves(ax, trained, LOOKS[look][0], f"{PAPER[variant]} from the start", linestyle="--")
+            curves = [curve[1:] for curve in at_best(started, variant, shape, n).values()]  # not the untrained model
+            if variant == alias and by_seed:  # more of its points
+                curves = [zip(rows["tokens"], rows["before"], strict=True) for rows in by_seed]
+            label = f"{PAPER[variant]} from the start"
+            for curve in curves:
+                label = add_curve(ax, curve, LOOKS[look][0], label, "--")
         ax.set_yscale("log")
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter("{x:g}")
         ax.set_title(f"{PAPER[alias]}, d{shape}, {n} tokens per parameter", fontsize="medium")
-        ax.set_xlabel("training tokens, millions")
-        ax.set_ylabel("text perplexity (log scale)")
+        ax.set(xlabel="training tokens, millions", ylabel="text perplexity (log scale)")
         ax.legend(frameon=False, loc="lower left", fontsize="small")
     save_figure(path, figure)
 
 
-def draw_widths(started, prices, path):
+def add_curve(ax, curve, colour, label, linestyle="-"):
+    """Draws a line, and returns None: the label is for the first of several."""
+    tokens, losses = zip(*curve, strict=True)
+    look = {"color": colour, "linewidth": 1, "marker": ".", "label": label}
+    ax.plot([n / 1e6 for n in tokens], [math.exp(loss) for loss in losses], linestyle, **look)
+
+
+def draw_widths(alone, path):
     """A figure: the price of conversion alone against the width of a head at d96, a line for each seed."""
-    by_width = defaultdict(dict)
-    for (alias, shape, n), by_step in prices.items():
-        width, _, n_head = shape.partition("h")
-        if alias == "kqv" and width == "96":
-            by_way = by_step[last_step(started, alias, shape, n)]
-            by_width[n][96 // int(n_head or 6)] = by_way[json.dumps(DEFAULT)]
+    default = alone["end"] & (alone["way"] == json.dumps(DEFAULT)) & (alone["alias"] == "kqv")
+    alone = alone[default & alone["shape"].str.fullmatch(r"96(h\d+)?")]
+    heads = alone["shape"].str.partition("h")[2].replace("", "6").astype(int)
+    alone = alone.assign(width=96 // heads).sort_values("width")
     figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
     ax = figure.subplots()
     for n, colour in ((20, "#0072B2"), (60, "#E69F00")):
         label = f"{n} tokens per parameter"
-        for seed in (42, 43, 44):
-            points = sorted((width, price[seed]) for width, price in by_width[n].items() if seed in price)
-            if points:
-                ax.plot(*zip(*points, strict=True), ".-", color=colour, linewidth=1, label=label)
-                label = None
+        for _, rows in alone[alone["n"] == n].groupby("seed"):
+            ax.plot(rows["width"], rows["price"], ".-", color=colour, linewidth=1, label=label)
+            label = None
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xticks([12, 16, 24, 32, 48], ["12", "16", "24", "32", "48"], minor=False)
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel("width of a head")
-    ax.set_ylabel("price of conversion, nats")
+    ax.set(xlabel="width of a head", ylabel="price of conversion, nats")
     ax.legend(frameon=False, fontsize="small")
     save_figure(path, figure)
-
-
-def along(one_shots, sources):
-    """Of a source's checkpoints: curves of (tokens, text loss), one a seed, before and after conversion by default."""
-    before, after = defaultdict(list), defaultdict(list)
-    for record in one_shots:
-        if record["source"].startswith(sources) and record["way"] == DEFAULT:
-            tokens = 1024 * int(re.search(r"\d+", record["checkpoint"])[0])
-            before[record["source"]].append((tokens, record["before"]))
-            after[record["source"]].append((tokens, record["after"]))
-    return [sorted(curve) for curve in before.values()], [sorted(curve) for curve in after.values()]
-
-
-def add_curves(ax, curves, colour, label, linestyle="-"):
-    """A line for each seed, one of them with the label."""
-    for curve in curves:
-        tokens, losses = zip(*curve, strict=True)
-        perplexities = [math.exp(loss) for loss in losses]
-        millions = [n / 1e6 for n in tokens]
-        ax.plot(millions, perplexities, linestyle, color=colour, linewidth=1, marker=".", label=label)
-        label = None
 
 
 def main(arguments=None):

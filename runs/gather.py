@@ -4,9 +4,8 @@
     python runs/gather.py --to results/scaling --text scaling_data     # before anything is trained
 
 A line of runs.jsonl holds a run's name, variant, initial weights, hashes of its data, settings and log, and what
-convert_checkpoint.py printed of it. A run that stands there under the same name is replaced. runs.csv has a row a
-run, for reading. Runs on another text are refused, since they would not belong to the same grid: --text asks for
-that beforehand.
+convert_checkpoint.py printed of it; runs.csv has a row a run, for reading. A run of the same name is replaced. Runs
+on another text are refused, since they would not belong to the same grid: --text asks for that beforehand.
 """
 
 import hashlib

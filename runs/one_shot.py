@@ -21,26 +21,17 @@ from common import Parser, script_of
 
 SHARED = {"kqv": "kv", "gqa": "qgqa", "mqa": "qmqa"}
 DEFAULT = {"method": "joint_svd", "weighting": "gradient", "tokens": 32768}
-WAYS = [
-    DEFAULT | {"weighting": "activation"},
-    DEFAULT | {"weighting": "none"},
-    DEFAULT | {"method": "mean"},
-    DEFAULT | {"method": "drop_v"},
-    DEFAULT | {"tokens": 2048},
-    DEFAULT | {"tokens": 8192},
-    DEFAULT | {"tokens": 131072},
-    DEFAULT | {"weighting": "activation", "tokens": 131072},
+WAYS = [DEFAULT | way for way in (
+    {"weighting": "activation"}, {"weighting": "none"}, {"method": "mean"}, {"method": "drop_v"},
+    {"tokens": 2048}, {"tokens": 8192}, {"tokens": 131072}, {"weighting": "activation", "tokens": 131072},
     # other metrics: values count for half or twice as much, as much as the keys; positions count alike
-    DEFAULT | {"weighting": "activation, values x 0.5"},
-    DEFAULT | {"weighting": "activation, values x 2"},
-    DEFAULT | {"weighting": "activation, values as keys"},
+    {"weighting": "activation, values x 0.5"}, {"weighting": "activation, values x 2"},
+    {"weighting": "activation, values as keys"},
     # the gradient with nothing of activation's metric, and no weight of positions beside it or none at all
-    DEFAULT | {"weighting": "gradient, only it"},
-    DEFAULT | {"weighting": "gradient, only it, positions alike"},
+    {"weighting": "gradient, only it"}, {"weighting": "gradient, only it, positions alike"},
     # other ways: the inputs of the layers that are converted already, and a fit behind the SVD
-    DEFAULT | {"method": "joint_svd, layer by layer"},
-    DEFAULT | {"method": "joint_svd, fitted"},
-]
+    {"method": "joint_svd, layer by layer"}, {"method": "joint_svd, fitted"},
+)]  # fmt: skip
 
 
 class OtherMoments(other_conversions.WeightedMoments):
@@ -138,10 +129,8 @@ def read_one_shots(path):
 
 def missing(checkpoint, ways, record_path):
     """Those of the ways in which a checkpoint has not been converted yet."""
-    done = [
-        record["way"] for record in read_one_shots(record_path)
-        if (record["source"], record["checkpoint"]) == (checkpoint.parent.name, checkpoint.name)
-    ]  # fmt: skip
+    place = {"source": checkpoint.parent.name, "checkpoint": checkpoint.name}
+    done = [record["way"] for record in read_one_shots(record_path) if record.items() >= place.items()]
     return [way for way in ways if way not in done]
 
 

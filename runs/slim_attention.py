@@ -83,17 +83,14 @@ def show_exactness(path):
 @torch.no_grad()
 def time_decode(shape, context, rounds):
     """Print the time of a decoded token at the end of a full cache, the variants in turn, weights random."""
-    models = {"QKV": qkv_script.GPT, "Slim attention": qkv_script.GPT, "Q–K=V": kv_script.GPT_QKV_KEqualsV}
-    for name, cls in models.items():
-        script = kv_script if name == "Q–K=V" else qkv_script
-        models[name] = cls(script.ModelConfig(**shape)).eval()
-    make_slim(models["Slim attention"])
+    qkv, slim = (qkv_script.GPT(qkv_script.ModelConfig(**shape)) for _ in range(2))
+    shared = kv_script.GPT_QKV_KEqualsV(kv_script.ModelConfig(**shape))
+    models = {"QKV": qkv.eval(), "Slim attention": make_slim(slim).eval(), "Q–K=V": shared.eval()}
     n_steps = 8
     seconds = defaultdict(list)
     for _ in range(rounds):
         for name, model in models.items():
-            script = qkv_script if name == "QKV" else kv_script
-            cache = script.KVCache(context)
+            cache = (qkv_script if name == "QKV" else kv_script).KVCache(context)
             model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
             for layer in cache.layers.values():
                 for tensor in layer:
@@ -113,17 +110,12 @@ def time_decode(shape, context, rounds):
 def main():
     parser = Parser(__file__, __doc__)
     parser.add_argument("--checkpoint", help="of QKV: show exactness")
-    parser.add_argument("--n_embd", type=int, default=1024)
-    parser.add_argument("--n_layer", type=int, default=20)
-    parser.add_argument("--n_head", type=int, default=16)
-    parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="of decode timing")
     options = parser.parse_args()
     if options.checkpoint:
         show_exactness(options.checkpoint)
     else:
-        shape = {name: getattr(options, name) for name in ("n_embd", "n_layer", "n_head")}
-        time_decode(shape, options.context, options.rounds)
+        time_decode({"n_embd": 1024, "n_layer": 20, "n_head": 16}, 2048, options.rounds)
 
 
 if __name__ == "__main__":

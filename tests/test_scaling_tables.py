@@ -7,15 +7,14 @@ from itertools import product
 
 import numpy as np
 import pytest
-import yaml
 from conftest import ROOT, VARIANTS, script_of
 from hypothesis import given
 from hypothesis import strategies as st
+from test_results_table import read, write_folder
 
 sys.path.insert(0, str(ROOT / "runs"))
 import scaling_tables
 
-import report as tables_of
 import results_table
 from common import InputError
 from results_table import Run, find_runs, read_runs
@@ -26,16 +25,11 @@ BEST = {"kqv": 0.004, "kv": 0.008}  # what the made-up runs are best at
 PARAMETERS = {64: 98_304, 96: 331_776, 128: 786_432}
 
 
-def read(name):
-    return yaml.safe_load((ROOT / "configs" / name).read_text(encoding="utf-8"))
-
-
 def write_run(folder, alias, loss, width=64, per_parameter=20, rate=0.004, seed=42, data=DATA, **settings):
     """A complete run of the grid as its folder in results/scaling, with a final text loss.
 
     On padded rows a quarter of the positions is padding, which the model predicts for nothing.
     """
-    folder.mkdir(parents=True)
     model = read(f"model_config_scaling_{width}.yaml")
     if VARIANTS[alias]["groups"]:
         model["n_kv_groups"] = {"gqa": 2, "mqa": 1, "qgqa": 2, "qmqa": 1}[alias]
@@ -49,9 +43,7 @@ def write_run(folder, alias, loss, width=64, per_parameter=20, rate=0.004, seed=
     for name, value in (("", loss * (1 - padding)), ("text_", loss)):
         final |= {f"{name}loss": value, f"{name}perplexity": math.exp(value)}
     about = data | {"variant": script_of(alias).VARIANT, "init_from": f"{folder.name}.initial.pt"}
-    (folder / "metrics.jsonl").write_text(json.dumps(final) + "\n", encoding="utf-8")
-    for name, contents in (("model_config", model), ("train_config", train), ("run", about)):
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(contents), encoding="utf-8")
+    write_folder(folder, model, train, about, [final])
 
 
 def noise(width, per_parameter, seed):
@@ -170,13 +162,7 @@ def test_the_verdict_is_that_of_the_criteria(at_5, at_80, verdict):
     assert scaling_tables.verdict(found) == verdict
     unfinished = scaling_tables.slope([MadeUpCell(5, at_5), MadeUpCell(20, at_80)], "kv", "own", "tokens")
     assert scaling_tables.verdict(unfinished) == "cannot tell"
-
-
-def test_a_slope_needs_two_numbers_of_tokens_at_a_size():
-    cells = [MadeUpCell(5, (0.02, 0.03))]
-    assert scaling_tables.slope(cells, "kv", "own", "tokens") is None
-    cells.append(MadeUpCell(80, ()))
-    assert scaling_tables.slope(cells, "kv", "own", "tokens") is None
+    assert scaling_tables.slope([MadeUpCell(5, at_5), MadeUpCell(80, ())], "kv", "own", "tokens") is None
 
 
 def test_gaps_at_the_common_rate_and_at_own_rates(report):
@@ -185,18 +171,13 @@ def test_gaps_at_the_common_rate_and_at_own_rates(report):
     own = 0.02 + sum(noise(64, 20, seed) for seed in (42, 43, 44)) / 3
     assert gap["gap_own"] == pytest.approx(100 * (math.exp(own) - 1))
     assert gap["gap_common"] == pytest.approx(100 * (math.exp(own + 0.01) - 1))
-    low, high = gap["gap_own_interval"]
     seeds = [100 * (math.exp(0.02 + noise(64, 20, seed)) - 1) for seed in (42, 43, 44)]
-    assert (low, high) == pytest.approx(
-        (min(seeds), max(seeds))
-    )  # all three alike: 1 in 27 draws, above 2.5 %
+    assert gap["gap_own_interval"] == pytest.approx([min(seeds), max(seeds)])  # all alike: 1 in 27 draws, above 2.5 %
 
 
 def test_a_best_rate_at_the_edge_of_those_tried_is_said(report):
     edges = [note for note in report["notes"] if "at the edge" in note]
-    assert len(edges) == 6 and all(
-        note.startswith("Q–K=V") and "0.002, 0.004, 0.008" in note for note in edges
-    )
+    assert len(edges) == 6 and all(note.startswith("Q–K=V") for note in edges)
 
 
 def test_the_best_rate_goes_by_the_seeds_that_all_rates_have(tmp_path):
@@ -207,12 +188,7 @@ def test_the_best_rate_goes_by_the_seeds_that_all_rates_have(tmp_path):
         write_run(tmp_path / f"kv_{rate}_{seed}", "kv", loss + 0.05, rate=rate, seed=seed)
     report = report_of(tmp_path)
     (gap,) = report["gaps"]
-    assert (gap["common_rate"], gap["own_rate"], gap["seeds"], gap["gap_own_interval"]) == (
-        0.004,
-        0.004,
-        [42],
-        None,
-    )
+    assert (gap["common_rate"], gap["own_rate"], gap["seeds"]) == (0.004, 0.004, [42])
 
 
 def test_the_compute_lost_is_read_off_qkvs_curve(tmp_path):
@@ -280,41 +256,29 @@ def test_rates_without_a_common_seed_are_said(tmp_path):
     assert sum("no seed was run at all of its rates" in note for note in report["notes"]) == 2
 
 
-def test_the_interval_by_student_is_that_of_the_tables():
-    """97.5th percentiles of t as printed in every textbook."""
-    for n, quantile in ((2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776)):
-        values = list(range(n))
-        low, high = tables_of.t_interval(values)
-        half = quantile * np.std(values, ddof=1) / math.sqrt(n)
-        assert (low, high) == pytest.approx((np.mean(values) - half, np.mean(values) + half), rel=1e-3, abs=1e-3)
-    assert tables_of.t_interval([1.0]) is None
-    assert tables_of.t_interval([1.0, 1.0, 1.0]) == [1.0, 1.0]
-
-
-def runs_with(folder, text, **run):
+def converted(folder, text, **run):
     """A QKV whose record has what a conversion printed, as runs.jsonl holds it."""
     write_run(folder / "kqv", "kqv", 2.0, **run)
-    (record,) = read_runs(folder)
-    return Run(record | {"conversion": text})
+    return Run(read_runs(folder)[0] | {"conversion": text})
 
 
 def test_a_converted_qkv_stands_beside_the_variants(tmp_path):
     runs = []
     for seed, after in ((42, 7.5), (43, 7.6)):
         text = f"layer  0: 1.0 % left out\ntext perplexity: {math.exp(2.0):.4f} before, {after} after (+1.0%)\n"
-        runs.append(runs_with(tmp_path / str(seed), text, seed=seed))
+        runs.append(converted(tmp_path / str(seed), text, seed=seed))
         write_run(tmp_path / f"kv_{seed}", "kv", 2.1, seed=seed)
         runs += find_runs([tmp_path / f"kv_{seed}"])
-    kv, converted = scaling_tables.report(runs)[0]["gaps"]
-    assert (kv["alias"], converted["alias"], converted["seeds"]) == ("kv", "converted", [42, 43])
+    kv, other = scaling_tables.report(runs)[0]["gaps"]
+    assert (kv["alias"], other["alias"], other["seeds"]) == ("kv", "converted", [42, 43])
     expected = 100 * (math.sqrt(7.5 * 7.6) / math.exp(2.0) - 1)
-    assert converted["gap_common"] == converted["gap_own"] == pytest.approx(expected, abs=0.002)
+    assert other["gap_common"] == other["gap_own"] == pytest.approx(expected, abs=0.002)
 
 
 @pytest.mark.parametrize("text", ["killed\n", "text perplexity: 9.0000 before, 9.1000 after (+1.1%)\n"])
 def test_a_conversion_that_is_not_of_the_run_is_refused(text, tmp_path):
     with pytest.raises(InputError, match="kqv: "):
-        scaling_tables.report([runs_with(tmp_path, text)])
+        scaling_tables.report([converted(tmp_path, text)])
 
 
 def test_what_is_no_grid_is_refused_in_one_line(tmp_path, capsys):
@@ -344,15 +308,21 @@ def test_tables_and_figures_are_written(widening, tmp_path):
     scaling_tables.main([str(widening), "--output_dir", str(tmp_path)])
     figures = ["gap.png", "gap_by_loss.png", "gap_common_rate.png", "losses.png", "rates.png"]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == figures
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "figures").iterdir())
     assert "widens" in (tmp_path / "scaling_table.md").read_text(encoding="utf-8")
     assert len(json.loads((tmp_path / "scaling_table.json").read_text(encoding="utf-8"))["gaps"]) == 6
 
 
-def test_the_committed_tables_are_those_of_the_committed_runs():
-    for name, table, found in (
-        ("scaling", "scaling_table", lambda runs: scaling_tables.as_markdown(scaling_tables.report(runs)[0])),
-        ("reduced_scale", "results_table", lambda runs: results_table.as_markdown(results_table.compare(runs))),
-    ):
-        folder = ROOT / "results" / name
-        assert found(find_runs([folder])) == (folder / f"{table}.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(
+    ("name", "table", "records_of", "module"),
+    [
+        ("scaling", "scaling_table", lambda runs: scaling_tables.report(runs)[0], scaling_tables),
+        ("reduced_scale", "results_table", results_table.compare, results_table),
+    ],
+)
+def test_the_committed_tables_are_those_of_the_committed_runs(name, table, records_of, module):
+    folder = ROOT / "results" / name
+    records = records_of(find_runs([folder]))
+    assert module.as_markdown(records) == (folder / f"{table}.md").read_text(encoding="utf-8")
+    if module is results_table:
+        records = json.loads(results_table.as_json(records))
+    assert json.loads(json.dumps(records)) == json.loads((folder / f"{table}.json").read_text(encoding="utf-8"))
