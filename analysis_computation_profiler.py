@@ -14,8 +14,8 @@ otherwise.
 `decode` fills the KV cache through the scripts' `generate` and decodes from it; `train` trains the scripts'
 model (earlier: --measure, --measure train). Weights are random, and each run has as many positions as its
 context needs. The variants take turns, after a warm-up round. Figures are medians over the rounds (lowest to
-highest); "vs QKV" compares the turns of one round. A run whose memory PyTorch cannot allocate is skipped; on a
-CPU, Linux may promise more than it has, and end the process.
+highest); "vs QKV" compares the turns of one round. A run whose memory PyTorch cannot allocate is skipped; on
+a CPU, Linux may promise more than it has, and end the process.
 
     peak memory   of weights and run together; on a CPU, resident memory, reported on Linux only
     roofline      the decode rate if a step took no longer than reading the weights and the cache
