@@ -1,8 +1,6 @@
 """Tables and figures of the tools: records in, text or a PNG out.
 
 A record is a dict of one row. Beside a figure `x` it may hold `x_low` and `x_high`, the range over rounds.
-
-Contents: numbers, intervals, tables, figures.
 """
 
 from __future__ import annotations
@@ -20,9 +18,6 @@ from tabulate import tabulate
 from common import VARIANTS, write_atomically, write_text
 
 LOOKS = {alias: tuple(row["look"]) for alias, row in VARIANTS.items()}  # a colour and a marker in figures
-
-# -----------------------------------------------------------------------------
-# Numbers
 
 integer = "{:,.0f}".format
 percent = "{:.1f} %".format
@@ -42,10 +37,6 @@ def giga(value):
 def rate(value):
     """A decimal below 1,000, none above."""
     return f"{value:,.1f}" if value < 1000 else integer(value)
-
-
-# -----------------------------------------------------------------------------
-# Intervals
 
 
 def mean(name, values):
@@ -78,10 +69,6 @@ def bootstrap(samples, coefficients=(1,)):
 
     found = stats.bootstrap(samples, total, n_resamples=10_000, method="percentile", rng=0)
     return list(map(float, found.confidence_interval))
-
-
-# -----------------------------------------------------------------------------
-# Tables
 
 
 def cell(record, key, write):
@@ -155,10 +142,6 @@ def write_texts(folder, name, markdown, json_text):
     write_text(folder / f"{name}.md", markdown)
     write_text(folder / f"{name}.json", json_text)
     return folder / "figures"
-
-
-# -----------------------------------------------------------------------------
-# Figures
 
 
 def draw(path, fills):

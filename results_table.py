@@ -41,10 +41,6 @@ SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
 GROUPED_BY = {*SHAPE, "n_kv_groups", "sequence", "score_padding", "seq_length", "seed"}  # into tables and rows
 
 
-# -----------------------------------------------------------------------------
-# Reading
-
-
 def find_runs(paths):
     """The Runs in what is named, or in the outputs_* folders here; InputError where there are none."""
     runs = []
@@ -54,8 +50,7 @@ def find_runs(paths):
             raise InputError(f"{path}: no runs found, neither a runs.jsonl nor a metrics.jsonl")
         runs += found
     if not runs:
-        what = "no folder outputs_* with a metrics.jsonl is here; name the runs' folders"
-        raise InputError(f"no runs found: {what}")
+        raise InputError("no runs found: no folder outputs_* with a metrics.jsonl is here; name the runs' folders")
     return runs
 
 
@@ -209,10 +204,6 @@ def shape(model):
     return [getattr(model, key) for key in SHAPE]
 
 
-# -----------------------------------------------------------------------------
-# Comparing
-
-
 def compare(runs):
     """The tables: for each kind of run, its title, its rows, its runs and the notes below."""
     runs = sorted(runs, key=lambda run: (run.place, list(VARIANTS).index(run.alias), run.seed))
@@ -304,9 +295,6 @@ def notes(rows, reference):
     return lines
 
 
-# -----------------------------------------------------------------------------
-# Printing
-
 RESULTS = [  # columns as report.table takes them
     ("", "variant"), ("seeds", "seeds"),
     ("perplexity", "perplexity", ".3f"), ("vs QKV", "perplexity_vs_qkv", "+.2f", " %"),
@@ -358,15 +346,6 @@ def as_json(tables):
 FORMATS = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "json": as_json}
 
 
-# -----------------------------------------------------------------------------
-# Plotting
-
-
-def table_figure(path, tables, draw):
-    """A panel for each table, which draw(ax, table) fills."""
-    report.draw(path, [("\n".join(table["title"]), partial(draw, table=table)) for table in tables])
-
-
 def curves(ax, table):
     """Validation loss of the text against tokens, a line for each run; the untrained model is left out."""
     unnamed = {run.variant.paper: run.variant.paper for run in table["runs"]}
@@ -400,16 +379,13 @@ def pareto(ax, table):
     ax.set_ylabel("text loss beyond QKV's, nats per token")
 
 
-# -----------------------------------------------------------------------------
-# Command line
-
-
 def write_all(folder, tables):
     figures = report.write_texts(folder, "results_table", as_markdown(tables), as_json(tables))
-    table_figure(figures / "validation_curves.png", tables, curves)
     compared = [t for t in tables if any(row["text_loss_vs_qkv"] is not None for row in t["rows"])]
-    if compared:
-        table_figure(figures / "pareto.png", compared, pareto)
+    for name, fill, shown in (("validation_curves", curves, tables), ("pareto", pareto, compared)):
+        if shown:
+            panels = [("\n".join(table["title"]), partial(fill, table=table)) for table in shown]
+            report.draw(figures / f"{name}.png", panels)
 
 
 def main(arguments=None):

@@ -33,10 +33,6 @@ PLACE = ["alias", "shape", "n"]
 HEADERS = ["source", "shape", "D/N"]  # of these
 
 
-# -----------------------------------------------------------------------------
-# Runs
-
-
 def by_place(records):
     """(tokens, text loss) of each evaluation of complete runs: from the start, [alias, shape, n][rate][seed],
     and trained on, [alias, shape, n, at, how, percent][seed].
@@ -86,10 +82,6 @@ def conversions(path, started):
             at = [*place, int(seed), tokens, tokens == length(started, *place), json.dumps(record["way"])]
             rows.append([*at, record["before"], record["after"], record["after"] - record["before"]])
     return pd.DataFrame(rows, columns=[*PLACE, "seed", "tokens", "end", "way", "before", "after", "price"])
-
-
-# -----------------------------------------------------------------------------
-# Tables
 
 
 def named(alias, shape, n):
@@ -187,10 +179,6 @@ def write_all(scaling, results):
     draw(started, trained_on, alone, results / "figures/conversion.png")
     if alone["shape"].str.startswith("96h").any():
         draw_widths(alone, results / "figures/widths.png")
-
-
-# -----------------------------------------------------------------------------
-# Figures
 
 
 def draw(started, trained_on, alone, path):

@@ -16,8 +16,6 @@ export RESULTS=${RESULTS:-results/scaling}
 export OMP_NUM_THREADS=1
 mkdir -p outputs_scaling
 
-
-# -----------------------------------------------------------------------------
 # Data: paragraphs of the installed packages, in bytes, a document each
 
 "$PYTHON" dataset_download.py --source site-packages --split_paragraphs --tokenizer bytes \
@@ -25,10 +23,6 @@ mkdir -p outputs_scaling
 
 # Packages of other versions are another text, and its runs would not belong to the same grid.
 "$PYTHON" runs/gather.py --to $RESULTS --text scaling_data
-
-
-# -----------------------------------------------------------------------------
-# One run
 
 # train ALIAS WIDTH TOKENS_PER_PARAMETER RATE SEED ROW PROTOCOL, the rate in thousandths
 train() {
@@ -81,10 +75,6 @@ train() {
 }
 export -f train
 
-
-# -----------------------------------------------------------------------------
-# The grid
-
 # cells WIDTH TOKENS_PER_PARAMETER RATES SEEDS ROW PROTOCOL ALIAS...: a line for each run
 cells() {
     local width=$1 per_parameter=$2 rates=$3 seeds=$4 row=$5 protocol=$6
@@ -135,8 +125,6 @@ failed=0
 grid | xargs -P "${JOBS:-2}" -L 1 bash -euc 'train "$@"' train || failed=$?
 [ $failed -le 123 ] || exit $failed  # stopped by a signal
 
-
-# -----------------------------------------------------------------------------
 # QKV's end points as Q–K=V without training, and the tables
 
 for model in outputs_scaling/kqv_*_T256_packed_seed*/final_model.pt; do

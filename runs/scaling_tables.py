@@ -46,10 +46,6 @@ CONVERSION = re.compile(r"^text perplexity: ([\d.]+) before, ([\d.]+) after", re
 PLACE = ["parameters", "tokens", "protocol", "row", "size"]  # what the runs of a cell have in common
 
 
-# -----------------------------------------------------------------------------
-# The grid
-
-
 def cells_of(runs):
     """The complete runs as Cells, with each conversion of QKV as a run; InputError if they are no grid."""
     complete = [run for run in runs if run.final]
@@ -173,10 +169,6 @@ def varied(cells):
             yield from ((group, alias) for alias in repeated(group))
 
 
-# -----------------------------------------------------------------------------
-# Slopes
-
-
 def slope_coefficients(groups, x, counts):
     """The weights of cells' means whose weighted sum is the slope of a least-squares fit.
 
@@ -258,10 +250,6 @@ def tokens_for(loss, curve):
             with contextlib.suppress(OverflowError):  # next to no slope
                 return fewer * (more / fewer) ** share
     return None
-
-
-# -----------------------------------------------------------------------------
-# Tables
 
 
 def report(runs):
@@ -456,9 +444,6 @@ def as_markdown(parts):
         texts.append("\n".join(f"- {line}" for line in parts["notes"]))
     return "\n\n".join(texts) + "\n"
 
-
-# -----------------------------------------------------------------------------
-# Figures
 
 CELL_LOOKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", ":"), ("#CC79A7", "D", "-."))
 

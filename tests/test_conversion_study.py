@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import yaml
 from conftest import ROOT, script_of
 from test_convert import PAIRS, attention_to_the_first, build, logits_of, random_loader, save, tie_values
+from test_results_table import evaluation, write_folder
 
 sys.path.insert(0, str(ROOT / "runs"))
 import conversion
@@ -21,6 +23,7 @@ import slim_attention
 
 import convert_checkpoint as cc
 from common import VARIANTS
+from results_table import read_runs
 
 DEFAULT = one_shot.DEFAULT
 STEPS = {"d64_n5": 480, "d64_n20": 1920, "d64_n80": 7680, "d96_n5": 1620, "d96_n20": 6480, "d128_n5": 3840}
@@ -107,21 +110,6 @@ def test_every_way_is_exact_where_it_can_be(alias, to, way):
     assert exact == way["method"].startswith("joint_svd")
 
 
-def test_a_fit_costs_less_than_where_it_starts():
-    model, heads = build("kqv"), cc.Heads(build("kqv").config, 4, caches_values=False)
-    moments = [one_shot.OtherMoments(heads, DEFAULT | {"method": "joint_svd, fitted"}) for _ in model.h]
-    cc.collect_moments(model, moments, random_loader(), 400)
-    sums = moments[1]
-    u, g = (torch.cat(parts, dim=1) for parts in zip(*sums.positions, strict=True))
-    u = u - sums.mean()[:, None]
-
-    def cost(down, up):
-        return ((g * (u - u @ down.mT @ up.mT)).sum(-1) ** 2).sum()
-
-    before = cc.joint_svd(sums.covariance(), sums.metric(cc.AttentionWeights(model.state_dict(), 1, heads)), 8)
-    assert cost(*sums.fit(*before)) < 0.99 * cost(*before)
-
-
 def test_a_head_is_made_to_rest_on_the_first_position(data_dir, tmp_path, capsys):
     path = save("kqv", build("kqv", initializer_range=0.1), tmp_path / "source.pt")
     model = script_of("kqv").load_model(path)
@@ -178,7 +166,6 @@ class House:
 
     def __init__(self, folder):
         self.folder, self.calls, self.failing, self.status = folder, [], "^$", 0
-        self.text = conversion.text_of
         names = [f"{alias}_{shape}_lr8e-3_T256_packed" for alias in ("kqv", "kv") for shape in STEPS]
         write(folder / "scaling", [record(f"{name}_seed{seed}", [5.0, 2.0]) for name in names for seed in (42, 43, 44)])
         for shape, seed in [(shape, seed) for shape in STEPS for seed in (42, 43, 44)]:
@@ -208,17 +195,10 @@ class House:
         model = script.load_config(script.ModelConfig, path["model_config"], settings)
         config = script.load_config(script.TrainingConfig, path["train_config"], settings)
         assert config.tokens_per_step == 1024
-        to = Path(path["output_dir"])
-        to.mkdir(parents=True)
-        final = {"kind": "final", "step": config.total_steps, "tokens": config.target_tokens, "padding_fraction": 0.0}
-        final |= {"loss": 2.0, "text_loss": 2.0, "perplexity": 7.4, "text_perplexity": 7.4}
+        final = evaluation(config.total_steps, 7.4, 7.4, "final") | {"tokens": config.target_tokens}
         about = {"variant": script.VARIANT, "init_from": None, "training text": "1", "validation text": "2"}
-        contents = {"run": about | {"tokenizer": "bytes"}, "model_config": vars(model), "train_config": vars(config)}
-        known = script.ModelConfig.__annotations__ | script.TrainingConfig.__annotations__ | about | {"tokenizer": 0}
-        for name, values in contents.items():
-            values = {key: value for key, value in values.items() if key in known}
-            (to / f"{name}.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-        (to / "metrics.jsonl").write_text(json.dumps(final) + "\n", encoding="utf-8")
+        about |= {"tokenizer": "bytes"}
+        to = write_folder(Path(path["output_dir"]), asdict(model), asdict(config), about, [final])
         for tenths in range(1, 11):
             (to / f"checkpoint_step_{config.total_steps // 10 * tenths}.pt").touch()
 
@@ -267,8 +247,7 @@ def test_every_run_is_one_that_its_training_script_takes_and_the_tables_know(hou
         shape, tenths = re.match(r"\w+?_(d\w+_n\d+)_at(\d+)0_", name).groups()
         step = steps[shape] * int(tenths) // 10
         assert call[call.index("--checkpoint") + 1].endswith(f"/checkpoint_step_{step}.pt")
-    gathered = {json.loads(line)["name"] for line in (house.folder / "conversion/runs.jsonl").open()}
-    assert gathered == set(runs)
+    assert {record["name"] for record in read_runs(house.folder / "conversion")} == set(runs)
 
 
 def test_training_goes_on_at_the_rate_of_the_schedule(house):
@@ -291,29 +270,19 @@ def test_what_is_done_is_not_repeated_and_what_failed_is_tried_again(house, caps
     status, _ = house.run(2)
     assert status == 1 and "kqv_d64_n80_at50_joint_svd_0_seed43" in capsys.readouterr().err
     assert len(house.trained()) == 42
+    house.failing, house.status = "output_dir", -15  # a stop stops all
+    assert house.run(2)[0] == 2
     house.failing = "^$"
     status, calls = house.run(2)
     assert status == 0 and list(house.trained()) == ["kqv_d64_n80_at50_joint_svd_0_seed43"]
     assert not [call for call in calls if "--checkpoint" in call]  # that was done
 
 
-def test_a_stop_stops_all(house):
-    house.failing, house.status = "output_dir .*at100", -15
-    status, _ = house.run(2)
-    assert status == 2 and len(house.trained()) <= 2
-
-
-def test_without_checkpoints_it_says_what_to_do(house, capsys):
+def test_without_checkpoints_or_with_another_text_nothing_is_trained(house, monkeypatch, capsys):
     (house.folder / "outputs_scaling").rename(house.folder / "elsewhere")
-    status, _ = house.run(2)
-    error = capsys.readouterr().err
-    assert status == 2 and not house.trained()
-    assert "SCALING=results/scaling_own" in error and error.count("\n") == 1
-
-
-def test_another_text_is_refused_before_anything_is_trained(house, monkeypatch, capsys):
-    monkeypatch.setattr(conversion, "text_of", lambda folder: "other")
-    status, _ = house.run(1)
-    error = capsys.readouterr().err
-    assert status == 2 and not house.trained()
-    assert "RESULTS=" in error and error.count("\n") == 1
+    for says in ("SCALING=results/scaling_own", "keep these apart with RESULTS="):
+        status, _ = house.run(2)
+        error = capsys.readouterr().err
+        assert status == 2 and not house.trained()
+        assert says in error and error.count("\n") == 1
+        monkeypatch.setattr(conversion, "text_of", lambda folder: "other")

@@ -214,12 +214,9 @@ def test_without_names_the_outputs_here_are_read(two_seeds, monkeypatch, capsys)
 
 
 def test_every_format_holds_the_same_figures(two_seeds, capsys):
-    text, markdown, sheet = (
-        run(two_seeds, "--format", f, capsys=capsys)[1] for f in ("table", "markdown", "csv")
-    )
-    title, header, rule, *rows = [line for line in markdown.splitlines() if line]
+    text, markdown, sheet = (run(two_seeds, "--format", f, capsys=capsys)[1] for f in ("table", "markdown", "csv"))
+    title, _, _, *rows = [line for line in markdown.splitlines() if line]
     assert title == f"### {', '.join([*TITLE, 'padded rows of 32 tokens, padding scored'])}"
-    assert {line.count("|") for line in (header, rule, *rows)} == {12}
     for cell in "|".join(rows).split("|"):
         assert cell.strip() in text
     (table,) = tables(two_seeds, capsys=capsys)

@@ -15,7 +15,6 @@ from conftest import ROOT, VARIANTS, script_of
 sys.path.insert(0, str(ROOT / "runs"))
 initial_weights = import_module("initial_weights")
 CONFIG = ROOT / "configs/model_config_scaling_64.yaml"
-GROUPS = {"gqa": 2, "qgqa": 2}
 # Stands in for the interpreter: notes its arguments, and leaves a finished run where a training script would.
 STUB = r"""#!/bin/bash
 echo "$@" >> calls.txt
@@ -33,9 +32,7 @@ touch $to/final_model.pt
 def initial(alias, tmp_path, seed=42):
     path = tmp_path / f"{alias}.pt"
     arguments = [alias, "--model_config", str(CONFIG), "--seed", str(seed), "--output", str(path)]
-    if alias in GROUPS:
-        arguments += ["--n_kv_groups", str(GROUPS[alias])]
-    initial_weights.main(arguments)
+    initial_weights.main(arguments + (["--n_kv_groups", "2"] if alias in ("gqa", "qgqa") else []))
     return path
 
 
@@ -85,29 +82,26 @@ def house(tmp_path):
 @pytest.fixture
 def small_house(house):
     """The same with a grid of four runs."""
-    script = (house / "runs/scaling.sh").read_text(encoding="utf-8")
+    path = house / "runs/scaling.sh"
     grid = 'grid() {\n    cells 64 20 "4 8" "42" 256 packed kqv kv\n}\n'
-    short, replaced = re.subn(r"^grid\(\) \{\n.*?^\}\n", grid, script, flags=re.MULTILINE | re.DOTALL)
-    assert replaced == 1
-    (house / "runs/scaling.sh").write_text(short, encoding="utf-8")
+    path.write_text(re.sub(r"(?ms)^grid\(\) \{\n.*?^\}\n", grid, path.read_text(encoding="utf-8")), encoding="utf-8")
     return house
 
 
 def run(house, name, fail="^$", status=0):
-    """Exit status of a script of runs/, and the commands that it gave since the last time."""
+    """The process of a script of runs/, its commands, and those of them that train."""
     (house / "calls.txt").write_text("", encoding="utf-8")
     settings = {"PYTHON": str(house / "python"), "JOBS": "1", "FAIL": fail, "STATUS": str(status)}
     command = ["bash", f"runs/{name}.sh"]
     done = subprocess.run(command, cwd=house, env=os.environ | settings, capture_output=True, text=True)
     calls = [shlex.split(line) for line in (house / "calls.txt").read_text(encoding="utf-8").splitlines()]
-    return done, calls
+    return done, calls, [call for call in calls if call[0].startswith("transformer_")]
 
 
 @pytest.mark.parametrize("name", ["scaling", "replicate"])
 def test_every_run_is_one_that_its_training_script_takes(house, name):
-    done, calls = run(house, name)
+    done, _, trained = run(house, name)
     assert done.returncode == 0, done.stderr
-    trained = [call for call in calls if call[0].startswith("transformer_")]
     folders = [call[call.index("--output_dir") + 1] for call in trained]
     assert len(folders) == len(set(folders)) > 10
     for call in trained:
@@ -122,55 +116,41 @@ def test_every_run_is_one_that_its_training_script_takes(house, name):
         assert config.seq_length <= model.n_positions
 
 
-def test_the_grid_is_not_repeated_where_its_results_are(small_house):
-    _, calls = run(small_house, "scaling")
-    first = [call for call in calls if call[0].startswith("transformer_")]
-    (small_house / "outputs_scaling/kqv_d64_n20_lr4e-3_T256_packed_seed42/metrics.jsonl").unlink()
-    done, calls = run(small_house, "scaling")
-    again = [call for call in calls if call[0].startswith("transformer_")]
-    assert done.returncode == 0 and again == first[:1]
-
-
-def test_every_end_point_of_qkv_is_converted_once(small_house):
-    _, calls = run(small_house, "scaling")
-    trained = [
-        call[call.index("--output_dir") + 1] for call in calls if call[0] == "transformer_KQV_300_M.py"
-    ]
-    packed = [f"{folder}/final_model.pt" for folder in trained if "_T256_packed_" in folder]
+def test_no_run_and_no_conversion_is_repeated(small_house):
+    """Each end point of QKV is converted."""
+    _, calls, first = run(small_house, "scaling")
     models = [call[call.index("--checkpoint") + 1] for call in calls if call[0] == "convert_checkpoint.py"]
-    assert sorted(models) == sorted(packed)
-    name = "kqv_d64_n20_lr4e-3_T256_packed_seed42"
-    assert "2.1 after" in (small_house / f"outputs_scaling/{name}/conversion.txt").read_text(encoding="utf-8")
-    _, calls = run(small_house, "scaling")
+    folders = [f"outputs_scaling/kqv_d64_n20_lr{rate}e-3_T256_packed_seed42" for rate in (4, 8)]
+    assert models == [f"{folder}/final_model.pt" for folder in folders]
+    assert "2.1 after" in (small_house / folders[0] / "conversion.txt").read_text(encoding="utf-8")
+    (small_house / folders[0] / "metrics.jsonl").unlink()
+    done, calls, again = run(small_house, "scaling")
+    assert done.returncode == 0 and again == first[:1]
     assert "convert_checkpoint.py" not in [call[0] for call in calls]
 
 
 def test_a_run_that_fails_is_named_and_the_others_go_on(small_house):
-    done, calls = run(small_house, "scaling", fail="kqv_d64_n20_lr8e-3_T256_packed_seed42", status=2)
-    assert done.returncode != 0
+    done, _, trained = run(small_house, "scaling", fail="kqv_d64_n20_lr8e-3_T256_packed_seed42", status=2)
+    assert done.returncode != 0 and len(trained) == 4
     assert "kqv_d64_n20_lr8e-3_T256_packed_seed42: it failed" in done.stderr
-    assert len([call for call in calls if call[0].startswith("transformer_")]) == 4
-    assert not (small_house / "outputs_scaling/kqv_d64_n20_lr8e-3_T256_packed_seed42/metrics.jsonl").exists()
 
 
 def test_a_run_that_is_stopped_stops_all(small_house):
-    done, calls = run(small_house, "scaling", fail="kv_d64_n20_lr4e-3_T256_packed_seed42", status=143)
-    assert done.returncode != 0
-    assert len([call for call in calls if call[0].startswith("transformer_")]) == 2
+    done, _, trained = run(small_house, "scaling", fail="kv_d64_n20_lr4e-3_T256_packed_seed42", status=143)
+    assert done.returncode != 0 and len(trained) == 2
 
 
 def test_recorded_runs_are_not_repeated(small_house):
     (small_house / "results/scaling").mkdir(parents=True)
     line = '{"name":"kqv_d64_n20_lr4e-3_T256_packed_seed42","variant":"KQV"}\n'
     (small_house / "results/scaling/runs.jsonl").write_text(line, encoding="utf-8")
-    _, calls = run(small_house, "scaling")
-    assert len([call for call in calls if call[0].startswith("transformer_")]) == 3
+    assert len(run(small_house, "scaling")[2]) == 3
 
 
 @pytest.mark.parametrize("name", ["scaling", "replicate"])
 def test_the_text_is_asked_about_before_anything_is_trained(house, name):
     stub = STUB.replace("[[ $1 == convert", '[[ "$@" =~ --text ]] && exit 2\n[[ $1 == convert')
     (house / "python").write_text(stub, encoding="utf-8")
-    done, calls = run(house, name)
+    done, calls, _ = run(house, name)
     assert done.returncode == 2
     assert [call[0] for call in calls] == ["dataset_download.py", "runs/gather.py"]
