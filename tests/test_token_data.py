@@ -112,8 +112,7 @@ def test_rows_hold_the_documents_whatever_their_lengths_and_chunks(sequence, chu
 def test_what_dataset_download_prepared_is_read_back(sequence, data_dir):
     """Padded, the paper's protocol, unless told."""
     documents, chunks = documents_in(data_dir / "train")
-    assert len(documents) == 110
-    assert len(chunks) > 1
+    assert len(documents) == 110 and len(chunks) > 1
     loader = SCRIPT.get_dataloader(str(data_dir / "train"), 7, 96, *sequence)
     expected_rows, expected_text = rows_of(documents, 96, *sequence or ["padded"], 256, chunks)
     for found, expected in zip(read(loader), (expected_rows, expected_text), strict=True):
