@@ -86,6 +86,7 @@ SMALL = [  # how a command begins, and what is added to it; the first that fits
     ("python tests/benchmarks/attention.py", "--layers 1 --context 64 --rounds 1"),
     ("python tests/benchmarks/evaluation.py", "--requests 8 --rounds 1"),
     ("python tests/benchmarks/training.py", "--layers 1 --rounds 1"),
+    ("python tests/benchmarks/ranks.py", "--rounds 1 --steps 5"),
     ("python run_eval.py", "--tasks piqa --include_path FOLDER --tokenizer bytes --limit 2"),
     (
         "torchrun --nproc_per_node=8 run_eval.py",
