@@ -22,7 +22,7 @@ demo: .venv/installed  ## prepare a small corpus, train Q–K=V on it, evaluate 
 	@echo "That was Q–K=V, trained on the source of Python's standard library. A token is a byte here, so the perplexities are"
 	@echo "per byte, far below those of word pieces. Samples of each checkpoint: outputs_demo/samples_step_*.txt. What to try next:"
 	@echo "  the same for QKV      $(BIN)/python transformer_KQV_300_M.py $(DEMO)_kqv"
-	@echo "  what the cache saves  $(BIN)/python analysis_computation_profiler.py --measure --contexts 4096 --variants kqv kv"
+	@echo "  what the cache saves  $(BIN)/python analysis_computation_profiler.py decode --contexts 4096 --variants kqv kv"
 	@echo "  use it elsewhere      $(BIN)/python export_hf.py --model kv --checkpoint outputs_demo/final_model.pt --output_dir hf_demo"
 
 test: .venv/installed  ## run the test suite (about 7 minutes on 2 cores, no network, no GPU)

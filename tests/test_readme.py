@@ -106,7 +106,7 @@ HERE = {  # what a command needs that this machine has not; one after the other
     "--nproc_per_node=8": "--nproc_per_node=2",
     "--nnodes=2": "--nnodes=1",
     "node1:29500": "localhost:0",
-    "HuggingFaceTB/SmolLM2-135M": "tiny_llama",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "tiny_llama",
 }
 
 
