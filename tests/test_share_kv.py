@@ -164,8 +164,9 @@ def test_chunks_crop_and_batches(family):
 def test_two_caches_and_other_passes_in_between():
     model, ids = make_shared("qwen3"), rows(2, 30)
     one, two = SharedKVCache(model), SharedKVCache(model)
-    for part in ids.split(10, 1):
-        first = logits(model, part[:1], one)
+    for i, part in enumerate(ids.split(10, 1)):
+        with torch.inference_mode(i == 0):
+            first = logits(model, part[:1], one)
         model(rows(3, 17))
         second = logits(model, part[1:], two)
     torch.testing.assert_close(torch.cat([first, second]), model(ids).logits[:, 20:], atol=1e-4, rtol=1e-4)
@@ -187,8 +188,15 @@ def test_layers_that_are_not_shared_keep_both():
     assert torch.equal(generated(model, cache), generated(model))
     kept = cache.get_seq_length() * 2 * 2 * 16 * 4  # batch, heads, width, bytes
     assert cache.nbytes == (2 + 1 + 1) * kept
-    with pytest.raises(ValueError, match="share_kv.py"):
-        SharedKVCache(make_model("llama"))
+    different, quantised = make_model("llama"), make_model("llama")
+    for attention in layers_of(quantised):
+        for name in ("k_proj", "v_proj"):
+            packed = torch.nn.Module()
+            packed.register_buffer("qweight", torch.randint(9, (4, 4)))
+            setattr(attention, name, packed)
+    for model in (different, quantised):
+        with pytest.raises(ValueError, match="share_kv.py"):
+            SharedKVCache(model)
 
 
 # -- The command, on a small trained model ----------------------------------------------------------------------------
@@ -305,6 +313,45 @@ def test_interrupted_conversion_goes_on_from_the_last_layer(folder, tmp_path, mo
     assert [name for name in saved if name.startswith("layer")] == ["layer000.pt", "layer001.pt", "layer002.pt"]
     for x, y in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(x, y, atol=0, rtol=0)
+
+
+def test_interrupted_training_goes_on(tmp_path, monkeypatch):
+    """Training that was stopped after a few steps ends in the weights of one that was not."""
+    original, text = make_shared("llama").requires_grad_(False), rows(8)
+    noisy = copy.deepcopy(original)
+    for attention in layers_of(noisy):
+        attention.k_proj.weight.mul_(1.1)
+    whole, part = share_kv.make_student(noisy), share_kv.make_student(noisy)
+    share_kv.train(original, whole, text, tmp_path / "whole.pt")
+    real = share_kv.step
+
+    def dies(optimizer, progress):
+        if progress > 0.5:
+            raise KeyboardInterrupt
+        real(optimizer, progress)
+
+    monkeypatch.setattr(share_kv, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        share_kv.train(original, part, text, tmp_path / "part.pt", every=0)
+    assert torch.load(tmp_path / "part.pt")["step"] == 4
+    monkeypatch.setattr(share_kv, "step", real)
+    resumed = share_kv.make_student(noisy)
+    share_kv.train(original, resumed, text, tmp_path / "part.pt")
+    for x, y in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_rows_begin_as_the_tokenizer_begins_a_text(folder):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    plain = share_kv.read_rows([folder / "text"], tokenizer, 8, 64)
+    template = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.backend_tokenizer.post_processor = template
+    begun = share_kv.read_rows([folder / "text"], tokenizer, 8, 64)
+    assert plain.shape == begun.shape == (8, 64) and not (plain == 1).any()
+    assert (begun[:, 0] == 1).all() and not (begun[:, 1:] == 1).any()
 
 
 def test_output_loads_from_another_directory(folder, tmp_path):
