@@ -465,16 +465,12 @@ from transformers.cache_utils import DynamicLayer
 
 '''
 
-CARD = """---
-base_model: {name}
----
-
-# {name}, key and value shared
+CARD = """# {name}, key and value shared
 
 Made from {name}, whose licence applies, with share_kv.py. In {shared} of {layers} layers `v_proj` equals `k_proj`: the
-value is the key before its norm and rotation. With a cache that keeps one tensor for both, a token takes {after:,}
-bytes instead of {before:,} ({share:.0%}) in {dtype}{window}. Text: {tokens:,} tokens (sha256 of the token ids
-{digest}), fitted in {epochs} passes, trained on {train:,}.
+value is the key before its norm and rotation. With a cache that keeps one tensor for both, a token takes
+{after:,} bytes instead of {before:,} ({share:.0%}) in {dtype}{window}. Text: {tokens:,} tokens (sha256 of the
+token ids {digest}), fitted in {epochs} passes, trained on {train:,}.
 
 {table}
 transformers loads the folder as the {architecture} that it is, without remote code and with a cache of the usual size.

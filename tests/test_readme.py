@@ -242,9 +242,9 @@ def copied(clone):
     (cut,) = [command for command in commands() if command.startswith("sed")]
     (names,) = [text for text in blocks("python") if "flash_attn_func" in text]
     run(cut, clone)
-    assert (clone / "qkv_attention.py").read_text().count("\n") < 100
+    assert (clone.parent / "qkv_attention.py").read_text().count("\n") < 100
     module = {"__name__": "copied"}
-    exec(names + (clone / "qkv_attention.py").read_text(), module)
+    exec(names + (clone.parent / "qkv_attention.py").read_text(), module)
     return SimpleNamespace(**module)
 
 
