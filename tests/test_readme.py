@@ -42,7 +42,8 @@ def blocks(language):
 
 def commands():
     """All of them once, in their order: lines of the bash blocks, and code in the text that is a command."""
-    lines = [line for text in blocks("bash") if not text.startswith("#!") for line in text.splitlines()]
+    texts = [re.sub(r"\\\n\s*", "", text) for text in blocks("bash") if not text.startswith("#!")]
+    lines = [line for text in texts for line in text.splitlines()]
     lines = [re.sub(r"\s+# .*", "", line) for line in lines]
     in_text = [
         code for code in re.findall(r"`([^`\n]+)`", PROSE) if code.startswith(PROGRAMS) and " " in code
