@@ -40,7 +40,6 @@ from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
@@ -233,7 +232,7 @@ def listed_parts(source: Path, files: list[Path], config: str | None) -> dict[st
 
     try:
         listed = datasets.load_dataset_builder(str(source), config).config.data_files
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except Exception as error:  # the library's own, and those of what it reads
         why = " ".join(str(error).split())
         raise InputError(f"{card}, of which --config chooses a part, cannot be used: {why}") from error
     parts = {str(part): set(paths) for part, paths in listed.items()}
@@ -289,7 +288,7 @@ def distinct_paragraphs(source: str, files: list[Path], args: Namespace) -> list
 
 @dataclass(frozen=True)
 class NoText:
-    """In the place of a row's text: what was found there."""
+    """In the place of a row's text: what was found there, and the columns that the row has."""
 
     found: str
 
@@ -370,7 +369,7 @@ def text_of(row: dict, column: str, names: Iterable[str]) -> str | NoText:
     if isinstance(text, str):
         return text
     found = f"a value of type {type(text).__name__}" if column in row else "none"
-    return NoText(f"{found}, beside {', '.join(names)}")
+    return NoText(f"{found}; its columns are {', '.join(names)}")
 
 
 def limit_skipped(skipped: int, rows: int, last: NoText, source: str, args: Namespace) -> None:
@@ -441,7 +440,7 @@ class HubRows:
                 self.begun = True
                 yield text_of(row, self.column, row)
         except Exception as error:
-            why = f"the source cannot be read on ({first_line(error)})"
+            why = f"the source cannot be read on ({first_line(error.__cause__ or error)})"
             raise InputError(f"{why}; complete chunks stay: run the same command again") from error
 
 
@@ -484,10 +483,7 @@ def encode_rows(rows: LocalRows | HubRows, tokenizer: Tokenizer, skip: int) -> I
 
 
 def next_chunk(encoded: Iterator[tuple], metadata: Metadata, args: Namespace, progress: Callable) -> Chunk:
-    """The documents up to the one that fills the chunk or the split, or up to the last one.
-
-    InputError where the split would not have a single token.
-    """
+    """The documents up to the one that fills the chunk or the split, or up to the last one."""
     chunk = Chunk()
     room = min(metadata.chunk_tokens, metadata.target_tokens - metadata.tokens)
     last = "nothing: there is none"
@@ -776,8 +772,8 @@ def prepare_split(
             chunk = next_chunk(encoded, metadata, args, bar.update)
             total = metadata.tokens + chunk.text_tokens
             metadata.finished = total >= target or chunk.text_tokens < metadata.chunk_tokens
-            held_out = metadata.finished and split == "validation" and metadata.validation_from_train
-            if held_out and not any(isinstance(ids, np.ndarray) and len(ids) for ids, _ in encoded):
+            is_last = metadata.finished and split == "validation" and metadata.validation_from_train
+            if is_last and not any(isinstance(ids, np.ndarray) and len(ids) for ids, _ in encoded):
                 taken = f"validation takes all {total:,} tokens of {metadata.source}, in whole documents"
                 mend = "try --split_paragraphs, or --validation_tokens 0"
                 raise InputError(f"nothing is left for training: {taken}: {mend}")

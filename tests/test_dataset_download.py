@@ -510,7 +510,7 @@ def test_bad_files(tmp_path, capsys):
     expected = {
         "line.jsonl": "line 3: not valid JSON",
         "number.jsonl": "line 2: not a JSON object",
-        "field.jsonl": "under 'text': its last row has none, beside txt",
+        "field.jsonl": "under 'text': its last row has none; its columns are txt",
         "null.jsonl": "under 'text': its last row has a value of type NoneType",
         "deep.jsonl": "line 1: not valid JSON",
         "latin1.txt": "not valid UTF-8 at byte 3",
@@ -674,7 +674,7 @@ def test_many_rows_without_text(tmp_path, capsys):
     rows = [b"caf\xe9"] + [None if number % 50 == 0 else f"{number}".encode() for number in range(1, 2_000)]
     parquet.write_table(pyarrow.table({"text": rows, "title": ["a"] * 2_000}), tmp_path / "rows.parquet")
     message = refused(capsys, tmp_path / "rows.parquet", tmp_path / "out", "--chunk_tokens", 100)
-    assert "11 of the first" in message and "type NoneType, beside text, title" in message
+    assert "11 of the first" in message and "type NoneType; its columns are text, title" in message
     run(tmp_path / "rows.parquet", tmp_path / "out", "--chunk_tokens", 100, "--skip_rows_without_text")
     kept = [row.decode() for row in rows[1:] if row is not None]
     assert texts_of(tmp_path / "out/train") == kept
@@ -683,4 +683,4 @@ def test_many_rows_without_text(tmp_path, capsys):
     lines = [json.dumps({"text": number, "title": "a"}) for number in range(20)]
     (tmp_path / "numbers.jsonl").write_text("\n".join(lines))
     message = refused(capsys, tmp_path / "numbers.jsonl", tmp_path / "numbers")
-    assert "11 of the first 11" in message and "type int, beside text, title" in message
+    assert "11 of the first 11" in message and "type int; its columns are text, title" in message
