@@ -1,14 +1,12 @@
 """What the tools share: errors in one line, atomic files, tokenizers, and what is known of a checkpoint.
 
-The training scripts import nothing from here. This file imports nothing from the repository but the training
-scripts that it is asked for.
+The training scripts import nothing from here, and this file nothing but those that it is asked for.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import errno
 import hashlib
 import io
 import json
@@ -76,19 +74,6 @@ def report(*lines: str) -> None:
 
 def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def file_error(error: BaseException | None) -> OSError | None:
-    """The error of this machine's files that is behind an error of a library; None where there is none.
-
-    A cache that cannot be written and a hub that cannot be reached are both an OSError. The first has a path.
-    """
-    while error is not None:
-        is_there = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        if is_there and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):
-            return error
-        error = error.__cause__
-    return None
 
 
 # -----------------------------------------------------------------------------
@@ -256,8 +241,6 @@ def load_tokenizer(argument: str) -> Tokenizer:
         try:
             encoding = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
-            if local := file_error(error):
-                raise InputError(f"the gpt2 ranks cannot be read or kept: {local}") from error
             raise InputError(
                 f"the gpt2 ranks are not to be had ({first_line(error)}): set TIKTOKEN_CACHE_DIR to a folder that "
                 "holds them, or pass --tokenizer PATH.tiktoken"
@@ -344,8 +327,7 @@ def read_tokenizer_json(path: Path) -> dict[bytes, int]:
     eos = json.loads(beside.read_text(encoding="utf-8")).get("eos_token") if beside.is_file() else None
     eos = eos["content"] if isinstance(eos, dict) else eos
     if eos not in added:  # the usual name, or the first
-        by_id = sorted(added, key=lambda content: (content != "<|endoftext|>", added[content]["id"]))
-        eos = next(iter(by_id), None)
+        eos = min(added, key=lambda text: (text != "<|endoftext|>", added[text]["id"]), default=None)
     if eos and added[eos]["id"] != len(ranks):
         refuse(f"its {eos} has id {added[eos]['id']}, where the one behind the ranks, {len(ranks)}, ends a text")
     return ranks
@@ -403,12 +385,6 @@ def split_long_text(text: str) -> list[str]:
 
 
 def encode_bytes(texts: list[str]) -> list[np.ndarray]:
-    return [np.frombuffer(utf8(text), np.uint8).astype(np.uint16) for text in texts]
-
-
-def utf8(text: str) -> bytes:
-    """UTF-8 of a document. Surrogate pairs are joined and lone ones become U+FFFD, as in tiktoken."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    """The bytes of UTF-8. Surrogate pairs are joined and lone ones become U+FFFD, as in tiktoken."""
+    texts = (text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts)
+    return [np.frombuffer(text.encode(), np.uint8).astype(np.uint16) for text in texts]

@@ -7,7 +7,7 @@ import json
 import pytest
 import tiktoken
 from conftest import GPT2_RANKS
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import common
@@ -42,6 +42,7 @@ def write_ranks(path, *more):
 @settings(max_examples=300, deadline=None)
 @given(text=st.one_of(st.text(max_size=60), st.text(st.sampled_from("Docment says that 12*'t\n ïé\x00"), max_size=60)))
 def test_tokenizer_json_encodes_as_its_library(text, trained):
+    assume("<|endoftext|>" not in text)  # which the library takes for the special token
     path, tokenizer = trained
     loaded = load_tokenizer(str(path))
     assert loaded.eos_id == tokenizer.token_to_id("<|endoftext|>") == 456
@@ -127,19 +128,13 @@ def test_a_vocabulary_that_uint16_cannot_hold_is_refused(tmp_path):
         load_tokenizer(str(path))
 
 
-@pytest.mark.parametrize("error, said", [
-    (ConnectionError("no route to host"), "TIKTOKEN_CACHE_DIR"),
-    (PermissionError(errno.EACCES, "Permission denied", "/cache/6d1c"), "/cache/6d1c"),
-])  # fmt: skip
-def test_gpt2_out_of_reach_and_a_cache_that_cannot_be_written(error, said, monkeypatch):
+def test_gpt2_that_is_not_to_be_had_says_why_and_what_to_do(monkeypatch):
     def fail(name):
-        raise error
+        raise PermissionError(errno.EACCES, "Permission denied", "/cache/6d1c")
 
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
-    with pytest.raises(InputError) as refused:
+    with pytest.raises(InputError, match="/cache/6d1c.*TIKTOKEN_CACHE_DIR"):
         load_tokenizer("gpt2")
-    assert said in str(refused.value)
-    assert ("TIKTOKEN_CACHE_DIR" in str(refused.value)) == isinstance(error, ConnectionError)
 
 
 @pytest.mark.skipif(not GPT2_RANKS.exists(), reason="no GPT-2 ranks on this machine")
