@@ -160,16 +160,6 @@ def test_a_head_with_constant_keys_and_values_converts_exactly(weighting):
 
 
 @pytest.mark.parametrize(("alias", "to"), PAIRS)
-def test_what_the_values_have_of_their_own_is_not_converted_exactly(alias, to):
-    """The counterpart of the test above: its tolerance would find it."""
-    model = build(alias, initializer_range=0.1)
-    expected = logits_of(in_transformers(alias, model))
-    target, left_out = converted(alias, model, to)
-    assert min(left_out) > 0.001
-    assert (logits_of(target) - expected).abs().max() > 0.02 * expected.abs().max()
-
-
-@pytest.mark.parametrize(("alias", "to"), PAIRS)
 def test_keys_and_values_of_a_joint_rank_that_fits_a_head_convert_exactly(alias, to):
     """Keys and values with nothing in common, of half of the joint rank each: exact from rank head_dim, 8, down."""
     errors = []
@@ -397,17 +387,11 @@ def test_every_target_s_script_loads_what_is_written(alias, to, source, data_dir
     assert len(about["energy_left_out"]) == 2
     assert [path.name for path in output.parent.iterdir()] == [output.name]  # and no temporary file
 
-    # It is the model that it says: transformers gives the same logits, and evaluate what was printed.
+    # It is the model that it says: transformers gives the same logits.
     model = script_of(to).load_model(output)
     assert type(model).__name__ == VARIANTS[to]["class"]
     torch.testing.assert_close(logits_of(in_transformers(to, model)), logits_of(model), rtol=1e-3, atol=1e-3)
     printed = capsys.readouterr().out
-    values = re.search(r"^text perplexity: ([\d.]+) before, ([\d.]+) after", printed, re.MULTILINE)
-    for value, name, path in zip(values.groups(), (alias, to), (source(alias), output), strict=True):
-        script = script_of(name)
-        loader = script.get_dataloader(data_dir / "validation", 4, 32, "packed")
-        expected = script.evaluate(script.load_model(path), loader)["text_perplexity"]
-        assert float(value) == pytest.approx(expected, rel=1e-4)
     c = model.config
     n_cached = len(VARIANTS[to]["cached"]) * (c.n_kv_groups or c.n_head)
     assert f"{n_cached * 8 * 2 * 2:,} after" in printed  # heads of width 8 in bf16, two layers
@@ -429,7 +413,7 @@ def test_a_released_checkpoint_does_not_name_its_variant(alias, to, data_dir, tm
         given = ["--checkpoint", tmp_path / name, "--to", to, "--output", tmp_path / "o.pt", "--tokens", 1000]
         cc.main([str(each) for each in (*given, "--data", data_dir / "train")])
         found[name] = torch.load(tmp_path / "o.pt", weights_only=True)
-    assert found["released.pt"]["init_from"] == "released.pt" and "init_from" not in found["ours.pt"]  # the licence
+    assert found["released.pt"]["init_from"] == "released.pt" and "init_from" not in found["ours.pt"]
     one, other = (each["model_state_dict"] for each in found.values())
     torch.testing.assert_close(one, other, atol=0, rtol=0)
 
@@ -440,14 +424,16 @@ def test_a_run_is_converted_and_trained_on(data, data_dir, tmp_path, capsys):
     checkpoint, output = tmp_path / "kqv/final_model.pt", tmp_path / "kv.pt"
     splits = ["--data", str(data_dir / "train"), "--val_data", str(data_dir / "validation")]
     cc.main(["--checkpoint", str(checkpoint), "--to", "kv", "--output", str(output), *splits])
-    after = re.search(r"^text perplexity: [\d.]+ before, ([\d.]+) after", capsys.readouterr().out, re.MULTILINE)
+    printed = re.search(r"text perplexity: ([\d.]+) before, ([\d.]+) after", capsys.readouterr().out)
     recorded = script_of("kqv").read_checkpoint(checkpoint)["tokenizer"]
     assert script_of("kv").read_checkpoint(output)["tokenizer"] == recorded
     more = ["vocab_size=320", "target_tokens=512", "warmup_steps=1", f"--init_from={output}"]
     script_of("kv").main(arguments(data, tmp_path / "kv", *more))
+    last = metrics(tmp_path / "kqv")[-1]
     first = next(record for record in metrics(tmp_path / "kv") if record["kind"] == "val")
-    assert first["step"] == 0
-    assert first["text_perplexity"] == pytest.approx(float(after[1]), rel=1e-4)
+    assert (last["kind"], first["step"]) == ("final", 0)
+    expected = last["text_perplexity"], first["text_perplexity"]
+    assert [float(value) for value in printed.groups()] == pytest.approx(expected, rel=1e-4)
 
 
 def test_calibration_reads_the_rows_that_the_model_was_trained_on(data_dir):
@@ -504,7 +490,9 @@ def test_a_gpt2_becomes_qkv(gpt2, data_dir, tmp_path, capsys):
             nats += theirs(row, labels=row).loss.item() * (row.shape[1] - 1)
         n += row.shape[1] - 1
     expected = script_of("kqv").evaluate(ours, loader)["text_perplexity"]
-    found = re.search(r"([\d.]+) in transformers, ([\d.]+) in QKV", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "does not say which tokenizer it was trained with" in printed
+    found = re.search(r"([\d.]+) in transformers, ([\d.]+) in QKV", printed)
     assert float(found[1]) == pytest.approx(np.exp(nats / n), rel=1e-4)
     assert float(found[2]) == pytest.approx(expected, rel=1e-4)
 
@@ -579,20 +567,13 @@ def test_data_of_another_tokenizer_than_the_gpt2_s_own_are_refused(own_gpt2, tmp
     lower, spaced = trained_tokenizer(SENTENCES), trained_tokenizer(SENTENCES)
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     spaced.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    for other in (trained_tokenizer([word * 3 for word in ["alpha", "beta", "gamma", "delta"]] * 9), lower, spaced):
+    for other in (trained_tokenizer(["alpha" * 3, "beta" * 3, "gamma" * 3] * 9), lower, spaced):
         other.save_pretrained(folder)
         capsys.readouterr()
         with pytest.raises(SystemExit):
             convert_gpt2(folder, tmp_path)
         assert "data of another tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "kv.pt").exists()
-
-
-def test_a_gpt2_without_a_tokenizer_is_converted_and_that_is_said(own_gpt2, tmp_path, capsys):
-    folder, _ = own_gpt2
-    (folder / "tokenizer.json").unlink()
-    convert_gpt2(folder, tmp_path)
-    assert "does not say which tokenizer it was trained with" in capsys.readouterr().out
 
 
 # ---- errors
@@ -602,7 +583,7 @@ def fails(capsys, **given):
     """The one line on stderr of a command that ends with exit status 2; None leaves an argument out."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        cc.main([str(each) for key, value in given.items() if value is not None for each in (f"--{key}", value)])
+        cc.main([f"--{key}={value}" for key, value in given.items() if value is not None])
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     return line
@@ -652,9 +633,10 @@ def test_checkpoints_of_no_use_are_refused(refused, tmp_path, source):
 def test_data_of_another_vocabulary_is_refused(refused, tmp_path):
     small = save("kqv", build("kqv", vocab_size=100), tmp_path / "small.pt")
     assert "another tokenizer: the tokenizer bytes, sha256" in refused(checkpoint=small)
-    for recorded in ("gpt2", {"name": "gpt2", "sha256": None}, {"name": "bytes", "sha256": "0123456789"}):
+    by_name, by_content = {"name": "gpt2", "sha256": None}, {"name": "bytes", "sha256": "0123456789"}
+    for recorded, said in (("gpt2", "gpt2"), (by_name, "gpt2"), (by_content, "bytes, sha256 01234567")):
         other = save("kqv", build("kqv"), tmp_path / "other.pt", tokenizer=recorded)
-        assert f"and the tokenizer {'gpt2' if 'gpt2' in str(recorded) else 'bytes'}" in refused(checkpoint=other)
+        assert f"and the tokenizer {said}" in refused(checkpoint=other)
 
 
 def test_a_sample_that_is_too_small_or_too_uniform_is_refused(refused, tmp_path):

@@ -118,13 +118,13 @@ def test_the_folder_of_a_run(run, folder):
 
 
 @pytest.mark.parametrize("alias", VARIANTS)
-def test_every_variant_loads_and_computes_the_same(alias, tmp_path):
-    model = save(alias, tmp_path / "a.pt")
+def test_every_variant_computes_the_same_there_and_back_again(alias, tmp_path):
+    original = save(alias, tmp_path / "a.pt")
     folder = export(alias, tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none")
     exported = AutoModelForCausalLM.from_pretrained(folder, **TRUST)
     assert type(exported) is not QKVForCausalLM  # but the class in the folder's own file
     input_ids = tokens(2, 30)
-    torch.testing.assert_close(exported(input_ids).logits, model(input_ids)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(exported(input_ids).logits, original(input_ids)[0], atol=1e-4, rtol=1e-4)
     assert {path.name for path in folder.iterdir()} == FILES
 
     # Saved again, the folder is as complete as before.
@@ -132,6 +132,18 @@ def test_every_variant_loads_and_computes_the_same(alias, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", **TRUST)
     torch.testing.assert_close(again.state_dict(), exported.state_dict(), atol=0, rtol=0)
     assert torch.equal(greedy(again, input_ids), greedy(exported, input_ids))
+
+    # Back: a checkpoint without a run, which can be exported too.
+    export_hf.main(["--to_checkpoint", str(tmp_path / "again"), "--output_dir", str(tmp_path / "back")])
+    (path,) = (tmp_path / "back").iterdir()
+    model, contents = script_of(alias).load_model(path), torch.load(path)
+    torch.testing.assert_close(model.state_dict(), original.state_dict(), atol=0, rtol=0)
+    assert model.config == original.config
+    assert contents.keys() == {"variant", "model_config", "model_state_dict", "folder_files"}
+    assert ("n_kv_groups" in contents["model_config"]) == (VARIANTS[alias]["groups"] is not None)
+    export(alias, path, tmp_path / "hf_again", "--tokenizer", "none")
+    weights = (folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "hf_again/model.safetensors").read_bytes() == weights
 
 
 def test_text_generation_pipelines(folder):
@@ -384,29 +396,6 @@ def test_the_card_of_a_converted_checkpoint(tmp_path):
 # The way back
 
 
-@pytest.mark.parametrize("alias", VARIANTS)
-def test_there_and_back_again(alias, tmp_path):
-    original = save(alias, tmp_path / "a.pt")
-    folder = export(alias, tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none")
-    export_hf.main(["--to_checkpoint", str(folder), "--output_dir", str(tmp_path / "back")])
-    path = tmp_path / "back/final_model.pt"
-    assert [file.name for file in path.parent.iterdir()] == ["final_model.pt"]
-
-    model = script_of(alias).load_model(path)
-    torch.testing.assert_close(model.state_dict(), original.state_dict(), atol=0, rtol=0)
-    assert model.config == original.config
-    contents = torch.load(path)
-    assert contents.keys() == {"variant", "model_config", "model_state_dict", "folder_files"}
-    assert contents["folder_files"].keys() == {"generation_config.json"}  # and the tokenizer's, if there was one
-    assert ("n_kv_groups" in contents["model_config"]) == (VARIANTS[alias]["groups"] is not None)
-    assert contents["variant"] == script_of(alias).VARIANT
-
-    # And there once more: the scripts' checkpoint without a run is one that can be exported.
-    export(alias, path, tmp_path / "hf_again", "--tokenizer", "none")
-    weights = (folder / "model.safetensors").read_bytes()
-    assert (tmp_path / "hf_again/model.safetensors").read_bytes() == weights
-
-
 def test_a_fine_tuned_model_comes_back(folder, data_dir, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **TRUST)
     tokenizer = AutoTokenizer.from_pretrained(folder, **TRUST)
@@ -504,7 +493,7 @@ def truncate(folder):
         (truncate, "not a whole model"),
         (lambda folder: with_weights(folder, lambda w: w[LAST].fill_(torch.nan)), f"{LAST} holds values"),
         (lambda folder: with_weights(folder, lambda w: w.pop(LAST)), f"do not fit, missing keys: {LAST}"),
-        (lambda folder: with_weights(folder, lambda w: w.update(a=w[LAST].clone())), "do not fit, unexpected keys: a"),
+        (lambda folder: with_weights(folder, lambda w: w.update(a=torch.ones(2))), "unexpected keys: a"),
     ],
 )
 def test_a_folder_that_is_not_the_whole_model_is_refused(damage, words, folder, tmp_path, capsys):
@@ -560,7 +549,7 @@ def test_errors_take_one_line_and_leave_nothing(arguments, words, checkpoints, t
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", ["", "--model kv --checkpoint a.pt", "--to_checkpoint hf --tokenizer bytes"])
+@pytest.mark.parametrize("arguments", ["", "--model kv --checkpoint a", "--to_checkpoint a --tokenizer gpt2"])
 def test_arguments_that_do_not_go_together_are_refused(arguments, capsys):
     assert "--to_checkpoint" in refused(capsys, *arguments.split())
 
@@ -666,18 +655,12 @@ def test_the_oldest_transformers_that_requirements_admit(folder, tmp_path):
     files = [f"tests/{name}" for name in ("test_export_model.py", "test_export.py")]
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", f"--basetemp={tmp_path / 'tests'}"]
     command = [python, "-m", "pytest", *files, *options]
-    version = subprocess.run(
-        [python, "-c", "import transformers; print(transformers.__version__)"], capture_output=True, text=True
-    )
-    assert version.stdout.strip().startswith(oldest)
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
 
     # A folder that the newest wrote is read by the oldest.
-    program = "from transformers import pipeline; import sys"
+    program = "from transformers import pipeline; import sys, transformers; print(transformers.__version__)"
     program += "; print(pipeline('text-generation', sys.argv[1], trust_remote_code=True)('Document'))"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
-    result = subprocess.run(
-        [python, "-c", program, str(folder)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert "generated_text" in result.stdout, result.stderr
+    options = {"cwd": tmp_path, "env": os.environ | {"HF_HOME": str(tmp_path / "home")}}
+    result = subprocess.run([python, "-c", program, str(folder)], capture_output=True, text=True, **options)
+    assert result.stdout.startswith(oldest) and "generated_text" in result.stdout, result.stderr

@@ -1,7 +1,7 @@
 """Exported folders as `lm_eval --model hf` takes them, against run_eval.py, item by item."""
 
 import pytest
-from conftest import VARIANTS, script_of
+from conftest import VARIANTS
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from test_export import export, modules, save  # noqa: F401
@@ -26,14 +26,14 @@ OTHERS = [pytest.param(alias, marks=pytest.mark.slow) for alias in VARIANTS if a
 @pytest.mark.parametrize("alias", ["kv", *OTHERS])
 def test_the_five_tasks_score_as_in_run_eval(alias, tmp_path, tasks):  # noqa: F811
     """Byte tokens, and room for five solved examples."""
-    save(alias, tmp_path / "checkpoint.pt", {"vocab_size": 260, "n_positions": 1024})
-    export(alias, tmp_path / "checkpoint.pt", tmp_path / "hf", "--tokenizer", "bytes")
-    lm = CheckpointLM(script_of(alias).load_model(tmp_path / "checkpoint.pt"), load_tokenizer("bytes"), batch_size=4)
+    model = save(alias, tmp_path / "a.pt", {"vocab_size": 260, "n_positions": 1024})
+    folder = export(alias, tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "bytes")
+    lm = CheckpointLM(model, load_tokenizer("bytes"), batch_size=4)
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
     settings = {"tasks": FIVE, "num_fewshot": 5, "task_manager": manager}
     ours = answers(simple_evaluate(lm, **settings)["samples"])
-    arguments = {"model_args": f"pretrained={tmp_path / 'hf'},trust_remote_code=True", "device": "cpu", "batch_size": 4}
-    theirs = answers(simple_evaluate("hf", **arguments, **settings)["samples"])
+    settings |= {"model_args": f"pretrained={folder},trust_remote_code=True", "device": "cpu", "batch_size": 4}
+    theirs = answers(simple_evaluate("hf", **settings)["samples"])
     assert ours.keys() == theirs.keys() and len(ours) == 13 * len(FIVE)
     for item, expected in ours.items():
         values, greedy = zip(*expected, strict=True)
