@@ -373,9 +373,9 @@ def gpt2_text_perplexity(gpt2, loader, n_batches):
     """The text_perplexity of the training scripts' evaluate, from transformers' own forward pass and loss."""
     nats, n_scored = 0.0, 0
     for input_ids, is_text in islice(loader, n_batches):
-        loss = gpt2(input_ids, labels=input_ids.masked_fill(~is_text, -100)).loss
-        n = int(is_text[:, 1:].sum())
-        nats, n_scored = nats + loss.item() * n, n_scored + n
+        if n := int(is_text[:, 1:].sum()):  # of no tokens, the mean is not a number
+            loss = gpt2(input_ids, labels=input_ids.masked_fill(~is_text, -100)).loss
+            nats, n_scored = nats + loss.item() * n, n_scored + n
     return math.exp(nats / n_scored)
 
 
@@ -529,7 +529,7 @@ def run(options, convert, how):
     output = Path(options.output)
     check_output(output, sum(p.nbytes for p in model.parameters()))
 
-    # What there is to lose.
+    # The source as it is, to compare with.
     model.to(options.device)
     if options.val_data:
         before = SCRIPTS[alias].evaluate(model, val_loader, n_batches)
