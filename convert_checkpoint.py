@@ -25,21 +25,26 @@ Contents: algebra, calibration, reading models, converting, command line.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers import GPT2LMHeadModel
+from transformers.utils import logging
 
-from common import VARIANTS, InputError, Parser, report, script_of, show_what_the_terminal_can, write_atomically
+from common import (  # isort: skip
+    VARIANTS, InputError, Parser, report, script_of, show_what_the_terminal_can, write_atomically,
+)  # fmt: skip
+from export_hf import cache_bytes, open_checkpoint, read_folder, tokenizer_entries
 
 TARGETS = {  # what each variant can become
     "kqv": ("kv", "gqa", "mqa", "qgqa", "qmqa"),
@@ -147,8 +152,8 @@ def absorb(attention, heads, down, up, mean, key_name):
 def even_rows(attention, down, up):
     """The same numbers, scaled: the rows of the new projection have the size of those whose place they take.
 
-    This changes nothing but how training continues: AdamW takes steps of the same size everywhere, and in the
-    same time it got further with even rows than with numbers of unit variance, or rotated to resemble the old keys.
+    This changes nothing but how training continues: AdamW takes steps of the same size everywhere, and got
+    further with even rows than with numbers of unit variance, or rotated to resemble the old keys.
     """
     old, new = attention.kv_weight, down @ attention.kv_weight
     old = old.square().mean(dim=(1, 2))[:, None, None]  # 0 in a head whose keys and values are constant
@@ -166,8 +171,8 @@ class Moments:
     With g the gradient of the loss with respect to the keys and values of a position, the metric is E[g g^T],
     the empirical Fisher information, and a position counts with |g|^2. Where nothing looks there is no
     gradient, as at most positions of a head that rests on the first one; yet a key that is badly kept there
-    would draw attention. So a tenth of what an error changes next is added, by energy: q e / sqrt(head_dim) in
-    a score, W_O e in the output. And to the weight of each position, a tenth of its row's mean.
+    would draw attention. So a tenth of what an error changes next is added, by energy: q e / sqrt(head_dim)
+    in a score, W_O e in the output. And to the weight of each position, a tenth of its row's mean.
     """
 
     def __init__(self, heads):
@@ -253,16 +258,8 @@ def inputs_of(modules, model, input_ids):
 
 
 def projections(attn):
-    """The modules that give the queries and, as their last outputs, keys and values."""
-    if hasattr(attn, "c_attn"):
-        return attn.c_attn, attn.c_attn
-    return attn.c_q, attn.c_kv
-
-
-def queries_of(attn, x):
-    """The queries [T, C] of an attention layer with the input x."""
-    (projection, _), C = projections(attn), x.shape[-1]
-    return F.linear(x, projection.weight[:C], projection.bias[:C])
+    """The modules whose first outputs are the queries, and whose last are keys and values."""
+    return (attn.c_attn, attn.c_attn) if hasattr(attn, "c_attn") else (attn.c_q, attn.c_kv)
 
 
 def add_row(model, moments, input_ids):
@@ -274,25 +271,19 @@ def add_row(model, moments, input_ids):
     inputs = inputs_of([*model.h, model.ln_f], model, input_ids)
     x = inputs.pop().requires_grad_()
     hidden = model.ln_f(x)
-    hidden.backward(loss_gradient(hidden.detach(), model.wte.weight, input_ids))
+    (gradient,) = torch.autograd.grad(hidden, x, loss_gradient(hidden.detach(), model.wte.weight, input_ids))
     for block, sums in zip(reversed(model.h), reversed(moments), strict=True):
-        gradient, x = x.grad, inputs.pop().requires_grad_()
-        _, projection = projections(block.attn)
-        hook = projection.register_forward_hook(keep_output)
+        x, projected = inputs.pop().requires_grad_(), []
+        q_projection, kv_projection = projections(block.attn)
+        hook = kv_projection.register_forward_hook(lambda *given, kept=projected: kept.append(given[-1]))
         y = block(x)
         hook.remove()
-        y.backward(gradient)
-        output, kv_width = vars(projection).pop("output"), sums.heads.kv_width
-        kv, gradients = output.detach()[0, :, -kv_width:], output.grad[0, :, -kv_width:]
+        gradient, of_projected = torch.autograd.grad(y, (x, *projected), gradient)
+        kv, of_kv = (part.detach()[0, :, -sums.heads.kv_width :] for part in (*projected, of_projected))
         with torch.no_grad():
-            queries = queries_of(block.attn, block.ln_1(x)[0])
-        sums.add(kv.cpu(), queries.cpu(), gradients.cpu())
-
-
-def keep_output(module, inputs, output):
-    """Forward hook: the module keeps its output, which will get its gradient."""
-    output.retain_grad()
-    module.output = output
+            C = x.shape[-1]
+            queries = F.linear(block.ln_1(x)[0], q_projection.weight[:C], q_projection.bias[:C])
+        sums.add(kv.cpu(), queries.cpu(), of_kv.cpu())
 
 
 @torch.no_grad()
@@ -329,94 +320,44 @@ def check_sample(number, covariance, attention, norm):
 # Reading models
 
 
-def read_source(path, device):
-    """(alias, model, contents without the weights) of a checkpoint of one of the training scripts."""
+def read_source(path):
+    """(alias, model, contents) of a QKV, GQA or MQA, ours or released."""
     try:
-        contents = dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-        weights = contents.pop("model_state_dict")
-        recorded = contents.get("variant") or variant_of(weights, contents["model_config"])
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        variant = contents.get("variant") or variant_of(contents)
     except Exception as error:  # a file of another kind can fail in any way
         raise InputError(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})") from error
     aliases = {SCRIPTS[alias].VARIANT: alias for alias in TARGETS}
-    if recorded not in aliases:
-        expected = ", ".join(aliases)
-        raise InputError(f"{path}: a checkpoint of variant {recorded}; expected one of {expected}")
-    alias = aliases[recorded]
-    model = SCRIPTS[alias].load_model(path, device)
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{path}: {name} is not finite; take an earlier checkpoint of the run")
-    return alias, model, contents
+    if variant not in aliases:
+        raise InputError(f"{path}: a checkpoint of variant {variant}; expected one of {', '.join(aliases)}")
+    return aliases[variant], *open_checkpoint(aliases[variant], path)
 
 
-def variant_of(weights, config):
-    """The variant of a released checkpoint, which does not record it, by its first layer's projections."""
-    first = {name.removeprefix("module."): len(tensor) for name, tensor in weights.items() if "h.0." in name}
-    if "h.0.attn.c_attn.weight" in first:
+def variant_of(contents):
+    """That of a released checkpoint, which does not name it: QKV has no c_kv, and MQA one KV head."""
+    grouped = any(name.endswith("h.0.attn.c_kv.weight") for name in contents["model_state_dict"])
+    if not grouped:
         return "KQV"
-    if "h.0.attn.c_q.weight" in first and "h.0.attn.c_kv.weight" in first:
-        head_dim = config["n_embd"] // config["n_head"]
-        return {head_dim: "QMQA", 2 * head_dim: "MQA"}.get(first["h.0.attn.c_kv.weight"], "GQA")
-    return "unknown"
+    return "MQA" if contents["model_config"].get("n_kv_groups", 1) == 1 else "GQA"
 
 
 def read_gpt2(folder):
-    """transformers' GPT-2 in a local folder, fp32; InputError where QKV cannot be the same model."""
-    from transformers import GPT2LMHeadModel
-    from transformers.utils import logging
+    """A GPT-2 in a folder as our QKV, which has the exact GELU: (model, its tokenizer, transformers' model).
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    path = Path(folder) / "config.json"
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not the configuration of a transformers GPT-2 ({error})") from error
-    if kind != "gpt2":
-        raise InputError(f"{path}: model_type is {kind}, expected gpt2")
-    if (Path(folder) / "adapter_config.json").exists():
-        raise InputError(f"{folder}: holds an adapter; save the model after merge_and_unload()")
-    try:
-        options = {"local_files_only": True, "dtype": torch.float32, "output_loading_info": True}
-        gpt2, info = GPT2LMHeadModel.from_pretrained(folder, **options)
-    except Exception as error:  # a damaged file can fail in any way
-        raise InputError(f"{folder}: not a whole GPT-2 ({type(error).__name__}: {error})") from error
-    if missing := set(info["missing_keys"]) - {"lm_head.weight"}:
-        raise InputError(f"{folder}: not a whole GPT-2 ({min(missing)} is missing)")
-    # old files hold the causal mask of each layer too
-    if more := [name for name in info["unexpected_keys"] if not name.endswith((".attn.bias", ".attn.masked_bias"))]:
-        raise InputError(f"{folder}: not the GPT-2 of its config.json ({min(more)} is not part of it)")
+    The vocabulary is not padded.
+    """
+    gpt2 = read_folder(folder, GPT2LMHeadModel)
+    script, c = SCRIPTS["kqv"], gpt2.config
     expected = {
         "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
         "scale_attn_weights": (True,),
         "scale_attn_by_inverse_layer_idx": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
-        "quantization_config": (None,),
-        "auto_map": (None,),  # code of its own
     }
     for key, values in expected.items():
-        if getattr(gpt2.config, key, None) not in values:
-            raise InputError(f"{path}: {key} is {getattr(gpt2.config, key)}, expected {values[0]}")
-    for name, tensor in gpt2.named_parameters():
-        if not tensor.isfinite().all():
-            raise InputError(f"{folder}: {name} is not finite")
-    return gpt2.eval()
-
-
-def qkv_of_gpt2(gpt2, folder):
-    """(model, contents): the same weights in our QKV, which has the exact GELU, and the folder's tokenizer.
-
-    The vocabulary is not padded.
-    """
-    from export_hf import tokenizer_entries
-
-    script, c = SCRIPTS["kqv"], gpt2.config
+        if getattr(c, key) not in values:
+            raise InputError(f"{folder}/config.json: {key} is {getattr(c, key)}, expected {values[0]}")
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "layer_norm_epsilon")
-    try:
-        config = script.ModelConfig(dropout=c.resid_pdrop, **{name: getattr(c, name) for name in names})
-    except ValueError as error:
-        raise InputError(f"{folder}/config.json: not a model that QKV can be: {error}") from error
+    config = script.ModelConfig(dropout=c.resid_pdrop, **{name: getattr(c, name) for name in names})
     weights = {}
     for name, tensor in gpt2.transformer.named_parameters():
         is_matrix = ".c_" in name and name.endswith(".weight")  # transformers stores these [in, out]
@@ -424,21 +365,18 @@ def qkv_of_gpt2(gpt2, folder):
     with torch.device("meta"):
         model = script.GPT(config)
     model.load_state_dict(weights, assign=True)
-    return model.eval(), tokenizer_entries(Path(folder))
+    return model.eval(), tokenizer_entries(folder), gpt2
 
 
 @torch.no_grad()
 def gpt2_text_perplexity(gpt2, loader, n_batches):
-    """The text_perplexity of the training scripts' evaluate, from transformers' own forward pass."""
+    """The text_perplexity of the training scripts' evaluate, from transformers' own forward pass and loss."""
     nats, n_scored = 0.0, 0
-    for _, (input_ids, is_text) in zip(range(n_batches), loader, strict=False):
-        labels = input_ids.masked_fill(~is_text, -100)[:, 1:].flatten()
-        logits = gpt2(input_ids.to(gpt2.device)).logits[:, :-1].flatten(0, 1).cpu()
-        nats += F.cross_entropy(logits, labels, reduction="sum").item()
-        n_scored += int((labels != -100).sum())
-    if n_scored == 0:
-        raise InputError(f"{loader.dataset.path}: nothing to score")
-    return float(np.exp(nats / n_scored))
+    for input_ids, is_text in islice(loader, n_batches):
+        if n := int(is_text[:, 1:].sum()):  # of no tokens, the mean is not a number
+            loss = gpt2(input_ids, labels=input_ids.masked_fill(~is_text, -100)).loss
+            nats, n_scored = nats + loss.item() * n, n_scored + n
+    return math.exp(nats / n_scored)
 
 
 # -----------------------------------------------------------------------------
@@ -447,21 +385,19 @@ def gpt2_text_perplexity(gpt2, loader, n_batches):
 
 def target_config(alias, config, to, n_kv_groups):
     """The target's ModelConfig; InputError where the source cannot become it."""
-    if to not in TARGETS[alias]:
+    if to not in TARGETS[alias] and to != alias:
         possible = ", ".join(TARGETS[alias])
         raise InputError(f"--to {to}: {VARIANTS[alias]['paper']} can become {possible}")
-    source_heads = config.n_kv_groups or config.n_head
-    fixed = {"kv": None, "mqa": 1, "qmqa": 1}
-    if to in fixed:
-        groups = fixed[to]
+    if to in ("gqa", "qgqa"):
+        heads = config.n_kv_groups or config.n_head
+        usual = heads if alias == "gqa" else math.gcd(heads, max(4, heads // 4))
+        groups = n_kv_groups or usual
+        if groups < 1 or heads % groups:
+            raise InputError(f"--n_kv_groups {groups}: expected a divisor of the source's {heads} KV heads")
+    else:
+        groups = 1 if to in ("mqa", "qmqa") else None
         if n_kv_groups not in (None, groups):
             raise InputError(f"--n_kv_groups {n_kv_groups}: not for {to}; meant for gqa and qgqa")
-    else:
-        usual = source_heads if alias == "gqa" else math.gcd(source_heads, max(4, source_heads // 4))
-        groups = usual if n_kv_groups is None else n_kv_groups
-        if groups < 1 or source_heads % groups:
-            expected = f"a divisor of the source's {source_heads} KV heads"
-            raise InputError(f"--n_kv_groups {groups}: expected {expected}")
     return SCRIPTS[to].ModelConfig(**asdict(config) | {"n_kv_groups": groups})
 
 
@@ -483,8 +419,7 @@ def convert(model, to, config, loader, n_tokens=32768, moments_of=Moments, choos
     moments = [moments_of(heads) for _ in model.h]
     n_seen = collect_moments(model, moments, loader, n_tokens)
 
-    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    left_out = []
+    weights, left_out = {name: tensor.cpu() for name, tensor in model.state_dict().items()}, []
     bar = tqdm(moments, unit="layer", desc="conversion", disable=not sys.stderr.isatty())
     for number, sums in enumerate(bar):
         attention = AttentionWeights(weights, number, heads)
@@ -502,9 +437,6 @@ def convert(model, to, config, loader, n_tokens=32768, moments_of=Moments, choos
 
         # the target's attention in the place of the source's
         converted = absorb(attention, heads, down, up, mean, key_name)
-        for name, tensor in converted.items():
-            if not tensor.isfinite().all():
-                raise InputError(f"layer {number}: the converted {name} is not finite")
         prefix = f"h.{number}.attn."
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(prefix)}
         weights |= {prefix + name: tensor for name, tensor in converted.items()}
@@ -518,39 +450,31 @@ def convert(model, to, config, loader, n_tokens=32768, moments_of=Moments, choos
 
 
 def open_data(folder, contents, config, seed=None, batch_tokens=1):
-    """A loader of rows as the model was trained on; packed, full rows for a model that was trained elsewhere."""
+    """A loader of rows as the model was trained on; packed, full ones where it was trained elsewhere."""
     settings = contents.get("train_config") or {"sequence": "packed"}
     sequence = settings.get("sequence") or "padded"  # a released checkpoint does not say, and had no other
     seq_length = min(settings.get("seq_length") or config.n_positions, config.n_positions)
     batch_size = max(1, batch_tokens // seq_length)
     loader = SCRIPTS["kqv"].get_dataloader(folder, batch_size, seq_length, sequence, seed)
 
-    tokenizer = loader.dataset.tokenizer
-    recorded = contents.get("tokenizer") or {}
-    if isinstance(recorded, str):
+    found, recorded = loader.dataset.tokenizer, contents.get("tokenizer") or {}
+    if isinstance(recorded, str):  # of older runs
         recorded = {"name": recorded}
     # By content, or by name where a content is not known
-    key = "sha256" if tokenizer["sha256"] and recorded.get("sha256") else "name"
-    same = not recorded or tokenizer[key] == recorded[key]
-    if not same or tokenizer["vocab_size"] > config.vocab_size:
-        ours = f"{config.vocab_size:,} token ids"
-        if recorded:
-            ours += f" and the tokenizer {described(recorded)}"
-        raise InputError(f"{folder}: data of another tokenizer: {described(tokenizer)}; the model has {ours}")
+    key = "sha256" if found["sha256"] and recorded.get("sha256") else "name"
+    known = f"the model has {config.vocab_size:,} token ids, and {described(recorded)}"
+    if (recorded and found[key] != recorded[key]) or found["vocab_size"] > config.vocab_size:
+        raise InputError(f"{folder}: data of another tokenizer: {described(found)}; {known}")
     if not recorded:
-        model = f"the model, of {config.vocab_size:,} token ids,"
-        unknown = "does not say which tokenizer it was trained with"
-        report(f"{folder}: encoded with {described(tokenizer)}; {model} {unknown}")
+        report(f"{folder}: encoded with {described(found)}; {known}")
     return loader
 
 
 def described(tokenizer):
-    known = [tokenizer["name"]]
-    if tokenizer.get("vocab_size"):
-        known.append(f"{tokenizer['vocab_size']:,} tokens")
-    if tokenizer.get("sha256"):
-        known.append(f"sha256 {tokenizer['sha256'][:8]}")
-    return ", ".join(known)
+    if not tokenizer:
+        return "does not say which tokenizer it was trained with"
+    digest = f", sha256 {tokenizer['sha256'][:8]}" if tokenizer.get("sha256") else ""
+    return f"the tokenizer {tokenizer['name']}{digest}"
 
 
 # -----------------------------------------------------------------------------
@@ -560,28 +484,14 @@ def described(tokenizer):
 def check_options(options):
     """InputError for what cannot work, before anything is read."""
     output, to = Path(options.output), options.to
-    for name, least in (("tokens", 1), ("val_tokens", 1), ("n_kv_groups", 1), ("seed", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} {value}: expected at least {least}")
-    if options.checkpoint and to is None:
-        raise InputError(f"--to: missing, expected one of {', '.join(TARGETS['kqv'])}")
-    if options.checkpoint and to == "kqv":
-        raise InputError("--to kqv: only a GPT-2 can become QKV; see --from_gpt2")
-    if to not in (None, "kqv"):
-        if not options.data:
-            raise InputError("--data: missing; a conversion takes a sample of the training data")
-    elif options.n_kv_groups:
-        raise InputError(f"--n_kv_groups {options.n_kv_groups}: not for kqv; meant for gqa and qgqa")
+    if options.checkpoint and to in (None, "kqv"):
+        raise InputError(f"--to: expected one of {', '.join(TARGETS['kqv'])}; a GPT-2 alone can become QKV")
+    if to not in (None, "kqv") and not options.data:
+        raise InputError("--data: missing; a conversion takes a sample of the training data")
     if output.is_dir():
         raise InputError(f"--output {output}: a folder; expected the name of a file")
-    if output.exists() and not output.is_file():
-        raise InputError(f"--output {output}: not a file; choose another name")
-    for written in (output, output.with_name(f"{output.name}.tmp")):
-        if options.checkpoint and written.exists() and written.samefile(options.checkpoint):
-            raise InputError(f"--output {output}: would overwrite the checkpoint that it is made from")
-    if options.from_gpt2 and output.resolve().parent == Path(options.from_gpt2).resolve():
-        raise InputError(f"--output {output}: in the folder of the GPT-2; choose another place")
+    if options.checkpoint and output.exists() and output.samefile(options.checkpoint):
+        raise InputError(f"--output {output}: would overwrite the checkpoint that it is made from")
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:
@@ -589,36 +499,13 @@ def check_options(options):
 
 
 def check_output(output, n_bytes):
-    """InputError where a file of n_bytes cannot be written."""
+    """InputError or OSError where a file of n_bytes cannot be written."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f"{output.name}.tmp")
-    with open(temporary, "wb"):  # as write_atomically will
-        free = shutil.disk_usage(output.parent).free
-    temporary.unlink()
+    tempfile.TemporaryFile(dir=output.parent).close()
+    free = shutil.disk_usage(output.parent).free
     if n_bytes > free:
         sizes = f"takes up to {n_bytes / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
         raise InputError(f"--output {output}: {sizes}")
-
-
-def evaluate_source(alias, model, gpt2, loader, n_batches, device):
-    """evaluate's results of the source; of a GPT-2, what transformers gives is printed too.
-
-    QKV has the exact GELU in the place of GPT-2's approximation.
-    """
-    in_transformers = gpt2_text_perplexity(gpt2, loader, n_batches) if gpt2 else None
-    results = SCRIPTS[alias].evaluate(model.to(device), loader, n_batches)
-    if gpt2:
-        ours = results["text_perplexity"]
-        change = f"{ours / in_transformers - 1:+.3%}"
-        theirs = f"{in_transformers:.4f} in transformers"
-        report(f"text perplexity: {theirs}, {ours:.4f} in QKV with the exact GELU ({change})")
-    return results
-
-
-def cache_bytes(alias, config):
-    """What a token takes in the KV cache, in bf16."""
-    head_bytes = config.n_layer * config.n_embd // config.n_head * torch.bfloat16.itemsize
-    return len(VARIANTS[alias]["cached"]) * (config.n_kv_groups or config.n_head) * head_bytes
 
 
 def run(options, convert, how):
@@ -629,35 +516,37 @@ def run(options, convert, how):
     # The source, the target's configuration and the data: what does not go together is refused here.
     gpt2 = None
     if options.from_gpt2:
-        gpt2 = read_gpt2(options.from_gpt2)
-        alias, model, contents = "kqv", *qkv_of_gpt2(gpt2, options.from_gpt2)
+        alias, (model, contents, gpt2) = "kqv", read_gpt2(Path(options.from_gpt2))
     else:
-        alias, model, contents = read_source(options.checkpoint, options.device)
-    to = options.to or "kqv"
-    source_config = config = model.config
-    if to != "kqv":
-        config = target_config(alias, source_config, to, options.n_kv_groups)
-    loader, val_loader, n_batches = None, None, 0
+        alias, contents, model = read_source(options.checkpoint)
+    to, source_config = options.to or "kqv", model.config
+    config, script = target_config(alias, source_config, to, options.n_kv_groups), SCRIPTS[to]
     if options.data:
         loader = open_data(options.data, contents, config, options.seed)
     if options.val_data:
         val_loader = open_data(options.val_data, contents, config, batch_tokens=2048)
-        seq_length = val_loader.dataset.seq_length
-        n_batches = math.ceil(options.val_tokens / (max(1, 2048 // seq_length) * seq_length))
+        n_batches = math.ceil(options.val_tokens / next(iter(val_loader))[0].numel())
     output = Path(options.output)
     check_output(output, sum(p.nbytes for p in model.parameters()))
-    if val_loader:
-        before = evaluate_source(alias, model, gpt2, val_loader, n_batches, options.device)
+
+    # The source as it is, to compare with.
+    model.to(options.device)
+    if options.val_data:
+        before = SCRIPTS[alias].evaluate(model, val_loader, n_batches)
+        if gpt2:
+            theirs, ours = gpt2_text_perplexity(gpt2, val_loader, n_batches), before["text_perplexity"]
+            change = f"{ours:.4f} in QKV with the exact GELU ({ours / theirs - 1:+.3%})"
+            report(f"text perplexity: {theirs:.4f} in transformers, {change}")
     del gpt2
 
     # Convert and write.
-    source = Path(options.checkpoint or options.from_gpt2).resolve().name
     if to == "kqv":
         weights, left_out, n_seen = model.state_dict(), [], 0
         how = {"method": "copy", "weighting": None}
     else:
-        weights, left_out, n_seen = convert(model.to(options.device), to, config, loader, options.tokens)
+        weights, left_out, n_seen = convert(model, to, config, loader, options.tokens)
     del model
+    source = Path(options.checkpoint or options.from_gpt2).resolve().name
     about = {"source": source, "variant": SCRIPTS[alias].VARIANT, **how}
     about |= {"calibration_tokens": n_seen, "energy_left_out": left_out or None}
     about |= {"trained_for_tokens": contents.get("tokens_seen"), "trained_for_steps": contents.get("step")}
@@ -665,7 +554,6 @@ def run(options, convert, how):
     written = {key: contents[key] for key in kept if contents.get(key)}
     if options.checkpoint and "variant" not in contents:
         written["init_from"] = source  # the release's weights, whose licence nobody here knows
-    script = SCRIPTS[to]
     written |= {"variant": script.VARIANT, "step": 0, "model_config": asdict(config)}
     written |= {"converted_from": about, "model_state_dict": weights}
     write_atomically(output, partial(torch.save, written))
@@ -675,20 +563,17 @@ def run(options, convert, how):
     lost = "of the energy of keys and values left out"
     lines = [f"layer {number:2}: {share:8.3%} {lost}" for number, share in enumerate(left_out)]
     model = script.load_model(output, options.device)
-    if val_loader and to != "kqv":
+    if options.val_data and to != "kqv":
         after = script.evaluate(model, val_loader, n_batches)
         for name, key in (("text perplexity", "text_perplexity"), ("over all positions", "perplexity")):
             change = f"{after[key] / before[key] - 1:+.2%}"
             lines.append(f"{name}: {before[key]:.4f} before, {after[key]:.4f} after ({change})")
-    sizes = f"{cache_bytes(alias, source_config):,} bytes a token before, {cache_bytes(to, config):,} after"
-    lines.append(f"KV cache in bf16: {sizes}")
+    sizes = cache_bytes(alias, source_config)[0], cache_bytes(to, config)[0]
+    lines.append("KV cache in bf16: {:,} bytes a token before, {:,} after".format(*sizes))
     report(*lines, f"{output}: {VARIANTS[to]['paper']}, after {time.perf_counter() - started:.0f} s")
 
 
-JOINT_SVD = {"method": "joint_svd", "weighting": "gradient"}
-
-
-def main(arguments=None, convert=convert, how=JOINT_SVD):
+def main(arguments=None, convert=convert, method="joint_svd", weighting="gradient"):
     parser = Parser(__file__, __doc__)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
@@ -700,19 +585,20 @@ def main(arguments=None, convert=convert, how=JOINT_SVD):
     add("--val_data", metavar="DIR", help="validation split, for the perplexities before and after")
     usual = "those of a GQA; for QKV a quarter of its heads, and 4 at least: 4 at 300M, 8 at 1.2B"
     add("--n_kv_groups", type=int, help=f"KV heads of gqa and qgqa; default: {usual}")
-    add("--tokens", type=int, default=32768, help="of calibration; time grows with them (default: %(default)s)")
-    add("--val_tokens", type=int, default=262144, help="to evaluate on, in whole batches (default: %(default)s)")
+    add("--tokens", type=int, default=32768, help="of calibration, whose time they decide (default: %(default)s)")
+    add("--val_tokens", type=int, default=262144, help="to evaluate, in whole batches (default: %(default)s)")
     add("--seed", type=int, default=42, help="of the calibration sample")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="to calibrate and evaluate on (default: %(default)s)")
     options = parser.parse_args(arguments)
     show_what_the_terminal_can()
-    errors = (InputError, OSError, *(script.RunError for script in SCRIPTS.values()))
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        run(options, convert, how)
+        run(options, convert, {"method": method, "weighting": weighting})
     except KeyboardInterrupt:
         sys.exit(130)
-    except errors as error:
+    except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
 
 

@@ -25,6 +25,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
@@ -100,60 +101,31 @@ class QKVConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)  # first, for it sets fields that came under a name of attribute_map
         one_head = self.variant in ("mqa", "qmqa")
-        grouped = self.variant in ("gqa", "qgqa")
         if self.n_inner is None:
             self.n_inner = 4 * self.n_embd
         if self.n_kv_groups is None:
             self.n_kv_groups = 1 if one_head else self.n_head
 
-        variant, n_head, groups = self.variant, self.n_head, self.n_kv_groups
-        if variant not in PROJECTIONS:
-            raise ValueError(f"variant: expected one of {', '.join(PROJECTIONS)}, got {variant!r}")
-        if self.n_embd % n_head:
-            raise ValueError(f"n_embd: expected a multiple of n_head ({n_head}), got {self.n_embd}")
-        if one_head and groups != 1:
-            raise ValueError(f"n_kv_groups: expected 1 for {variant}, got {groups}")
-        if grouped and (groups < 1 or n_head % groups):
-            raise ValueError(f"n_kv_groups: expected a divisor of n_head ({n_head}), got {groups}")
-        if not one_head and not grouped and groups != n_head:
-            raise ValueError(f"n_kv_groups: expected n_head ({n_head}) for {variant}, got {groups}")
+        if self.variant not in PROJECTIONS:
+            raise ValueError(f"variant: expected one of {', '.join(PROJECTIONS)}, got {self.variant!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd: expected a multiple of n_head ({self.n_head}), got {self.n_embd}")
+        divisors = [n for n in range(1, self.n_head + 1) if self.n_head % n == 0]
+        allowed = divisors if self.variant in ("gqa", "qgqa") else [1] if one_head else [self.n_head]
+        if self.n_kv_groups not in allowed:
+            expected = f"expected one of {allowed} for {self.variant} with n_head {self.n_head}"
+            raise ValueError(f"n_kv_groups: {expected}, got {self.n_kv_groups}")
 
     def to_dict(self):
         return super().to_dict() | {name: getattr(self, own) for name, own in self.attribute_map.items()}
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        """As the library's; ValueError where a field has two values, under its two names."""
-        config_dict = dict(config_dict)
-        for name, own in cls.attribute_map.items():
-            value = config_dict.pop(name, None)
-            if value is not None and config_dict.setdefault(own, value) != value:
-                raise ValueError(f"{own} is {config_dict[own]}, and {name}, which is the same, {value}")
-        return super().from_dict(config_dict, **kwargs)
 
 
 # -----------------------------------------------------------------------------
 # Attention
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention in plain matrix products, attn_implementation="eager": the one that can return its weights.
-
-    query [B, n_head, T, head_dim], key and value [B, n_kv_head, S, head_dim]; an attention_mask is added to
-    the scores. Returns [B, T, n_head, head_dim] and the weights [B, n_head, T, S].
-    """
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(-2, -1) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
 def has_wide_values(cache, layer_idx):
-    """Whether a cache keeps values as wide as keys whatever it is given: quantized, paged, or allocated in advance."""
+    """Whether a cache keeps wide values whatever it is given: quantized, paged, or allocated in advance."""
     if isinstance(cache, QuantizedCache) or not isinstance(cache, Cache):
         return True
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
@@ -207,9 +179,7 @@ class QKVAttention(nn.Module):
         # Eager, SDPA, flash-attn or flex attention, as the library's attn_implementation says.
         implementation = self.config._attn_implementation
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, weights = attention(
-            self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0, **kwargs
-        )
+        output, weights = attention(self, query, key, value, attention_mask, scaling=self.scaling, **kwargs)
         output = output.reshape(B, T, C).contiguous()
         return self.dropout(self.c_proj(output)), weights
 
@@ -276,16 +246,9 @@ class QKVModel(QKVPreTrainedModel):
     @capture_outputs
     @takes_both_cache_names
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        inputs_embeds=None,
-        use_cache=None,
-        past_key_values=None,
-        **kwargs,
-    ):
+        self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None,
+        use_cache=None, past_key_values=None, **kwargs,
+    ):  # fmt: skip
         """int64 [B, T], or embeddings [B, T, n_embd] -> last_hidden_state [B, T, n_embd], and the cache.
 
         attention_mask [B, past + T]: 0 on padding. position_ids [B, T]: by default counted over what the mask
@@ -343,32 +306,16 @@ class QKVForCausalLM(QKVPreTrainedModel, GenerationMixin):
     @can_return_tuple
     @takes_both_cache_names
     def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        cache=None,
-        inputs_embeds=None,
-        labels=None,
-        use_cache=None,
-        logits_to_keep=0,
-        past_key_values=None,
-        **kwargs,
-    ):
+        self, input_ids=None, attention_mask=None, position_ids=None, cache=None, inputs_embeds=None,
+        labels=None, use_cache=None, logits_to_keep=0, past_key_values=None, **kwargs,
+    ):  # fmt: skip
         """As QKVModel.forward, -> logits [B, T, vocab_size], or those of the last logits_to_keep positions.
 
         labels: the inputs, shifted in here; -100 is not scored. The loss is their mean cross-entropy in nats.
         """
         cache = cache if cache is not None else past_key_values
-        outputs = self.transformer(
-            input_ids,
-            attention_mask,
-            position_ids,
-            cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        inputs = input_ids, attention_mask, position_ids, cache, inputs_embeds
+        outputs = self.transformer(*inputs, use_cache=use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
 

@@ -47,8 +47,7 @@ from common import (  # isort: skip
     ROOT, SIZES, VARIANTS, InputError, Parser, Tokenizer, read_checkpoint, script_of,
     show_what_the_terminal_can, stored_tokenizer, tokenizer_of, write_text,
 )  # fmt: skip
-from export_hf import SHAPE, fast_tokenizer
-from modeling_qkv import QKVConfig, QKVForCausalLM
+from export_hf import fast_tokenizer, in_transformers
 
 RANK = int(os.environ.get("RANK", 0))
 # without RANK, a WORLD_SIZE is left over from another job
@@ -77,20 +76,15 @@ class CheckpointLM(HFLM):
 
     def __init__(self, model, tokenizer: Tokenizer, batch_size: int | str = BATCH, max_length=None):
         """batch_size: requests in a pass; auto: what fits on a GPU, 8 on a CPU. max_length: of rows."""
-        (alias,) = [alias for alias, row in VARIANTS.items() if row["class"] == type(model).__name__]
-        shape = {name: getattr(model.config, name) for name in SHAPE}
         ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
-        with torch.device("meta"):  # the weights are those of `model`, without a copy
-            exported = QKVForCausalLM(QKVConfig(variant=alias, **shape, **ids, use_cache=False))
-        exported.transformer.load_state_dict(model.state_dict(), assign=True)
-        exported.tie_weights()
+        exported, c = in_transformers(model, **ids, use_cache=False), model.config
         self._starts = deque()
         super().__init__(
             exported,
             backend="causal",
-            tokenizer=fast_tokenizer(tokenizer, shape["vocab_size"], shape["n_positions"]),
+            tokenizer=fast_tokenizer(tokenizer, c.vocab_size, c.n_positions),
             batch_size=BATCH if batch_size == "auto" and exported.device.type == "cpu" else batch_size,
-            max_length=max_length or shape["n_positions"],
+            max_length=max_length or c.n_positions,
             softmax_dtype="float32",
             logits_cache=False,  # with it, 0.4.13 misplaces a continuation that two splits of a text share
         )

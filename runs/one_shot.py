@@ -136,7 +136,7 @@ def missing(checkpoint, ways, record_path):
 
 def one_shot(checkpoint, data, ways, record_path):
     """Convert a checkpoint in each of the ways that are missing, and add a line for each to the record."""
-    alias, model, contents = cc.read_source(checkpoint, "cpu")
+    alias, contents, model = cc.read_source(checkpoint)
     to, script = SHARED[alias], script_of(alias)
     config = cc.target_config(alias, model.config, to, None)
     val_loader = cc.open_data(data / "validation", contents, config, batch_tokens=4096)

@@ -76,7 +76,7 @@ def main(arguments=None):
     if {"-h", "--help"} & set(others):
         print(__doc__)
     weighting = options.weighting if options.method == "joint_svd" else None
-    cc.main(others, partial(convert, **vars(options)), {"method": options.method, "weighting": weighting})
+    cc.main(others, partial(convert, **vars(options)), options.method, weighting)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
 
     for way in WAYS:
-        alias, model, contents = cc.read_source(options.checkpoint, "cpu")
+        alias, contents, model = cc.read_source(options.checkpoint)
         config = cc.target_config(alias, model.config, "kv", None)
         make_head_rest(model, cc.open_data(options.data / "train", contents, config, seed=1))
         val_loader = cc.open_data(options.data / "validation", contents, config, batch_tokens=4096)

@@ -10,33 +10,23 @@ import signal
 import subprocess
 import sys
 import venv
-from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import GPT2_RANKS, ROOT, SENTENCES, TINY_MODEL, TINY_RUN, VARIANTS, gpt2_of, script_of
+from conftest import GPT2_RANKS, ROOT, SENTENCES, VARIANTS, arguments, gpt2_of, script_of
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 from safetensors.torch import load_file, save_file
 from test_export_model import build, greedy, tokens
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    DataCollatorWithFlattening,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    pipeline,
-)
+
+from transformers import (  # isort: skip
+    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+    DataCollatorForLanguageModeling, DataCollatorWithFlattening, PreTrainedTokenizerFast, Trainer,
+    TrainingArguments, pipeline,
+)  # fmt: skip
 
 import export_hf
 from common import load_tokenizer
@@ -90,7 +80,7 @@ def refused(capsys, *arguments):
 def run(data, tmp_path_factory):
     """The output folder of a finished run of Q–K=V."""
     folder = tmp_path_factory.mktemp("run") / "outputs"
-    script_of("kv").main([f"--output_dir={folder}", *TINY_MODEL, *TINY_RUN, *data])
+    script_of("kv").main(arguments(data, folder))
     return folder
 
 
@@ -128,13 +118,13 @@ def test_the_folder_of_a_run(run, folder):
 
 
 @pytest.mark.parametrize("alias", VARIANTS)
-def test_every_variant_loads_and_computes_the_same(alias, tmp_path):
-    model = save(alias, tmp_path / "a.pt")
+def test_every_variant_computes_the_same_there_and_back_again(alias, tmp_path):
+    original = save(alias, tmp_path / "a.pt")
     folder = export(alias, tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none")
     exported = AutoModelForCausalLM.from_pretrained(folder, **TRUST)
     assert type(exported) is not QKVForCausalLM  # but the class in the folder's own file
     input_ids = tokens(2, 30)
-    torch.testing.assert_close(exported(input_ids).logits, model(input_ids)[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(exported(input_ids).logits, original(input_ids)[0], atol=1e-4, rtol=1e-4)
     assert {path.name for path in folder.iterdir()} == FILES
 
     # Saved again, the folder is as complete as before.
@@ -142,6 +132,18 @@ def test_every_variant_loads_and_computes_the_same(alias, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", **TRUST)
     torch.testing.assert_close(again.state_dict(), exported.state_dict(), atol=0, rtol=0)
     assert torch.equal(greedy(again, input_ids), greedy(exported, input_ids))
+
+    # Back: a checkpoint without a run, which can be exported too.
+    export_hf.main(["--to_checkpoint", str(tmp_path / "again"), "--output_dir", str(tmp_path / "back")])
+    (path,) = (tmp_path / "back").iterdir()
+    model, contents = script_of(alias).load_model(path), torch.load(path)
+    torch.testing.assert_close(model.state_dict(), original.state_dict(), atol=0, rtol=0)
+    assert model.config == original.config
+    assert contents.keys() == {"variant", "model_config", "model_state_dict", "folder_files"}
+    assert ("n_kv_groups" in contents["model_config"]) == (VARIANTS[alias]["groups"] is not None)
+    export(alias, path, tmp_path / "hf_again", "--tokenizer", "none")
+    weights = (folder / "model.safetensors").read_bytes()
+    assert (tmp_path / "hf_again/model.safetensors").read_bytes() == weights
 
 
 def test_text_generation_pipelines(folder):
@@ -156,16 +158,11 @@ def test_text_generation_pipelines(folder):
     assert generate("Document")[0]["generated_text"].startswith("Document")
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_released_checkpoint(prefix, tmp_path):
+def test_a_released_checkpoint(tmp_path):
     model = save("qgqa", tmp_path / "ours.pt")
-    weights = {prefix + name: weight for name, weight in model.state_dict().items()}
-    for layer in range(2):
-        weights[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
-    contents = torch.load(tmp_path / "ours.pt")
-    del contents["variant"]
-    contents |= {"model_state_dict": weights, "epoch": 0, "optimizer_state_dict": {}}
-    torch.save(contents, tmp_path / "released.pt")
+    weights = {f"module.{name}": weight for name, weight in model.state_dict().items()}
+    weights |= {f"module.h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(2)}
+    save("qgqa", tmp_path / "released.pt", variant=None, model_state_dict=weights, optimizer_state_dict={})
     folder = export("qgqa", tmp_path / "released.pt", tmp_path / "hf", "--tokenizer", "bytes")
     exported = AutoModelForCausalLM.from_pretrained(folder, **TRUST)
     input_ids = tokens(2, 30)
@@ -279,17 +276,9 @@ def test_a_step_of_the_trainer_has_the_loss_of_single_texts_and_of_gpt2(batch_si
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     batch = collator(rows)
     assert (batch["labels"] == tokenizer.eos_token_id).sum() == 6
-    settings = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=6 // batch_size,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-    )
+    settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 6 // batch_size}
+    settings |= {"max_steps": 1, "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True}
+    settings = TrainingArguments(str(tmp_path), disable_tqdm=True, **settings)
     expected = loss_of_single_texts(model.eval(), texts)
     trainer = Trainer(model, settings, train_dataset=rows, eval_dataset=rows, data_collator=collator)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-3)
@@ -331,36 +320,12 @@ def test_the_default_tokenizer_is_the_one_beside_the_data(ranks, data_dir, tmp_p
     assert AutoTokenizer.from_pretrained(folder).eos_token_id == 256
     assert "tokenizer: bytes" in capsys.readouterr().out
 
-    # Without the data a checkpoint may still say what it was, if that can be had by name.
-    save("kv", tmp_path / "b.pt", tokenizer="bytes")
+    # Without the data a checkpoint may still say what it was, and takes no other.
+    save("kv", tmp_path / "b.pt", {"vocab_size": 300}, tokenizer="bytes")
     folder = export("kv", tmp_path / "b.pt", tmp_path / "hf_b")
     assert AutoTokenizer.from_pretrained(folder).eos_token_id == 256
-
-
-def test_a_tokenizer_other_than_the_checkpoint_s_is_refused(ranks, data_dir, tmp_path, capsys):
-    small, other = load_tokenizer(str(ranks)).name, "small.tiktoken sha256:0123456789abcdef"
-    save("kv", tmp_path / "bytes.pt", {"vocab_size": 300}, tokenizer="bytes")
-    save("kv", tmp_path / "small.pt", {"vocab_size": 300}, tokenizer=small)
-    save("kv", tmp_path / "other.pt", {"vocab_size": 300}, tokenizer=other)
-
-    wrong = [("bytes", ranks, "bytes"), ("small", "bytes", small), ("other", ranks, other)]
-    for name, argument, trained_with in wrong:
-        arguments = ["--model", "kv", "--checkpoint", tmp_path / f"{name}.pt", "--tokenizer", argument]
-        error = refused(capsys, *arguments, "--output_dir", tmp_path / "hf")
-        assert f"was trained with another, {trained_with}" in error
-    export("kv", tmp_path / "small.pt", tmp_path / "hf_small", "--tokenizer", str(ranks))
-    copy = str(data_dir / "train/tokenizer.tiktoken")  # the same ranks under another name
-    export("kv", tmp_path / "bytes.pt", tmp_path / "hf_bytes", "--tokenizer", copy)
-
-    # A checkpoint that records the content of its tokenizer takes that content alone, under any name.
-    recorded = script_of("kv").TokenDataset(data_dir / "train", 32).tokenizer
-    save("kv", tmp_path / "a.pt", {"vocab_size": 300}, tokenizer=recorded | {"name": "mine.tiktoken"})
-    export("kv", tmp_path / "a.pt", tmp_path / "hf_a", "--tokenizer", "bytes")
-    lines = Path(copy).read_bytes().splitlines()
-    swapped = tmp_path / "swapped.tiktoken"
-    swapped.write_bytes(b"\n".join([lines[1][:-1] + b"0", lines[0][:-1] + b"1", *lines[2:]]))
-    arguments = ["--model", "kv", "--checkpoint", tmp_path / "a.pt", "--tokenizer", swapped]
-    assert "was trained with another" in refused(capsys, *arguments, "--output_dir", tmp_path / "hf")
+    given = ["--model", "kv", "--checkpoint", tmp_path / "b.pt", "--output_dir", tmp_path / "hf_c"]
+    assert "was trained with another, bytes" in refused(capsys, *given, "--tokenizer", ranks)
 
 
 # -----------------------------------------------------------------------------
@@ -400,64 +365,35 @@ def test_the_card_says_what_is_not_known(tmp_path):
     rows, text = card_of(export("qgqa", tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none"))
     unknown = {name for name, value in rows.items() if value == "not known"}
     assert unknown >= {"data", "trained", "perplexity over all positions", "bits per byte of text", "licence"}
-    assert "license: unknown" in text
     assert rows["tokenizer"] == "none in this folder" and "Settings of the run" not in text
     assert "AutoModelForCausalLM" in text and "pipeline(" not in text  # which needs a tokenizer
     assert rows["variant"].startswith("Q-GQA-2")
 
 
-def test_the_licence_of_weights_that_began_elsewhere_is_not_known(tmp_path):
-    save("kv", tmp_path / "a.pt", train_config={"seed": 42}, init_from="elsewhere.pt")
-    rows, text = card_of(export("kv", tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none"))
+def test_the_card_of_other_weights_than_the_run_s(run, tmp_path):
+    """Of another step, without the run's figures; begun elsewhere, under a licence that is not known."""
+    shutil.copytree(run, tmp_path / "run")
+    save("kv", tmp_path / "run/other.pt", step=5, train_config={"seed": 42}, init_from="elsewhere.pt")
+    rows, text = card_of(export("kv", tmp_path / "run/other.pt", tmp_path / "hf", "--tokenizer", "none"))
+    assert rows["perplexity over text only"] == "not known"
     assert rows["licence"] == "not known" and "license: unknown" in text
     assert "begun from the weights of elsewhere.pt" in rows["trained"]
 
 
-def test_the_card_of_another_step_has_no_figures(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    save("kv", tmp_path / "run/other.pt", step=5)
-    rows, _ = card_of(export("kv", tmp_path / "run/other.pt", tmp_path / "hf", "--tokenizer", "none"))
-    assert rows["perplexity over text only"] == "not known"
-
-
 def test_the_card_of_a_converted_checkpoint(tmp_path):
-    origin = {"source": "/somewhere/outputs_kqv/final_model.pt", "variant": "KQV", "method": "drop_v"}
-    origin |= {"weighting": None, "energy_left_out": [0.123456, 0.0]}
+    origin = {"source": "/somewhere/outputs_kqv/final_model.pt", "variant": "KQV", "method": "joint_svd"}
+    origin |= {"trained_for_tokens": 12345}
     save("kv", tmp_path / "a.pt", step=0, tokens_seen=None, train_config=None, converted_from=origin)
     record = {"kind": "val", "step": 0, "perplexity": 99.0}  # of the run that it came out of
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     rows, text = card_of(export("kv", tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none"))
-    origin = "converted from source final_model.pt, variant KQV, method drop_v, energy left out 0.123 0"
-    assert rows["trained"] == origin
+    assert all(known in rows["trained"] for known in ("joint_svd", "final_model.pt", "KQV", "12,345"))
     assert rows["perplexity over all positions"] == "not known"
     assert "somewhere" not in text
 
 
 # -----------------------------------------------------------------------------
 # The way back
-
-
-@pytest.mark.parametrize("alias", VARIANTS)
-def test_there_and_back_again(alias, tmp_path):
-    original = save(alias, tmp_path / "a.pt")
-    folder = export(alias, tmp_path / "a.pt", tmp_path / "hf", "--tokenizer", "none")
-    export_hf.main(["--to_checkpoint", str(folder), "--output_dir", str(tmp_path / "back")])
-    path = tmp_path / "back/final_model.pt"
-    assert [file.name for file in path.parent.iterdir()] == ["final_model.pt"]
-
-    model = script_of(alias).load_model(path)
-    torch.testing.assert_close(model.state_dict(), original.state_dict(), atol=0, rtol=0)
-    assert model.config == original.config
-    contents = torch.load(path)
-    assert contents.keys() == {"variant", "model_config", "model_state_dict", "folder_files"}
-    assert contents["folder_files"].keys() == {"generation_config.json"}  # and the tokenizer's, if there was one
-    assert ("n_kv_groups" in contents["model_config"]) == (VARIANTS[alias]["groups"] is not None)
-    assert contents["variant"] == script_of(alias).VARIANT
-
-    # And there once more: the scripts' checkpoint without a run is one that can be exported.
-    export(alias, path, tmp_path / "hf_again", "--tokenizer", "none")
-    weights = (folder / "model.safetensors").read_bytes()
-    assert (tmp_path / "hf_again/model.safetensors").read_bytes() == weights
 
 
 def test_a_fine_tuned_model_comes_back(folder, data_dir, tmp_path):
@@ -522,26 +458,19 @@ def test_a_tokenizer_of_another_vocabulary_is_not_taken_for_the_recorded_one(spa
     assert recorded["sha256"] == load_tokenizer(str(ranks)).sha256
 
 
+LAST = "transformer.ln_f.bias"
+
+
 def spoil(folder, **changes):
     """Change entries of a folder's config.json."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
 
 
-def drop_a_weight(folder):
+def with_weights(folder, change):
+    """Let `change` alter the dict of a folder's weights."""
     weights = load_file(folder / "model.safetensors")
-    del weights["transformer.h.0.attn.c_q.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def add_a_weight(folder):
-    weights = load_file(folder / "model.safetensors") | {"score.weight": torch.ones(2, 2)}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def put_in_a_nan(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights["transformer.ln_f.bias"][0] = float("nan")
+    change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -553,22 +482,18 @@ def truncate(folder):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda folder: shutil.rmtree(folder), "not a folder of transformers"),
         (lambda folder: (folder / "config.json").unlink(), "not a folder of transformers"),
         (lambda folder: (folder / "config.json").write_text("{"), "not a folder of transformers"),
-        (lambda folder: spoil(folder, model_type="gpt2"), "a gpt2 model, not one that export_hf.py wrote"),
+        (lambda folder: spoil(folder, model_type="gpt2"), "model_type is gpt2, expected qkv"),
         (lambda folder: spoil(folder, tie_word_embeddings=False), "untied embeddings"),
         (lambda folder: spoil(folder, variant="qkv"), "variant: expected one of"),
-        (lambda folder: spoil(folder, n_inner=48), "n_inner is 48, and intermediate_size"),
         (lambda folder: spoil(folder, n_inner=48, intermediate_size=48), "do not fit, mismatched keys"),
-        (lambda folder: spoil(folder, n_layer=3, num_hidden_layers=3), "missing keys: transformer.h.2"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "its tokenizer cannot be read"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "merge_and_unload"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "not a whole model"),
         (truncate, "not a whole model"),
-        (put_in_a_nan, "transformer.ln_f.bias holds values that are not finite"),
-        (drop_a_weight, "do not fit, missing keys: transformer.h.0.attn.c_q.weight"),
-        (add_a_weight, "do not fit, unexpected keys: score.weight"),
+        (lambda folder: with_weights(folder, lambda w: w[LAST].fill_(torch.nan)), f"{LAST} holds values"),
+        (lambda folder: with_weights(folder, lambda w: w.pop(LAST)), f"do not fit, missing keys: {LAST}"),
+        (lambda folder: with_weights(folder, lambda w: w.update(a=torch.ones(2))), "unexpected keys: a"),
     ],
 )
 def test_a_folder_that_is_not_the_whole_model_is_refused(damage, words, folder, tmp_path, capsys):
@@ -601,10 +526,7 @@ def checkpoints(tmp_path_factory):
     weights = model.state_dict()
     save("kv", folder / "nan.pt", model_state_dict=weights | {"ln_f.bias": torch.full((32,), float("nan"))})
     save("kv", folder / "part.pt", model_state_dict={"wte.weight": weights["wte.weight"]})
-    save("kv", folder / "gone.pt", train_config={"train_data": "nowhere/train", "val_data": None})
     (folder / "half.pt").write_bytes((folder / "kv.pt").read_bytes()[:5000])
-    (folder / "text.pt").write_text("hello")
-    (folder / "broken.tiktoken").write_text("!")
     return folder
 
 
@@ -615,13 +537,10 @@ def checkpoints(tmp_path_factory):
         (["--model", "gqa", "--checkpoint", "kv.pt"], "is a checkpoint of --model kv"),
         (["--model", "kv", "--checkpoint", "none.pt"], "none.pt"),
         (["--model", "kv", "--checkpoint", "half.pt"], "half.pt"),
-        (["--model", "kv", "--checkpoint", "text.pt"], "text.pt"),
         (["--model", "kv", "--checkpoint", "part.pt"], "part.pt"),
         (["--model", "kv", "--checkpoint", "nan.pt"], "nan.pt: ln_f.bias holds values that are not finite"),
         (["--model", "kv", "--checkpoint", "kv.pt"], "pass --tokenizer"),
-        (["--model", "kv", "--checkpoint", "gone.pt"], "pass --tokenizer"),
         (["--model", "kv", "--checkpoint", "kv.pt", "--tokenizer", "words"], "--tokenizer words"),
-        (["--model", "kv", "--checkpoint", "kv.pt", "--tokenizer", "broken.tiktoken"], "broken.tiktoken"),
     ],
 )
 def test_errors_take_one_line_and_leave_nothing(arguments, words, checkpoints, tmp_path, capsys, monkeypatch):
@@ -630,24 +549,9 @@ def test_errors_take_one_line_and_leave_nothing(arguments, words, checkpoints, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tokenizer_with_more_ids_than_the_model_is_refused(checkpoints, ranks, tmp_path, capsys):
-    arguments = ["--model", "kv", "--checkpoint", checkpoints / "kv.pt", "--output_dir", tmp_path / "hf"]
-    assert "has 270 token ids, and" in refused(capsys, *arguments, "--tokenizer", ranks)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["--model", "kv", "--checkpoint", "a.pt"],
-        ["--model", "kv", "--output_dir", "hf"],
-        ["--to_checkpoint", "hf", "--checkpoint", "a.pt"],
-        ["--to_checkpoint", "hf", "--tokenizer", "bytes"],
-    ],
-)
+@pytest.mark.parametrize("arguments", ["", "--model kv --checkpoint a", "--to_checkpoint a --tokenizer gpt2"])
 def test_arguments_that_do_not_go_together_are_refused(arguments, capsys):
-    assert "--to_checkpoint" in refused(capsys, *arguments)
+    assert "--to_checkpoint" in refused(capsys, *arguments.split())
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -732,54 +636,6 @@ def site_packages(environment):
     return folder
 
 
-def needed_by(*names):
-    """Distributions of this environment: the named ones, and what they need, directly or not."""
-    found = {}
-    waiting = list(names)
-    while waiting:
-        name = canonicalize_name(waiting.pop())
-        if name not in found:
-            found[name] = metadata.distribution(name)
-            for requirement in map(Requirement, found[name].requires or []):
-                if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                    waiting.append(requirement.name)
-    return found.values()
-
-
-@pytest.mark.slow
-def test_a_reader_needs_torch_and_transformers_alone(folder, tmp_path):
-    """In a virtual environment that holds links to this one's torch, transformers and what they need."""
-    venv.create(tmp_path / "venv", with_pip=False)
-    own = site_packages(tmp_path / "venv")
-    for distribution in needed_by("torch", "transformers"):
-        for file in distribution.files:
-            top = file.parts[0]
-            if top not in ("..", "__pycache__") and not (own / top).exists():
-                (own / top).symlink_to(distribution.locate_file(top))
-    program = """
-import sys
-from importlib.util import find_spec
-assert not [name for name in ("tiktoken", "accelerate", "datasets", "export_hf") if find_spec(name)]
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-generate = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True)
-print(generate("Document", max_new_tokens=4))
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])  # at a terminal it asks first; none of its code runs
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-prompt = tokenizer("Document", return_tensors="pt")
-output = model.generate(**prompt, max_new_tokens=4, eos_token_id=None, return_dict_in_generate=True)
-print(sum(layer.keys.nbytes + layer.values.nbytes for layer in output.past_key_values.layers))
-"""
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
-    command = [tmp_path / "venv/bin/python", "-c", program, str(shutil.copytree(folder, tmp_path / "moved"))]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert result.returncode == 0, result.stderr
-    assert "generated_text" in result.stdout
-    # K alone: 2 layers x 32 numbers of 4 bytes for 8 + 4 tokens but the last, which is not in the cache.
-    assert int(result.stdout.split()[-1]) == 2 * 32 * 4 * 11
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_oldest_transformers_that_requirements_admit(folder, tmp_path):
@@ -799,18 +655,12 @@ def test_the_oldest_transformers_that_requirements_admit(folder, tmp_path):
     files = [f"tests/{name}" for name in ("test_export_model.py", "test_export.py")]
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", f"--basetemp={tmp_path / 'tests'}"]
     command = [python, "-m", "pytest", *files, *options]
-    version = subprocess.run(
-        [python, "-c", "import transformers; print(transformers.__version__)"], capture_output=True, text=True
-    )
-    assert version.stdout.strip().startswith(oldest)
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]
 
     # A folder that the newest wrote is read by the oldest.
-    program = "from transformers import pipeline; import sys"
+    program = "from transformers import pipeline; import sys, transformers; print(transformers.__version__)"
     program += "; print(pipeline('text-generation', sys.argv[1], trust_remote_code=True)('Document'))"
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
-    result = subprocess.run(
-        [python, "-c", program, str(folder)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert "generated_text" in result.stdout, result.stderr
+    options = {"cwd": tmp_path, "env": os.environ | {"HF_HOME": str(tmp_path / "home")}}
+    result = subprocess.run([python, "-c", program, str(folder)], capture_output=True, text=True, **options)
+    assert result.stdout.startswith(oldest) and "generated_text" in result.stdout, result.stderr
