@@ -45,10 +45,6 @@ CACHED = {  # bytes a token in bf16
              "gqa": 20_480, "mqa": 5_120, "qgqa": 10_240, "qmqa": 2_560},
     "1.2B": {"kqv": 180_224, "kv": 90_112, "gqa": 45_056, "mqa": 5_632, "qgqa": 22_528, "qmqa": 2_816},
 }  # fmt: skip
-SAVED = {  # percent, Tables 4 and 10
-    "300M": {"kqv": 0, "qk": 0, "kv": 50, "k": 50, "gqa": 75, "mqa": 93.8, "qgqa": 87.5, "qmqa": 96.9},
-    "1.2B": {"kqv": 0, "kv": 50, "gqa": 75, "mqa": 96.9, "qgqa": 87.5, "qmqa": 98.4},
-}
 
 
 def run(*arguments, capsys):
@@ -228,7 +224,7 @@ def test_cache_bytes_are_those_of_the_scripts_cache(alias, size):
             variant.build(dtype=dtype).hidden_states(torch.zeros(3, 7, dtype=torch.int64, device="meta"), cache)
         assert cache.nbytes == 3 * variant.cache_bytes(100, itemsize)
     saved = profiler.cache_account(variant, [])["reduction_percent"]
-    assert saved == pytest.approx(SAVED[size][alias], abs=0.06)
+    assert saved == 100 * (1 - CACHED[size][alias] / CACHED[size]["kqv"])
 
 
 def test_paper_rows_of_the_cache_as_printed(records):
@@ -396,8 +392,10 @@ def test_csv_carries_every_record(records):
 
 
 def test_a_changed_model_has_no_published_figures_beside_it(capsys, quick):
-    measured = "decode --contexts 4 --steps 1 --rounds 1 --dtype fp32 --device cpu --variants kv".split()
-    status, out, _ = run(*measured, *SETTINGS, "--format", "markdown", capsys=capsys)
+    status, out, _ = run(
+        "decode", *SETTINGS, "--variants", "kv", "--contexts", "4", "--steps", "1", "--rounds", "1",
+        "--dtype", "fp32", "--device", "cpu", "--format", "markdown", capsys=capsys,
+    )  # fmt: skip
     (title,) = [title for title in parsed(out) if title.startswith("Prefill and decode")]
     assert status == 0 and f"300M with {' '.join(SETTINGS[1:])}" in title
     assert "published" not in parsed(out)[title][0]
@@ -476,13 +474,3 @@ def test_defaults_suit_the_device(monkeypatch):
     assert (gpu.device.type, gpu.dtype, gpu.sizes, gpu.variants) == ("cuda", "bf16", None, None)
     training = options("train", "--seq_length", "512")
     assert profiler.points_of(training, "300M") == [{"micro_batch_size": 6, "seq_length": 512, "steps": 24}]
-
-
-def test_measuring_imports_no_large_library_beside_torch():
-    """So a GPU machine without them can measure, and the script starts from any folder."""
-    large = {"fvcore", "matplotlib", "transformers", "datasets", "pandas"}
-    check = f"import analysis_computation_profiler, sys; assert not {large} & set(sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", check], cwd="/", env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
