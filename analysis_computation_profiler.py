@@ -135,11 +135,10 @@ def chosen(sizes, aliases, settings):
     """{size: its Variants}, where None stands for all; one asked for by size and alias has to exist."""
     variants = {}
     for size in sizes or SIZES:
-        of_size = [alias for alias in VARIANTS if alias in (aliases or VARIANTS)]
-        if not (sizes and aliases):  # if both are given, Variant says which does not exist
-            of_size = [alias for alias in of_size if size in VARIANTS[alias]["script"]]
-        if of_size:
-            variants[size] = [Variant(alias, size, **settings) for alias in of_size]
+        for alias in VARIANTS:
+            asked = alias in (aliases or VARIANTS)
+            if asked and (size in VARIANTS[alias]["script"] or sizes and aliases):
+                variants.setdefault(size, []).append(Variant(alias, size, **settings))
     return variants
 
 
@@ -238,17 +237,14 @@ def forward_account(variant, model, T):
 def cache_account(variant, contexts):
     """The KV cache of one sequence in bf16, by context, and its saving over caching K and V of every head."""
     c = variant.config
-    by_context = {}
-    for context in contexts:
-        size = variant.cache_bytes(context)
-        by_context[str(context)] = {"bytes": size, "gb": size / 1e9, "gib": size / 2**30}
+    sizes = {str(context): variant.cache_bytes(context) for context in contexts}
     return {
         "dtype": "bf16",
         "cached": variant.row["cached"],
         "heads": c.n_kv_groups or c.n_head,
         "bytes_per_token": variant.cache_bytes(),
         "reduction_percent": 100 * (1 - variant.cache_bytes() / (2 * c.n_layer * c.n_embd * 2)),
-        "by_context": by_context,
+        "by_context": {T: {"bytes": n, "gb": n / 1e9, "gib": n / 2**30} for T, n in sizes.items()},
     }
 
 
@@ -680,8 +676,9 @@ def command_line():
     def command(name, about):
         add = commands.add_parser(name, description=about, help=about).add_argument
         add("--sizes", nargs="+", choices=SIZES, help="default: both; measured on a CPU: 300M")
-        of_all = f"of {', '.join(VARIANTS)} (default: all; measured on a CPU: four)"
-        add("--variants", nargs="+", choices=VARIANTS, metavar="ALIAS", help=of_all)
+        every, few = (", ".join(aliases) for aliases in (VARIANTS, DEFAULTS["cpu"]["variants"]))
+        aliases = f"{every} (default: all; measured on a CPU: {few})"
+        add("--variants", nargs="+", choices=VARIANTS, metavar="ALIAS", help=aliases)
         add("--format", choices=FORMATS, default="table", help="of what is printed")
         return add
 

@@ -1,7 +1,6 @@
 """README and the pages behind it: what they name exists, and CITATION.cff cites what the README cites."""
 
 import re
-import shlex
 import subprocess
 import sys
 
@@ -83,31 +82,6 @@ def test_names_in_the_code_that_a_page_explains_exist(page):
     written = "\n".join(path.read_text(encoding="utf-8") for path in files)
     assert len(names) > 5
     assert not [name for name in names if not re.search(rf"{name}\b", written)]
-
-
-def commands():
-    """The lines of CONTRIBUTING.md's shell blocks, as words."""
-    for block in blocks((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "bash"):
-        for line in block.splitlines():
-            yield shlex.split(line, comments=True)
-
-
-@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
-def test_a_command_for_contributors_names_what_exists(words):
-    """A target of the Makefile; or a Python file that has the options, or the test that -k asks for."""
-    words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\w+", word)]
-    if words[0] == "make":
-        assert re.search(rf"^{words[1]}:.*## ", MAKEFILE, re.MULTILINE)
-        return
-    assert words[0] == ".venv/bin/python"
-    (name,) = [word for word in words if word.endswith(".py")]
-    text = (ROOT / name).read_text(encoding="utf-8")
-    if words[1:3] == ["-m", "pytest"]:
-        wanted = words[words.index("-k") + 1] if "-k" in words else "test"
-        assert re.search(rf"^def test_\w*{wanted.removeprefix('test')}", text, re.MULTILINE)
-    else:
-        for option in (word for word in words if word.startswith("--")):
-            assert f'"{option}"' in text
 
 
 def test_the_citation_is_the_readme_s():
