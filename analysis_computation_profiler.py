@@ -417,6 +417,7 @@ def decode_turn(variant, machine, context, batch, steps):
     roofline = batch * machine.bandwidth / read
     decode = batch * steps / (times[2] - times[1])
     return {
+        "n_positions": n_positions,
         "cache_bytes": caches[-1].nbytes,
         "formula_bytes": batch * variant.cache_bytes(context + steps + 1, machine.dtype.itemsize),
         **peak.read(),
@@ -461,15 +462,16 @@ def train_turn(variant, machine, micro_batch_size, seq_length, steps):
 # Measurement: rounds
 
 MEASUREMENTS = {"decode": decode_turn, "train": train_turn}
+FIGURES = ("peak_bytes", "prefill", "decode", "roofline", "of_roofline", "train", "mfu")  # of each turn anew
 
 
 def over_rounds(turns, qkvs):
     """A record of turns: median and range of each figure, and of its change in percent against QKV's turn.
 
-    `qkvs` are QKV's turns of the same rounds, or None.
+    `qkvs` are QKV's turns of the same rounds, or None. What does not differ between turns stays as it is.
     """
-    record = {}
-    for key in turns[0]:
+    record = {key: value for key, value in turns[0].items() if key not in FIGURES}
+    for key in [key for key in FIGURES if key in turns[0]]:
         by_round = {key: [turn[key] for turn in turns]}
         if qkvs:
             pairs = zip(turns, qkvs, strict=True)
