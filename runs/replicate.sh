@@ -25,15 +25,16 @@ mkdir -p outputs_replicate
 
 # train ALIAS SCRIPT SCORE_PADDING SEED
 train() {
-    local name=$1_padded_seed$4
-    [ $3 = true ] || name=$1_text_seed$4
+    local alias=$1 script=$2 score_padding=$3 seed=$4
+    local name=${alias}_padded_seed$seed
+    [ $score_padding = true ] || name=${alias}_text_seed$seed
     local to=outputs_replicate/$name
 
     echo "training $name, log in $to.log"
     local status=0
-    "$PYTHON" transformer_$2_300_M.py --model_config configs/model_config_replicate.yaml \
+    "$PYTHON" transformer_${script}_300_M.py --model_config configs/model_config_replicate.yaml \
         --train_config configs/train_config_replicate.yaml --output_dir $to \
-        score_padding=$3 seed=$4 >> $to.log 2>&1 || status=$?
+        score_padding=$score_padding seed=$seed >> $to.log 2>&1 || status=$?
     if [ $status -ne 0 ]; then
         echo "$name: $(tail -n 1 $to.log)" >&2
         [ $status -eq 2 ] || return 255  # stopped: xargs starts no other run

@@ -78,11 +78,12 @@ export -f train
 
 # cells WIDTH TOKENS_PER_PARAMETER RATES SEEDS ROW PROTOCOL ALIAS...: a line for each run
 cells() {
-    local seed rate alias
-    for seed in $4; do
-        for rate in $3; do
-            for alias in "${@:7}"; do
-                echo "$alias $1 $2 $rate $seed $5 $6"
+    local width=$1 per_parameter=$2 rates=$3 seeds=$4 row=$5 protocol=$6 seed rate alias
+    shift 6
+    for seed in $seeds; do
+        for rate in $rates; do
+            for alias in "$@"; do
+                echo "$alias $width $per_parameter $rate $seed $row $protocol"
             done
         done
     done
