@@ -23,8 +23,6 @@ a CPU, Linux may promise more than it has, and end the process.
     published     Tables 14 and 15: 1.2B in bf16 on an A100
 
 GB are 10^9 bytes, GiB 2^30.
-
-Contents: variants, accounts, measurement (the machine, turns, rounds), printing, figures, command line.
 """
 
 import argparse
@@ -42,46 +40,24 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib import import_module
-from itertools import product
+from itertools import groupby, product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from typing import Annotated
 from unittest.mock import patch
 
 import torch
 import yaml
-from pydantic import ByteSize, TypeAdapter, ValidationError
+from pydantic import ByteSize, Field, PositiveInt, TypeAdapter, ValidationError
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from common import (
-    ROOT,
-    SIZES,
-    VARIANTS,
-    InputError,
-    Parser,
-    first_line,
-    script_of,
-    show_what_the_terminal_can,
-    write_text,
-)
-from report import (
-    LOOKS,
-    amount,
-    as_json,
-    change,
-    giga,
-    integer,
-    panels,
-    pareto_front,
-    percent,
-    rate,
-    save_figure,
-    sheet,
-    view,
-)
+import report
+from common import ROOT, SIZES, VARIANTS, InputError, Parser, show_what_the_terminal_can, write_text
+from report import amount, giga
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # below that, torch.profiler reports its every start and stop
 
@@ -136,11 +112,9 @@ class Variant:
         """Parameters by part; the output embedding is tied to the input's and counts once."""
         counts = dict.fromkeys(("total", "trainable", *MODULES.values()), 0)
         for name, parameter in self.build().named_parameters():
-            counts["total"] += parameter.numel()
-            if parameter.requires_grad:
-                counts["trainable"] += parameter.numel()
             part = next(MODULES[module] for module in name.split(".") if module in MODULES)
-            counts[part] += parameter.numel()
+            for key in ("total", "trainable", part):
+                counts[key] += parameter.numel()
         return counts
 
     @property
@@ -161,11 +135,10 @@ def chosen(sizes, aliases, settings):
     """{size: its Variants}, where None stands for all; one asked for by size and alias has to exist."""
     variants = {}
     for size in sizes or SIZES:
-        of_size = [alias for alias in VARIANTS if alias in (aliases or VARIANTS)]
-        if not (sizes and aliases):  # if both are given, Variant says which does not exist
-            of_size = [alias for alias in of_size if size in VARIANTS[alias]["script"]]
-        if of_size:
-            variants[size] = [Variant(alias, size, **settings) for alias in of_size]
+        for alias in VARIANTS:
+            asked = alias in (aliases or VARIANTS)
+            if asked and (size in VARIANTS[alias]["script"] or sizes and aliases):
+                variants.setdefault(size, []).append(Variant(alias, size, **settings))
     return variants
 
 
@@ -264,17 +237,14 @@ def forward_account(variant, model, T):
 def cache_account(variant, contexts):
     """The KV cache of one sequence in bf16, by context, and its saving over caching K and V of every head."""
     c = variant.config
-    by_context = {}
-    for context in contexts:
-        size = variant.cache_bytes(context)
-        by_context[str(context)] = {"bytes": size, "gb": size / 1e9, "gib": size / 2**30}
+    sizes = {str(context): variant.cache_bytes(context) for context in contexts}
     return {
         "dtype": "bf16",
         "cached": variant.row["cached"],
         "heads": c.n_kv_groups or c.n_head,
         "bytes_per_token": variant.cache_bytes(),
         "reduction_percent": 100 * (1 - variant.cache_bytes() / (2 * c.n_layer * c.n_embd * 2)),
-        "by_context": by_context,
+        "by_context": {T: {"bytes": n, "gb": n / 1e9, "gib": n / 2**30} for T, n in sizes.items()},
     }
 
 
@@ -295,41 +265,41 @@ def analyse(alias, size):
     }
 
 
-def account_records(variant, entry, contexts, memory):
-    """{table: flat records} of an entry.
+def change(ours, theirs):
+    """By how many percent a figure differs from another's."""
+    return 100 * (ours / theirs - 1)
+
+
+def account_records(variant, entry, qkv, contexts, memory):
+    """{table: flat records} of an entry, beside QKV's of the same size, or none.
 
     `unexplained` is how far its three accounts disagree; `sequences` is how many caches fit into `memory`
     bytes beside the weights, all in bf16.
     """
-    parameters, compute, cache = [variant.label | entry["parameters"]], [], []
+    total = entry["parameters"]["total"]
+    parameters = variant.label | entry["parameters"]
+    if qkv:
+        parameters["total_vs_qkv"] = change(total, qkv["parameters"]["total"])
+
+    compute = []
     for T, forward in entry["analysis_by_seq_len"].items():
         macs, flops = forward["theoretical_macs"]["total"], forward["actual_flops"]["total_flops"]
         items = dict(forward["elementwise_flops"])
         unexplained = abs(forward["fvcore_macs"] - macs) + abs(flops - 2 * macs - items.pop("total"))
-        compute.append({
-            **variant.label, "T": int(T), "theoretical_macs": macs, "fvcore_macs": forward["fvcore_macs"],
-            "profiled_flops": flops, **items, "unexplained": unexplained, "ratio": forward["ratio"],
-        })  # fmt: skip
+        row = {"T": int(T), "theoretical_macs": macs, "fvcore_macs": forward["fvcore_macs"]}
+        row |= {"profiled_flops": flops, **items, "unexplained": unexplained, "ratio": forward["ratio"]}
+        if qkv:
+            row["macs_vs_qkv"] = change(macs, qkv["analysis_by_seq_len"][T]["theoretical_macs"]["total"])
+        compute.append(variant.label | row)
+
     account = cache_account(variant, contexts)
-    weights = 2 * variant.parameters["total"]
-    for context in contexts:
-        size = account["by_context"][str(context)]
-        cache.append({
-            **variant.label, "bytes_per_token": account["bytes_per_token"],
-            "reduction_percent": account["reduction_percent"], "context": context, **size,
-            "weight_bytes": weights, "memory_bytes": memory,
-            "sequences": max(0, memory - weights) // size["bytes"],
-        })  # fmt: skip
-    return {"parameters": parameters, "compute": compute, "kv_cache": cache}
-
-
-def add_change(records, key, name):
-    """Give each record, under `name`, the change of `key` against QKV at the same size and T, in percent."""
-    qkv = {(record["size"], record.get("T")): record[key] for record in records if record["alias"] == "kqv"}
-    for record in records:
-        reference = qkv.get((record["size"], record.get("T")))
-        if reference:
-            record[name] = 100 * (record[key] / reference - 1)
+    same = {key: account[key] for key in ("bytes_per_token", "reduction_percent")}
+    same |= variant.label | {"weight_bytes": 2 * total, "memory_bytes": memory}
+    cache = [
+        same | {"context": int(context), **size, "sequences": max(0, memory - 2 * total) // size["bytes"]}
+        for context, size in account["by_context"].items()
+    ]
+    return {"parameters": [parameters], "compute": compute, "kv_cache": cache}
 
 
 # -----------------------------------------------------------------------------
@@ -338,17 +308,16 @@ def add_change(records, key, name):
 Machine = namedtuple("Machine", "device dtype bandwidth")  # that is measured on; reads in bytes a second
 
 
-def cpu_info():
-    """What Linux says of its processors; empty elsewhere."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
+def of_linux(path):
+    """A file that Linux keeps about processes and processors; empty elsewhere."""
+    return Path(path).read_text() if Path(path).exists() else ""
 
 
 def device_name(device):
     """The device's name, and for a CPU the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = re.findall(r"^model name\s*: (.*)$", cpu_info(), re.MULTILINE)
+    names = re.findall(r"^model name\s*: (.*)$", of_linux("/proc/cpuinfo"), re.MULTILINE)
     return f"{names[0] if names else platform.processor()}, threads: {torch.get_num_threads()}"
 
 
@@ -356,7 +325,7 @@ def bf16_is_native(device):
     """Whether the device computes in bf16; one that emulates it is faster in fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info()))
+    return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", of_linux("/proc/cpuinfo")))
 
 
 def now(device):
@@ -370,13 +339,12 @@ def read_bandwidth(device, repeats=5):
     """Bytes a second of the fastest way to pass over a large matrix, which writes next to nothing."""
     matrix = torch.ones(1024, READ_BYTES // 4096, device=device)
     row = torch.ones(1, 1024, device=device)
-    passes = 1 if device.type == "cpu" else 16  # on a GPU, enough for the wait at the end not to count
     times = []
     for read in (matrix.sum, lambda: row @ matrix) * repeats:
         start = now(device)
-        for _ in range(passes):
+        for _ in range(8):  # on a GPU, enough for the wait at the end not to count
             read()
-        times.append((now(device) - start) / passes)
+        times.append((now(device) - start) / 8)
     return matrix.nbytes / min(times)
 
 
@@ -409,8 +377,7 @@ class PeakMemory:
 
 def resident(field):
     """Bytes of resident memory, now (VmRSS) or at its peak (VmHWM); None outside Linux."""
-    path = Path("/proc/self/status")
-    found = re.search(rf"{field}:\s+(\d+) kB", path.read_text() if path.exists() else "")
+    found = re.search(rf"{field}:\s+(\d+) kB", of_linux("/proc/self/status"))
     return 1024 * int(found[1]) if found else None
 
 
@@ -449,7 +416,6 @@ def decode_turn(variant, machine, context, batch, steps):
     read = step_bytes(variant, context + steps / 2, batch, machine.dtype.itemsize)
     roofline = batch * machine.bandwidth / read
     decode = batch * steps / (times[2] - times[1])
-    published = {f"published_{key}": variant.published(key) for key in ("decode", "peak_memory")}
     return {
         "n_positions": n_positions,
         "cache_bytes": caches[-1].nbytes,
@@ -459,26 +425,25 @@ def decode_turn(variant, machine, context, batch, steps):
         "decode": decode,
         "roofline": roofline,
         "of_roofline": 100 * decode / roofline,
-        **{key: figure for key, figure in published.items() if figure},
     }
 
 
-def train_turn(variant, machine, micro_batch_size, seq_length, accumulation, steps, compile):
-    """Updates of the script's model as it trains: autocast, clipped gradients, fused AdamW."""
+def train_turn(variant, machine, micro_batch_size, seq_length, steps):
+    """An update of the script's model as it trains, from so many micro batches."""
     device = machine.device
     peak = PeakMemory(device)
     model = variant.build(device, n_positions=max(variant.config.n_positions, seq_length)).train()
-    if compile:
+    if device.type == "cuda":
         torch.compiler.reset()  # forget what was compiled for the last model
         model.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     batch = torch.randint(variant.config.vocab_size, (micro_batch_size, seq_length), device=device)
 
     def update():
-        for _ in range(accumulation):
+        for _ in range(steps):
             with torch.autocast(device.type, torch.bfloat16, enabled=machine.dtype == torch.bfloat16):
                 _, loss = model(batch, batch)
-            (loss / accumulation).backward()
+            (loss / steps).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -486,9 +451,8 @@ def train_turn(variant, machine, micro_batch_size, seq_length, accumulation, ste
     update()  # compiles, and makes the optimiser's state
     peak.restart()
     start = now(device)
-    for _ in range(steps):
-        update()
-    rate = steps * accumulation * micro_batch_size * seq_length / (now(device) - start)
+    update()
+    rate = steps * micro_batch_size * seq_length / (now(device) - start)
     length = SimpleNamespace(seq_length=seq_length)
     share = variant.script.mfu(variant.parameters["total"], variant.config, length, device, rate)
     return {"train": rate, **peak.read(), **{key: 100 * value for key, value in share.items()}}
@@ -506,15 +470,12 @@ def over_rounds(turns, qkvs):
 
     `qkvs` are QKV's turns of the same rounds, or None. What does not differ between turns stays as it is.
     """
-    record = {}
-    for key, value in turns[0].items():
-        if key not in FIGURES:
-            record[key] = value
-            continue
+    record = {key: value for key, value in turns[0].items() if key not in FIGURES}
+    for key in [key for key in FIGURES if key in turns[0]]:
         by_round = {key: [turn[key] for turn in turns]}
         if qkvs:
             pairs = zip(turns, qkvs, strict=True)
-            by_round[f"{key}_vs_qkv"] = [100 * (ours[key] / qkv[key] - 1) for ours, qkv in pairs]
+            by_round[f"{key}_vs_qkv"] = [change(ours[key], qkv[key]) for ours, qkv in pairs]
         for name, values in by_round.items():
             record |= {name: median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
     return record
@@ -526,23 +487,18 @@ def take_turns(variants, turn, rounds, progress):
     Every round goes through all variants, so that whatever else the machine does affects them alike. The
     first round warms up and does not count.
     """
-    results = {variant.alias: [] for variant in variants}
-    failed = {}
-    for number, variant in product(range(rounds + 1), variants):
+    results, failed = {variant.alias: [] for variant in variants}, {}
+    for variant in variants * (rounds + 1):
         progress()
         if variant.alias in failed:
             continue
         try:
-            result = turn(variant)
+            results[variant.alias].append(turn(variant))
         except RuntimeError as error:  # torch.OutOfMemoryError is one, but a CPU does not raise it
             if "tried to allocate" not in str(error).lower():
                 raise
-            failed[variant.alias] = first_line(error)
-            del results[variant.alias]
-        else:
-            if number:
-                results[variant.alias].append(result)
-    return results, failed
+            failed[variant.alias] = str(error).splitlines()[0]
+    return {alias: turns[1:] for alias, turns in results.items() if alias not in failed}, failed
 
 
 def points_of(options, size):
@@ -552,7 +508,7 @@ def points_of(options, size):
         return [{"context": context, "batch": batch, "steps": options.steps} for context, batch in pairs]
     published = yaml.safe_load((ROOT / f"configs/train_config_{size}.yaml").read_text(encoding="utf-8"))
     point = {key: getattr(options, key) or published[key] for key in ("micro_batch_size", "seq_length")}
-    return [point | {key: getattr(options, key) for key in ("accumulation", "steps", "compile")}]
+    return [point | {"steps": options.steps}]
 
 
 def measure(variants, options):
@@ -571,8 +527,9 @@ def measure(variants, options):
                 record = variant.label | point
                 if variant.alias in failed:
                     skipped.append(record | {"place": place, "reason": failed[variant.alias]})
-                else:
-                    measured.append(record | over_rounds(results[variant.alias], results.get("kqv")))
+                    continue
+                published = {f"published_{key}": variant.published(key) for key in ("decode", "peak_memory")}
+                measured.append(record | published | over_rounds(results[variant.alias], results.get("kqv")))
     about = {
         "device": device_name(machine.device), "cores": os.cpu_count(), "python": platform.python_version(),
         "torch": torch.__version__, "dtype": options.dtype, "rounds": options.rounds,
@@ -584,186 +541,127 @@ def measure(variants, options):
 # -----------------------------------------------------------------------------
 # Printing
 
-# Each kind of record has views: a title, and columns of a header, the key in the record, and how to write it.
-NAME, TOKENS = ("", "variant", str), ("tokens", "context", integer)
-VIEWS = {
-    "parameters": [("Parameters at {size}; the paper's Table 5 is of 300M", [
-        NAME, ("total", "total", integer), ("vs QKV", "total_vs_qkv", change),
-        ("attention", "attention", integer), ("MLP", "mlp", integer), ("embeddings", "embedding", integer),
-        ("LayerNorm", "layernorm", integer),
+# The tables of each kind of record: a title, and columns as report.table takes them.
+NAME, TOKENS = ("", "variant"), ("tokens", "context", ",")
+COUNT, SPEED, PERCENT, CHANGE = (",.0f",), (",.1f",), (".1f", " %"), ("+.1f", " %")
+TABLES = {
+    "parameters": [("Parameters at {model}; the paper's Table 5 is of 300M", [
+        NAME, ("total", "total", *COUNT), ("vs QKV", "total_vs_qkv", *CHANGE),
+        ("attention", "attention", *COUNT), ("MLP", "mlp", *COUNT), ("embeddings", "embedding", *COUNT),
+        ("LayerNorm", "layernorm", *COUNT),
     ])],
-    "compute": [("A forward pass of T tokens at {size}; the paper's Table 6 is of 300M", [
-        NAME, ("T", "T", integer), ("MACs, formula", "theoretical_macs", integer),
-        ("vs QKV", "macs_vs_qkv", change), ("MACs, fvcore", "fvcore_macs", integer),
-        ("FLOPs, torch.profiler", "profiled_flops", integer),
-        ("scaled scores", "score_scaling", integer), ("residuals", "residual_adds", integer),
-        ("positions", "position_add", integer), ("unexplained", "unexplained", integer),
-        ("FLOPs / 2 MACs", "ratio", "{:.6f}".format),
+    "compute": [("A forward pass of T tokens at {model}; the paper's Table 6 is of 300M", [
+        NAME, ("T", "T", *COUNT), ("MACs, formula", "theoretical_macs", *COUNT),
+        ("vs QKV", "macs_vs_qkv", *CHANGE), ("MACs, fvcore", "fvcore_macs", *COUNT),
+        ("FLOPs, torch.profiler", "profiled_flops", *COUNT), ("scaled scores", "score_scaling", *COUNT),
+        ("residuals", "residual_adds", *COUNT), ("positions", "position_add", *COUNT),
+        ("unexplained", "unexplained", *COUNT), ("FLOPs / 2 MACs", "ratio", ".6f"),
     ])],
-    "kv_cache": [("KV cache of a sequence at {size}, bf16", [
-        NAME, ("bytes a token", "bytes_per_token", integer), ("saved", "reduction_percent", percent), TOKENS,
-        ("GB", "gb", amount), ("GiB", "gib", amount), ("weights, GB", "weight_bytes", giga),
-        ("memory, GB", "memory_bytes", giga), ("sequences that fit", "sequences", integer),
+    "kv_cache": [("KV cache of a sequence at {model}, bf16", [
+        NAME, ("bytes a token", "bytes_per_token", *COUNT), ("saved", "reduction_percent", *PERCENT),
+        TOKENS, ("GB", "gb", amount), ("GiB", "gib", amount), ("weights, GB", "weight_bytes", giga),
+        ("memory, GB", "memory_bytes", giga), ("sequences that fit", "sequences", *COUNT),
     ])],
     "decode": [
-        ("KV cache and peak memory at {size}", [
-            NAME, TOKENS, ("batch", "batch", integer), ("positions", "n_positions", integer),
-            ("cache, bytes", "cache_bytes", integer), ("formula", "formula_bytes", integer),
-            ("peak memory, GB", "peak_bytes", giga), ("vs QKV", "peak_bytes_vs_qkv", change),
-            ("published", "published_peak_memory", str),
+        ("KV cache and peak memory at {model}", [
+            NAME, TOKENS, ("batch", "batch"), ("cache, bytes", "cache_bytes", *COUNT),
+            ("formula", "formula_bytes", *COUNT), ("peak memory, GB", "peak_bytes", giga),
+            ("vs QKV", "peak_bytes_vs_qkv", *CHANGE), ("published", "published_peak_memory"),
         ]),
-        ("Prefill and decode at {size}, tokens a second", [
-            NAME, TOKENS, ("batch", "batch", integer), ("prefill", "prefill", rate),
-            ("decode", "decode", rate), ("vs QKV", "decode_vs_qkv", change),
-            ("published", "published_decode", str),
-            ("roofline", "roofline", rate), ("vs QKV", "roofline_vs_qkv", change),
-            ("reached", "of_roofline", percent),
+        ("Prefill and decode at {model}, tokens a second", [
+            NAME, TOKENS, ("batch", "batch"), ("prefill", "prefill", *SPEED), ("decode", "decode", *SPEED),
+            ("vs QKV", "decode_vs_qkv", *CHANGE), ("published", "published_decode"),
+            ("roofline", "roofline", *SPEED), ("vs QKV", "roofline_vs_qkv", *CHANGE),
+            ("reached", "of_roofline", *PERCENT),
         ]),
     ],
-    "train": [("Training at {size}", [
-        NAME, ("micro batch", "micro_batch_size", integer), ("T", "seq_length", integer),
-        ("accumulation", "accumulation", integer), ("tokens/s", "train", rate),
-        ("vs QKV", "train_vs_qkv", change), ("peak memory, GB", "peak_bytes", giga),
-        ("vs QKV", "peak_bytes_vs_qkv", change), ("mfu", "mfu", percent),
+    "train": [("Training at {model}", [
+        NAME, ("rows", "micro_batch_size"), ("T", "seq_length", *COUNT), ("micro batches", "steps"),
+        ("tokens/s", "train", *SPEED), ("vs QKV", "train_vs_qkv", *CHANGE),
+        ("peak memory, GB", "peak_bytes", giga), ("vs QKV", "peak_bytes_vs_qkv", *CHANGE),
+        ("mfu", "mfu", *PERCENT),
     ])],
     "machine": [("Measured on", [
-        ("device", "device", str), ("torch", "torch", str), ("dtype", "dtype", str),
-        ("rounds", "rounds", integer), ("reads, GB/s", "read_bandwidth", giga),
+        ("device", "device"), ("torch", "torch"), ("dtype", "dtype"), ("rounds", "rounds"),
+        ("reads, GB/s", "read_bandwidth", giga),
     ])],
-    "skipped": [("Skipped at {size}", [NAME, ("run", "place", str), ("reason", "reason", str)])],
+    "skipped": [("Skipped at {model}", [NAME, ("run", "place"), ("reason", "reason")])],
 }  # fmt: skip
 
 
 def as_tables(records, heading, style):
-    """Every view of the records, model by model (a size, and what --set changed), each under its title."""
+    """The tables of all records, model by model: a size, and what --set changed."""
+
+    def model_of(record):
+        return " with ".join(record[key] for key in ("size", "set") if key in record)
+
     blocks = []
     for name, of_name in records.items():
-        by_model = {}
-        for record in of_name:
-            model = " with ".join(record[key] for key in ("size", "set") if key in record)
-            by_model.setdefault(model, []).append(record)
-        for model, of_model in by_model.items():
-            for title, columns in VIEWS[name]:
-                blocks += [heading + title.format(size=model), view(columns, of_model, style)]
+        for model, of_model in groupby(of_name, model_of):
+            rows = list(of_model)
+            for title, columns in TABLES[name]:
+                blocks += [heading + title.format(model=model), report.table(columns, rows, style)]
     return "\n\n".join(blocks) + "\n"
 
 
 def as_csv(records):
     """One sheet of all records, unrounded; `table` says where a record belongs, what it lacks is empty."""
-    return sheet([{"table": name} | record for name, of_name in records.items() for record in of_name])
+    return report.sheet([{"table": name} | record for name, of_name in records.items() for record in of_name])
 
 
 FORMATS = {
     "table": partial(as_tables, heading="", style="simple"),
     "markdown": partial(as_tables, heading="### ", style="pipe"),
-    "json": as_json,
+    "json": report.as_json,
     "csv": as_csv,
 }
 
 
-# -----------------------------------------------------------------------------
-# Figures
-
-
-def pareto_figure(path, variants):
-    """Published perplexity against the saved part of the KV cache, with a line through the Pareto front.
-
-    A perplexity far above the others is drawn at the upper edge, with its value.
-    """
-    figure, axes = panels(list(variants))
-    for ax, of_size in zip(axes, variants.values(), strict=True):
-        shown = [variant for variant in of_size if variant.published("perplexity")]
-        points = []
-        for variant in shown:
-            kept = 1 - cache_account(variant, [])["reduction_percent"] / 100
-            points.append((kept, variant.published("perplexity")))
-        if not points:
-            continue
-        ax.plot(*zip(*pareto_front(points), strict=True), color="0.7", zorder=1)
-
-        edge = 1.08 * min(perplexity for _, perplexity in points)
-        for variant, (kept, perplexity) in zip(shown, points, strict=True):
-            colour, marker = LOOKS[variant.alias]
-            label = variant.paper if perplexity <= edge else f"{variant.paper}: {perplexity:g} ↑"
-            ax.scatter(kept, min(perplexity, edge), s=70, color=colour, marker=marker, zorder=2)
-            ax.annotate(label, (kept, min(perplexity, edge)), (7, -13), textcoords="offset points")
-
-        ticks = [0.5**i for i in range(7)]
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(ticks, [f"{100 - 100 * kept:.3g} %" for kept in ticks])
-        ax.set_xlim(1 / 0.85, 1 / 128)
-        ax.margins(y=0.1)
-        ax.set_xlabel("KV cache saved")
-        ax.set_ylabel("published validation perplexity")
-    save_figure(path, figure)
-
-
-def cache_figure(path, variants, memory):
-    """Cache bytes of a sequence against its length, in bf16; variants that cache the same share a line."""
-    figure, axes = panels([f"{size}, bf16" for size in variants])
-    contexts = [1000 * 2**i for i in range(8)]
-    for ax, of_size in zip(axes, variants.values(), strict=True):
-        alike = {}
-        for variant in of_size:
-            alike.setdefault(variant.cache_bytes(), []).append(variant)
-
-        for bytes_per_token, sharing in alike.items():
-            colour, marker = LOOKS[sharing[0].alias]
-            sizes = [bytes_per_token * context / 1e9 for context in contexts]
-            ax.plot(contexts, sizes, color=colour, marker=marker, markersize=5)
-            names = ", ".join(variant.paper for variant in sharing)
-            ax.annotate(names, (contexts[-1], sizes[-1]), (8, 0), textcoords="offset points", va="center")
-
-        ax.axhline(memory / 1e9, color="0.5", linestyle="--")
-        ax.annotate(f"{memory / 1e9:g} GB", (contexts[0], memory / 1e9), (0, 4), textcoords="offset points")
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(contexts, [integer(context) for context in contexts], rotation=30)
-        ax.minorticks_off()
-        ax.set_xlabel("context, tokens")
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.set_ylabel("KV cache of a sequence, GB")
-    save_figure(path, figure)
+def draw_pareto(path, variants):
+    """Published perplexity against the cache of a token, with a panel for each size."""
+    fills = []
+    for size, of_size in variants.items():
+        points = [(v.cache_bytes(), v.published("perplexity"), None, v.paper, v.alias) for v in of_size]
+        if points := [point for point in points if point[1]]:
+            fill = partial(report.pareto, points=points, ylabel="published validation perplexity")
+            fills.append((size, fill))
+    if fills:
+        report.draw(path, fills)
 
 
 # -----------------------------------------------------------------------------
 # Command line
 
-ON_CPU = {"sizes": ["300M"], "variants": ["kqv", "kv", "gqa", "qmqa"]}  # takes minutes
-DEFAULTS = {  # where an option is not given; elsewhere None stands for all, or for the published setting
-    ("decode", "cpu"): ON_CPU | {"contexts": [512, 2_048], "batches": [1], "steps": 32},
-    ("decode", "cuda"): {
-        "sizes": ["1.2B"], "contexts": [2_048, 8_192, 32_000], "batches": [1, 8], "steps": 128,
+DEFAULTS = {  # of measurements; elsewhere None stands for all, or for the published setting
+    "cpu": {  # takes minutes
+        "sizes": ["300M"], "variants": ["kqv", "kv", "gqa", "qmqa"], "contexts": [512, 2_048], "batches": [1],
+        "micro_batch_size": 1, "seq_length": 256,
     },
-    ("train", "cpu"): ON_CPU | {
-        "micro_batch_size": 1, "seq_length": 256, "accumulation": 1, "steps": 1, "compile": False,
-    },
-    ("train", "cuda"): {"sizes": ["300M"], "accumulation": 8, "steps": 3, "compile": True},
+    "cuda": {"contexts": [2_048, 8_192, 32_000], "batches": [1, 8]},
 }  # fmt: skip
+STEPS = {"decode": {"cpu": 32, "cuda": 128}, "train": {"cpu": 1, "cuda": 24}}
 
 
-def memory_size(text):
-    """Bytes of an amount such as 40GB or 24GiB."""
-    try:
-        size = TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError:
-        size = 0
-    if size < 10**6:  # none, or a number without a unit
-        raise argparse.ArgumentTypeError(f"expected an amount such as 40GB or 24GiB, got {text!r}")
-    return int(size)
+def checked(kind, expected):
+    """A type for argparse: what pydantic reads in a text."""
+
+    def read(text):
+        try:
+            return TypeAdapter(kind).validate_python(text)
+        except ValidationError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}") from None
+
+    return read
 
 
-def positive(text):
-    """A whole number above 0."""
-    if not text.replace("_", "").isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
+positive = checked(PositiveInt, "a whole number above 0")
+memory_size = checked(Annotated[ByteSize, Field(ge=10**6)], "an amount such as 40GB or 24GiB")
 
 
 def setting(text):
     """(key, value) of a KEY=VALUE; the training scripts check the value."""
     key, _, value = text.partition("=")
-    known = script_of("kqv").ModelConfig.__annotations__
+    known = Variant("kqv", "300M").script.ModelConfig.__annotations__
     with contextlib.suppress(yaml.YAMLError):
         if key in known:
             return key, yaml.safe_load(value)
@@ -779,36 +677,36 @@ def command_line():
 
     def command(name, about):
         add = commands.add_parser(name, description=about, help=about).add_argument
-        add("--sizes", nargs="+", choices=SIZES, help="default: both; measured: 300M, decode on CUDA 1.2B")
-        aliases = f"{', '.join(VARIANTS)} (default: all; measured on a CPU: {', '.join(ON_CPU['variants'])})"
+        add("--sizes", nargs="+", choices=SIZES, help="default: both; measured on a CPU: 300M")
+        every, few = (", ".join(aliases) for aliases in (VARIANTS, DEFAULTS["cpu"]["variants"]))
+        aliases = f"{every} (default: all; measured on a CPU: {few})"
         add("--variants", nargs="+", choices=VARIANTS, metavar="ALIAS", help=aliases)
         add("--format", choices=FORMATS, default="table", help="of what is printed")
-        if name != "train":
-            contexts = PAPER_CONTEXTS if name == "count" else None
-            tokens = "tokens in the KV cache"
-            add("--contexts", nargs="+", type=positive, default=contexts, metavar="T", help=tokens)
-        if name == "count":
-            return add
+        return add
+
+    def measurement(name, about, steps):
+        add = command(name, about)
         add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
         add("--dtype", choices=DTYPES, help="default: bf16 where it is native; training casts by autocast")
         add("--rounds", type=positive, default=3, metavar="N", help="turns of each variant after the warm-up")
-        add("--steps", type=positive, metavar="N", help="tokens decoded, or updates made, in a turn")
+        add("--steps", type=positive, metavar="N", help=steps)
         fields = "fields of the model's config to change"
         add("--set", nargs="+", action="extend", type=setting, default=[], metavar="KEY=VALUE", help=fields)
         return add
 
+    contexts = {"nargs": "+", "type": positive, "metavar": "T", "help": "tokens in the KV cache"}
     add = command("count", "parameters, operations and cache without running a model (the default)")
+    add("--contexts", default=PAPER_CONTEXTS, **contexts)
     memory = "for weights and caches, such as 24GiB (default: 40GB)"
     add("--memory", type=memory_size, default=40 * 10**9, metavar="SIZE", help=memory)
-    add("--figures", type=Path, metavar="DIR", help="write PNG figures there")
+    add("--figures", type=Path, metavar="DIR", help="write the figure pareto.png there")
     add("--output_dir", type=Path, default=Path(), metavar="DIR", help="of the JSON (default: here)")
-    add = command("decode", "prefill and decode through the KV cache")
+    add = measurement("decode", "prefill and decode through the KV cache", "tokens decoded in a turn")
+    add("--contexts", **contexts)
     add("--batches", nargs="+", type=positive, metavar="B", help="sequences at the same time")
-    add = command("train", "updates as the training scripts make them")
+    add = measurement("train", "updates as the training scripts make them", "micro batches in an update")
     add("--micro_batch_size", type=positive, metavar="B", help="rows in a forward and backward pass")
     add("--seq_length", type=positive, metavar="T", help="tokens in a row")
-    add("--accumulation", type=positive, metavar="N", help="gradient accumulation steps in an update")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     return parser
 
 
@@ -828,8 +726,9 @@ def complete(options):
         raise InputError("--device cuda: PyTorch finds no CUDA device")
     options.device = torch.device(options.device or ("cuda" if has_cuda else "cpu"))
     options.dtype = options.dtype or ("bf16" if bf16_is_native(options.device) else "fp32")
-    for name, value in DEFAULTS[options.command, options.device.type].items():
-        if getattr(options, name) is None:
+    options.steps = options.steps or STEPS[options.command][options.device.type]
+    for name, value in DEFAULTS[options.device.type].items():
+        if getattr(options, name, value) is None:
             setattr(options, name, value)
 
 
@@ -848,17 +747,17 @@ def run_accounts(options):
     by_size = {size: {} for size in variants}
     for variant, entry in zip(everyone, entries, strict=True):
         by_size[variant.size][variant.key] = entry
-        for name, rows in account_records(variant, entry, options.contexts, options.memory).items():
+        qkv = by_size[variant.size].get("QKV")
+        of_variant = account_records(variant, entry, qkv, options.contexts, options.memory)
+        for name, rows in of_variant.items():
             records[name] += rows
-    add_change(records["parameters"], "total", "total_vs_qkv")
-    add_change(records["compute"], "theoretical_macs", "macs_vs_qkv")
 
     # A file holds all variants of its size, or is left as it is.
     for size in [] if options.variants else options.sizes or ["300M"]:
-        write_text(options.output_dir / f"comprehensive_flop_analysis_{size}.json", as_json(by_size[size]))
+        path = options.output_dir / f"comprehensive_flop_analysis_{size}.json"
+        write_text(path, report.as_json(by_size[size]))
     if options.figures:
-        pareto_figure(options.figures / "pareto.png", variants)
-        cache_figure(options.figures / "kv_cache.png", variants, options.memory)
+        draw_pareto(options.figures / "pareto.png", variants)
     return records
 
 

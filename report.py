@@ -1,12 +1,7 @@
-"""Tables and figures of the tools: records in, text or a PNG out.
-
-A record is a dict of one row. Beside a figure `x` it may hold `x_low` and `x_high`, the range over rounds.
-"""
+"""Tables and figures of the tools: records in, text or a PNG out. A record is a dict of one row."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from functools import partial
@@ -19,24 +14,8 @@ from common import VARIANTS, write_atomically, write_text
 
 LOOKS = {alias: tuple(row["look"]) for alias, row in VARIANTS.items()}  # a colour and a marker in figures
 
-integer = "{:,.0f}".format
-percent = "{:.1f} %".format
-change = "{:+.1f} %".format
-
-
-def amount(value):
-    """Two decimals, and three digits below 1."""
-    return f"{value:,.2f}" if value >= 1 else f"{value:#.3g}"
-
-
-def giga(value):
-    """Bytes as GB."""
-    return amount(value / 1e9)
-
-
-def rate(value):
-    """A decimal below 1,000, none above."""
-    return f"{value:,.1f}" if value < 1000 else integer(value)
+# -----------------------------------------------------------------------------
+# Statistics
 
 
 def mean(name, values):
@@ -56,9 +35,9 @@ def t_interval(values):
 
 
 def bootstrap(samples, coefficients=(1,)):
-    """95 % interval of the sum of coefficient x mean over samples, each resampled with replacement 10,000 times.
+    """95 % interval of the sum of coefficient x mean over samples, each resampled with replacement.
 
-    None where a sample has one value, so that there is nothing to draw from.
+    10,000 times. None where a sample has one value, so that there is nothing to draw from.
     """
     samples = [list(values) for values in samples]
     if min(map(len, samples)) < 2:
@@ -71,60 +50,61 @@ def bootstrap(samples, coefficients=(1,)):
     return list(map(float, found.confidence_interval))
 
 
-def cell(record, key, write):
-    """The text of a value, with its range where it has one; empty where the record has no such value."""
-    if record.get(key) is None:
+# -----------------------------------------------------------------------------
+# Tables
+
+
+def amount(value):
+    """Two decimals, and three digits below 1."""
+    return f"{value:,.2f}" if value >= 1 else f"{value:#.3g}"
+
+
+def giga(value):
+    """Bytes as GB."""
+    return amount(value / 1e9)
+
+
+def cell(record, key, pattern="", unit=""):
+    """The text of a value; empty where the record has none.
+
+    Behind it stands its spread (± x_spread), its interval [x_interval] or its range (x_low to x_high), where
+    the record has one. The pattern is one of format(), or a function that writes a number.
+    """
+    value = record.get(key)
+    write = pattern if callable(pattern) else f"{{:{pattern}}}".format
+    if value is None:
         return ""
-    text = write(record[key])
+    if isinstance(value, list | dict):
+        return listed(map(write, value.values() if isinstance(value, dict) else value))
+    text = write(value)
+    if record.get(f"{key}_spread") is not None:
+        text += f" ± {write(record[f'{key}_spread']).lstrip('+')}"
     low, high = record.get(f"{key}_low"), record.get(f"{key}_high")
-    return text if low == high else f"{text} ({write(low)} to {write(high)})"
-
-
-def view(columns, records, style):
-    """A table of records, without columns that are empty throughout, such as a GPU's figures on a CPU."""
-    filled = []
-    for header, key, write in columns:
-        cells = [cell(record, key, write) for record in records]
-        if any(cells):
-            filled.append((header, cells))
-    headers = [header for header, _ in filled]
-    rows = zip(*(cells for _, cells in filled), strict=True)
-    return grid(headers, rows, style)
-
-
-def grid(headers, rows, style):
-    """A table in one of tabulate's styles: the first column to the left, the others to the right."""
-    alignment = ["left"] + ["right"] * (len(headers) - 1)
-    return tabulate(rows, headers, style, colalign=alignment, disable_numparse=True)
-
-
-def value(record, key, pattern="", unit=""):
-    """The text of a value, with its spread or its interval where it has one; empty for None."""
-    found = record[key]
-    if found is None:
-        return ""
-    if isinstance(found, list | dict):
-        return listed(f"{part:{pattern}}" for part in (found.values() if isinstance(found, dict) else found))
-    spread, interval = record.get(f"{key}_spread"), record.get(f"{key}_interval")
-    text = f"{found:{pattern}}" + ("" if spread is None else f" ± {spread:{pattern.lstrip('+')}}") + unit
-    return text + (" [{:{p}}, {:{p}}]".format(*interval, p=pattern) if interval else "")
+    if low != high:
+        text += f" ({write(low)} to {write(high)})"
+    interval = record.get(f"{key}_interval")
+    return text + unit + (f" [{listed(map(write, interval))}]" if interval else "")
 
 
 def table(columns, records, style):
-    """A table of records; a column is a header, a key, and for numbers their pattern and their unit."""
-    headers = [header for header, *_ in columns]
-    return grid(headers, [[value(record, *how) for _, *how in columns] for record in records], style)
+    """A table of records in one of tabulate's styles, without columns that are empty throughout.
+
+    A column is a header, a key, and for numbers their pattern and their unit.
+    """
+    columns = [(header, [cell(record, *how) for record in records]) for header, *how in columns]
+    columns = [(header, cells) for header, cells in columns if any(cells)]
+    headers, columns = zip(*columns, strict=True)
+    alignment = ["left"] + ["right"] * (len(headers) - 1)
+    rows = zip(*columns, strict=True)
+    return tabulate(rows, headers, style, colalign=alignment, disable_numparse=True)
 
 
 def sheet(rows):
     """Records as comma-separated values; a list is written as its items."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        lists = {key: listed(value) for key, value in row.items() if isinstance(value, list)}
-        writer.writerow(row | lists)
-    return file.getvalue()
+    from pandas import DataFrame
+
+    rows = [{key: listed(v) if isinstance(v, list) else v for key, v in row.items()} for row in rows]
+    return DataFrame(rows, dtype=object).to_csv(index=False)
 
 
 def listed(values):
@@ -132,7 +112,7 @@ def listed(values):
 
 
 def as_json(records):
-    """What there is, unrounded: lists of records by table, or the entries of a size by variant."""
+    """What there is, unrounded."""
     return json.dumps(records, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -144,41 +124,50 @@ def write_texts(folder, name, markdown, json_text):
     return folder / "figures"
 
 
+# -----------------------------------------------------------------------------
+# Figures
+
+
 def draw(path, fills):
-    """A PNG with a panel for each (title, fill); fill(ax) draws in it."""
-    figure, axes = panels([title for title, _ in fills])
-    for ax, (_, fill) in zip(axes, fills, strict=True):
-        ax.title.set_fontsize("medium")
-        fill(ax)
-    save_figure(path, figure)
-
-
-def panels(titles):
-    """A figure and its axes, one for each title, up to three side by side."""
+    """A PNG with a panel for each (title, fill), up to three side by side; fill(ax) draws in it."""
     from matplotlib.figure import Figure
 
-    columns = min(3, len(titles))
-    rows = math.ceil(len(titles) / columns)
+    columns = min(3, len(fills))
+    rows = math.ceil(len(fills) / columns)
     figure = Figure(figsize=(0.5 + 5.5 * columns, 4.5 * rows), layout="constrained", dpi=150)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for ax in axes[len(titles) :]:
+    for ax in axes[len(fills) :]:
         ax.remove()
-    axes = axes[: len(titles)]
-    for ax, title in zip(axes, titles, strict=True):
-        ax.set_title(title)
+    for ax, (title, fill) in zip(axes, fills, strict=False):
+        ax.set_title(title, fontsize="medium")
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+        fill(ax)
+    save_figure(path, figure)
 
 
 def save_figure(path, figure):
     write_atomically(path, partial(figure.savefig, format="png"))
 
 
-def pareto_front(points):
-    """The (cost, loss) points that no other beats in one without losing in the other, by rising cost."""
+def pareto(ax, points, ylabel):
+    """Losses against the cache that a token takes, and a line through those that no other beats in both.
+
+    A point is the bytes, the loss, half of its range or None, a name and an alias.
+    """
     front = []
-    for cost, loss in sorted(points):
+    for size, loss in sorted(point[:2] for point in points):
         if not front or loss < front[-1][1]:
-            front.append((cost, loss))
-    return front
+            front.append((size, loss))
+    ax.plot(*zip(*front, strict=True), color="0.7", zorder=1)
+    for size, loss, spread, name, alias in points:
+        colour, marker = LOOKS[alias]
+        ax.errorbar(size, loss, spread, color=colour, marker=marker, markersize=8, capsize=3)
+        ax.annotate(name, (size, loss), (7, 5), textcoords="offset points")
+    sizes = sorted({size for size, *_ in points})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
+    ax.minorticks_off()
+    ax.margins(x=0.15, y=0.1)
+    ax.set_xlabel("KV cache in bf16, bytes per token")
+    ax.set_ylabel(ylabel)

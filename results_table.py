@@ -4,8 +4,8 @@
     python results_table.py outputs_kqv outputs_gqa --format markdown
     python results_table.py results/reduced_scale            # its runs.jsonl, which runs/gather.py wrote
 
-A table holds runs of one shape and one data protocol; a row of it, those of one variant that differ in the seed
-alone. A row marked * was trained with other settings than QKV, which the lines below the table name.
+A table holds runs of one shape and one data protocol; a row of it, those of one variant that differ in the
+seed alone. A row marked * was trained with other settings than QKV, which the lines below the table name.
 
     perplexity        of the final evaluation, over all positions, padding included: the paper's protocol. A
                       model that was trained with the padding masked never learned to predict padding; for it
@@ -20,6 +20,7 @@ results_table.json and figures/. For runs over sizes, tokens and learning rates,
 
 import json
 import math
+import operator
 from dataclasses import asdict
 from functools import cache, cached_property, partial
 from itertools import groupby
@@ -28,17 +29,16 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-import analysis_computation_profiler as profiler
 import report
-from analysis_computation_profiler import Variant
+from analysis_computation_profiler import Variant, cache_account, change
 from common import SIZES, VARIANTS, InputError, Parser, first_line, script_of, show_what_the_terminal_can
 from report import listed
 
 IDENTITY = ("variant", "init_from", "training text", "validation text", "tokenizer")  # of run.yaml
-TABLES = {"300M": ["300M (Table 4)"], "1.2B": ["1.2B (Table 10)"]}
+TABLES = {"300M": "300M (Table 4)", "1.2B": "1.2B (Table 10)"}
 FIGURES = ("perplexity", "text_perplexity", "loss", "text_loss")  # of an evaluation
 SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
-GROUPED_BY = {*SHAPE, "n_kv_groups", "sequence", "score_padding", "seq_length", "seed"}  # into tables and rows
+GROUPED_BY = {*SHAPE, "n_kv_groups", "sequence", "score_padding", "seq_length", "seed"}  # tables and rows
 
 
 def find_runs(paths):
@@ -50,7 +50,7 @@ def find_runs(paths):
             raise InputError(f"{path}: no runs found, neither a runs.jsonl nor a metrics.jsonl")
         runs += found
     if not runs:
-        raise InputError("no runs found: no folder outputs_* with a metrics.jsonl is here; name the runs' folders")
+        raise InputError("no runs found: here is no folder outputs_* with a metrics.jsonl; name the folders")
     return runs
 
 
@@ -63,14 +63,14 @@ def read_runs(path):
             return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         except ValueError as error:
             raise InputError(f"{file}: not what runs/gather.py writes: {error}") from error
-    return [read_run(folder) for folder in (path, *sorted(path.glob("*"))) if (folder / "metrics.jsonl").exists()]
+    folders = path, *sorted(path.glob("*"))
+    return [read_run(folder) for folder in folders if (folder / "metrics.jsonl").exists()]
 
 
 def read_run(folder):
     """The record of an output folder, as a line of runs.jsonl holds it.
 
-    That is its name, what run.yaml says of weights and data, all settings, and the log. The log is only ever
-    appended to: a resumed run logs the steps since its checkpoint again, and the last record of a step counts.
+    That is its name, what run.yaml says of weights and data, all settings, and the log.
     """
     try:
         about = yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))
@@ -86,23 +86,25 @@ def read_run(folder):
 
 
 class Run:
-    """A run: variant, settings, how far it got and what its evaluations came to."""
+    """A run: variant, settings, how far it got and what its evaluations came to.
+
+    Where the log has several records of a step, the last one counts.
+    """
 
     def __init__(self, record):
         self.name, self.about = record["name"], record
         self.alias = alias_of(record)
         script = script_of(self.alias)
+        evaluations, self.step = {}, 0
         try:
             model = script.ModelConfig(**record["model_config"])
             self.config = script.TrainingConfig(**record["train_config"])
-            evaluations = {}
             for entry in record["metrics"]:
+                self.step = max(self.step, entry["step"])
                 if entry["kind"] != "train":
-                    numbers = {key: float(entry[key]) for key in FIGURES}
-                    if not all(map(math.isfinite, numbers.values())):
-                        raise ValueError(f"step {entry['step']}: {numbers}")
+                    if not all(math.isfinite(entry[key]) for key in FIGURES):
+                        raise ValueError(f"step {entry['step']} has figures that are no numbers")
                     evaluations[entry["step"]] = entry
-            self.step = max((entry["step"] for entry in record["metrics"]), default=0)
         except (TypeError, LookupError, ValueError) as error:
             raise InputError(f"{self.name}: not a record of a training run: {error}") from error
         self.variant = Variant(self.alias, "300M", **asdict(model))
@@ -149,15 +151,15 @@ class Run:
             f"feed-forward {m.n_inner:,}, {m.n_positions:,} positions, vocabulary {m.vocab_size:,}",
         ]
         sequence, *padding = self.protocol.split(", ")
-        rows = f"{sequence} rows of {self.config.seq_length:,} tokens"
-        return [*TABLES.get(self.size, described), ", ".join([rows, *padding])]
+        rows = ", ".join([f"{sequence} rows of {self.config.seq_length:,} tokens", *padding])
+        return [*([TABLES[self.size]] if self.size else described), rows]
 
     @cached_property
     def setup(self):
         """The settings that runs have in common if they differ in variant and seed alone.
 
-        Leaves out what cannot change the result. In place of the data's paths stand the hashes of its contents;
-        in place of its three factors, the global batch.
+        Leaves out what cannot change the result. In place of the data's paths stand the hashes of its
+        contents; in place of its three factors, the global batch.
         """
         c = self.config
         left_out = GROUPED_BY | set(script_of("kqv").MAY_CHANGE)
@@ -244,7 +246,7 @@ def complete(row):
 def row_record(row, reference, size):
     """A row of the table, unrounded: means over its complete runs, beside what was published at a size."""
     variant = row[0].variant
-    cached = profiler.cache_account(variant, [])
+    cached = cache_account(variant, [])
     # GQA-2's figures are not those of GQA-4.
     as_published = variant.config.n_kv_groups == (variant.row["groups"] or {}).get(size)
     published = variant.row["published"] if as_published else {}
@@ -264,10 +266,9 @@ def row_record(row, reference, size):
     of_qkv = {run.seed: run.final for run in reference if run.final}
     pairs = [(finals[seed], of_qkv[seed]) for seed in finals if seed in of_qkv and row is not reference]
     for key in FIGURES:
-        change = (lambda own, qkv: 100 * (own / qkv - 1)) if "perplexity" in key else (lambda own, qkv: own - qkv)
-        changes = [change(own[key], qkv[key]) for own, qkv in pairs]
+        beyond = change if "perplexity" in key else operator.sub
         record |= report.mean(key, [final[key] for final in finals.values()])
-        record |= report.mean(f"{key}_vs_qkv", changes)
+        record |= report.mean(f"{key}_vs_qkv", [beyond(own[key], qkv[key]) for own, qkv in pairs])
     return record
 
 
@@ -284,11 +285,11 @@ def notes(rows, reference):
     seeds = complete(reference)
     lines = [] if seeds else ["No complete run of QKV: nothing to compare with."]
     for row in rows:
-        who = f"{row[0].variant.paper} ({listed(run.name for run in row)})"
+        who, own = f"{row[0].variant.paper} ({listed(run.name for run in row)})", complete(row)
         for key, (theirs, ours) in differences(row, reference).items():
             lines.append(f"* {who}: {key} is {ours}, and {theirs} for QKV")
-        if seeds and complete(row) not in ([], seeds):
-            lines.append(f"{who}: its complete seeds are {listed(complete(row))}, those of QKV {listed(seeds)}")
+        if seeds and own not in ([], seeds):
+            lines.append(f"{who}: its complete seeds are {listed(own)}, those of QKV {listed(seeds)}")
     if rows[0][0].protocol == "padded, padding masked":
         masked = "The padding was masked in training, so a perplexity that includes it says nothing"
         lines.append(f"{masked}; the text perplexity does.")
@@ -360,23 +361,14 @@ def curves(ax, table):
 
 
 def pareto(ax, table):
-    """Text loss beyond QKV's against a token's KV cache, with a line through the Pareto front."""
-    rows = [row for row in table["rows"] if row["text_loss_vs_qkv"] is not None or row["variant"] == "QKV"]
-    points = [(row["cache_bytes_per_token"], row["text_loss_vs_qkv"] or 0.0, row) for row in rows]
-    front = report.pareto_front((size, loss) for size, loss, _ in points)
-    ax.plot(*zip(*front, strict=True), color="0.7", zorder=1)
-    for size, loss, row in points:
-        colour, marker = report.LOOKS[row["alias"]]
-        look = {"color": colour, "marker": marker, "markersize": 8, "capsize": 3}
-        ax.errorbar(size, loss, row["text_loss_vs_qkv_spread"], **look)
-        ax.annotate(row["variant"], (size, loss), (7, 5), textcoords="offset points")
-    sizes = sorted({size for size, *_ in points})
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
-    ax.minorticks_off()
-    ax.margins(x=0.15, y=0.1)
-    ax.set_xlabel("KV cache in bf16, bytes per token")
-    ax.set_ylabel("text loss beyond QKV's, nats per token")
+    """Text loss beyond QKV's against a token's KV cache."""
+    key = "text_loss_vs_qkv"
+    rows = [row for row in table["rows"] if row[key] is not None or row["variant"] == "QKV"]
+    points = [
+        (row["cache_bytes_per_token"], row[key] or 0.0, row[f"{key}_spread"], row["variant"], row["alias"])
+        for row in rows
+    ]
+    report.pareto(ax, points, "text loss beyond QKV's, nats per token")
 
 
 def write_all(folder, tables):
@@ -391,7 +383,8 @@ def write_all(folder, tables):
 def main(arguments=None):
     show_what_the_terminal_can()
     parser = Parser(__file__, __doc__)
-    parser.add_argument("runs", nargs="*", type=Path, help="runs.jsonl, output folders of runs, or folders of them")
+    names = "runs.jsonl, output folders of runs, or folders of them"
+    parser.add_argument("runs", nargs="*", type=Path, help=names)
     parser.add_argument("--format", choices=FORMATS, default="table", help="of what is printed")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", help="write tables and figures there")
     options = parser.parse_args(arguments)

@@ -4,10 +4,10 @@
     python runs/conversion.py --parts 1 2 3 --jobs 8
     python runs/conversion.py --scaling results/scaling_own --results results/conversion_own
 
-A run that is recorded is not repeated, nor is a conversion that stands in one_shot.jsonl. A run that fails is named,
-and the others go on. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under way; the same
-command continues from there. Checkpoints are not in git: in a fresh clone run `RESULTS=results/scaling_own make
-scaling`, and then the last of the commands above.
+A run that is recorded is not repeated, nor is a conversion that stands in one_shot.jsonl. A run that fails is
+named, and the others go on. Ctrl-C (or SIGTERM to the process group) saves a checkpoint of the runs under
+way; the same command continues from there. Checkpoints are not in git: in a fresh clone run
+`RESULTS=results/scaling_own make scaling`, and then the last of the commands above.
 """
 
 import os
@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import conversion_tables
 from gather import finished, gather, refuse_another_text, text_of
-from one_shot import DEFAULT, SHARED, WAYS, missing
+from one_shot import SHARED, missing
+from other_conversions import DEFAULT, WAYS
 
 from common import ROOT, VARIANTS, InputError, Parser, script_of
 from results_table import read_runs
@@ -34,12 +35,8 @@ OUTPUTS = Path("outputs_conversion")
 SEEDS = (42, 43, 44)
 
 
-class Stopped(Exception):
-    """A job was stopped by a signal, or misses what all others need too."""
-
-
 class Failed(Exception):
-    """A job failed; the others go on."""
+    """A job failed; the others go on. Any other exception stops all of them."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +99,10 @@ class Study:
     def __init__(self, scaling, results):
         self.scaling, self.results = scaling, results
         self.stopped = threading.Event()
-        self.known = {}  # complete runs in outputs_conversion
 
     def records(self):
         """{name: record} of all runs there are."""
-        records = [*finished(OUTPUTS, self.known), *read_runs(self.results), *read_runs(self.scaling)]
+        records = [*finished(OUTPUTS), *read_runs(self.results), *read_runs(self.scaling)]
         return {record["name"]: record for record in records}  # a recorded one counts
 
     def best_rate(self, alias, shape, n):
@@ -117,23 +113,24 @@ class Study:
             raise InputError(f"{what}: no finished runs; see runs/scaling.sh")
         return conversion_tables.best_rate(started[alias, shape, n])
 
-    def command(self, script, *arguments, log=None):
+    def command(self, script, *arguments, log=os.devnull):
         """Run a script of this repository; what it prints goes to the log."""
-        with open(log or os.devnull, "a", encoding="utf-8") as file:
-            command = [PYTHON, *map(str, [ROOT / script, *arguments])]
-            status = subprocess.call(command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        command = [PYTHON, *map(str, [ROOT / script, *arguments])]
+        with open(log, "a", encoding="utf-8") as file:
+            one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+            status = subprocess.call(command, stdout=file, stderr=file, env=one_thread)
         if status:
-            last = Path(log).read_text(encoding="utf-8").splitlines()[-1:] if log else []
-            raise (Failed if status == 2 else Stopped)(f"{Path(log or script).stem}: {' '.join(last)}")
+            last = Path(log).read_text(encoding="utf-8").splitlines()[-1:]
+            error = Failed if status == 2 else InputError  # stopped by a signal
+            raise error(f"{Path(log).stem}: {' '.join(last)}")
 
     def train_run(self, name, source, start, settings):
         """Train; of the settings, None stands for YAML's null."""
         print(f"training {name}", flush=True)
         words = [f"{key}={'null' if value is None else value}" for key, value in settings.items()]
-        script = VARIANTS[source.alias]["script"]["300M"]
         init = ["--init_from", start] if start else []
-        to = OUTPUTS / name
-        self.command(script, "--output_dir", to, *source.configs, *init, *words, log=f"{to}.log")
+        how = ["--output_dir", OUTPUTS / name, *source.configs, *init, *words]
+        self.command(VARIANTS[source.alias]["script"]["300M"], *how, log=f"{OUTPUTS / name}.log")
 
     # ---- three kinds of jobs
 
@@ -161,13 +158,16 @@ class Study:
         for outputs in (Path("outputs_scaling"), OUTPUTS):
             if (path := source.checkpoint(outputs / name, tenths)).exists():
                 return path
-        own = "SCALING=results/scaling_own RESULTS=results/conversion_own make conversion"
-        raise Stopped(f"{path}: missing; for a study of your own: RESULTS=results/scaling_own make scaling, then {own}")
+        own = "RESULTS=results/scaling_own make scaling"
+        own += ", then SCALING=results/scaling_own RESULTS=results/conversion_own make conversion"
+        raise InputError(f"{path}: missing; for a study of your own: {own}")
 
     def train_on(self, source, tenths, method, percent):
-        """The run at the best rate, converted by a method (none: not at all) after some tenths of its steps, and
-        trained on: to the same total, or after the end for `percent` more. own_rate is joint_svd, trained on at
-        the best rate of Q–K=V's schedule in the place of the source's.
+        """The run at the best rate, converted after some tenths of its steps and trained on.
+
+        To the same total, or after the end for `percent` more. The method is one of other_conversions.py;
+        none (not converted at all); or own_rate, which is joint_svd, trained on at the best rate of Q–K=V's
+        schedule in the place of the source's.
         """
         alias, shape, n, seed = source.alias, source.shape, source.n, source.seed
         name = f"{alias}_d{shape}_n{n}_at{10 * tenths}_{method}_{percent}_seed{seed}"
@@ -178,9 +178,10 @@ class Study:
             target = Source(SHARED[alias], shape, n, seed)
             checkpoint, start = start, OUTPUTS / f"{name}.initial.pt"
             if not start.exists():
-                how = {"own_rate": [], "joint_svd": [], "unweighted": ["--weighting", "none"]}
-                script = "convert_checkpoint.py" if method in ("own_rate", "joint_svd") else "runs/other_conversions.py"
-                way = [*how.get(method, ["--method", method]), "--checkpoint", checkpoint, "--to", target.alias]
+                ways = {"own_rate": [], "joint_svd": [], "unweighted": ["--weighting", "none"]}
+                script = "convert_checkpoint.py" if ways.get(method) == [] else "runs/other_conversions.py"
+                way = ways.get(method, ["--method", method])
+                way += ["--checkpoint", checkpoint, "--to", target.alias]
                 way += ["--data", f"{source.data}/train", "--output", start]
                 self.command(script, *way, log=OUTPUTS / f"{name}.log")
         if method == "own_rate":
@@ -192,10 +193,10 @@ class Study:
         else:
             step = source.steps // 10 * tenths
             more, peak, lowest = source.steps - step, source.rate_at(step, rate), rate / 10
-        settings = {"seed": seed + 100, "target_tokens": 1024 * more, "keep_checkpoints": 1}
-        settings |= {"warmup_steps": more // 50 + 10, "learning_rate": f"{peak:.6g}e-3", "min_lr": f"{lowest:.6g}e-3"}
-        settings |= {"log_interval": more // 10, "eval_interval": more // 4 + 1, "save_interval": more // 10 + 1}
-        self.train_run(name, target, start, settings)
+        settings = {"seed": seed + 100, "target_tokens": 1024 * more, "warmup_steps": more // 50 + 10}
+        settings |= {"learning_rate": f"{peak:.6g}e-3", "min_lr": f"{lowest:.6g}e-3", "keep_checkpoints": 1}
+        settings |= {"log_interval": more // 10, "eval_interval": more // 4 + 1}
+        self.train_run(name, target, start, settings | {"save_interval": more // 10 + 1})
 
     def one_shot(self, source, tenths, every=False):
         """Conversion alone, of the run at the best rate."""
@@ -204,18 +205,19 @@ class Study:
         if missing(source.checkpoint(Path(name), tenths), [DEFAULT, *(WAYS if every else [])], record):
             how = [self.checkpoint(source, tenths), "--data", source.data, "--record", record]
             log = OUTPUTS / f"{name}_{tenths}.one_shot.log"
-            self.command("runs/one_shot.py", *how, *(["--all"] if every else []), log=log)
+            self.command("runs/one_shot.py", *how, *["--all"] * every, log=log)
 
     # ---- many jobs
 
     def do(self, jobs, at_once):
         """Do [(function, arguments)], some at once; returns how many failed."""
 
-        def attempt(job):
+        def failed(job):
             function, *arguments = job
+            if self.stopped.is_set():
+                return False
             try:
-                if not self.stopped.is_set():
-                    function(*arguments)
+                function(*arguments)
             except Failed as error:
                 print(error, file=sys.stderr)
                 return True
@@ -225,7 +227,7 @@ class Study:
             return False
 
         with ThreadPoolExecutor(at_once) as pool:
-            return sum(pool.map(attempt, jobs))
+            return sum(pool.map(failed, jobs))
 
     def stages(self, part):
         """Lists of jobs of a part; the rates of a list may come from the runs of the one before it."""
@@ -243,8 +245,10 @@ class Study:
         def from_the_start(shape, n, rates, *aliases):
             """The rates on seed 42, and the best of them on 43 and 44."""
             yield [(self.train, Source(alias, shape, n, 42), rate) for alias in aliases for rate in rates]
-            best = {alias: self.best_rate(alias, shape, n) for alias in aliases}
-            yield [(self.train, Source(alias, shape, n, seed), best[alias]) for alias in aliases for seed in (43, 44)]
+            yield [
+                (self.train, Source(alias, shape, n, seed), self.best_rate(alias, shape, n))
+                for alias in aliases for seed in (43, 44)
+            ]  # fmt: skip
 
         qkv = "kqv", "64", 80
         if part == 1:
@@ -259,7 +263,8 @@ class Study:
             yield from from_the_start("64", 80, around(rate), "gqa", "mqa")
             yield from from_the_start("64", 80, [*around(rate_kv), 4 * rate_kv], "qgqa", "qmqa")
             for alias in ("gqa", "mqa"):
-                yield alone(alias, "64", 80) + trained_on(alias, "64", 80, 10, (10,)) + trained_on(alias, "64", 80, 5)
+                place = alias, "64", 80
+                yield alone(*place) + trained_on(*place, 10, (10,)) + trained_on(*place, 5)
         if part == 4:
             yield from from_the_start("96", 60, around(self.best_rate("kqv", "96", 5)), "kqv", "kv")
             yield alone("kqv", "96", 60) + trained_on("kqv", "96", 60, 10, (1, 5, 10))
@@ -289,20 +294,19 @@ def around(rate):
 
 
 def prepare_data(scaling, results):
-    """The text of runs/scaling.sh, and for part 6 that of runs/replicate.sh; it has to be the recorded runs'."""
+    """The text of runs/scaling.sh, and for part 6 of runs/replicate.sh; it has to be the recorded one."""
+    recorded = read_runs(results)
     for source, folder, tokens, held_out in (
         ("site-packages", "scaling_data", "50_000_000", "250_000"),
         ("stdlib", "replicate_data", "20_000_000", "100_000"),
     ):
-        how = ["--split_paragraphs", "--tokenizer", "bytes", "--target_tokens", tokens, "--validation_tokens", held_out]
-        command = [PYTHON, ROOT / "dataset_download.py", "--source", source, *how, "--output_dir", folder]
-        if subprocess.call(command):
-            raise Stopped(f"{folder}: not prepared")
+        command = [PYTHON, ROOT / "dataset_download.py", "--source", source, "--split_paragraphs"]
+        command += ["--tokenizer", "bytes", "--target_tokens", tokens, "--validation_tokens", held_out]
+        if subprocess.call([*command, "--output_dir", folder]):
+            raise InputError(f"{folder}: not prepared")
+        of_text = [run for run in recorded if ("_dreplica_" in run["name"]) == (source == "stdlib")]
+        refuse_another_text([text_of(Path(folder))], of_text, results)
     refuse_another_text([text_of(Path("scaling_data"))], read_runs(scaling), scaling)
-    for folder in ("scaling_data", "replicate_data"):
-        replica = folder == "replicate_data"
-        recorded = [record for record in read_runs(results) if ("_dreplica_" in record["name"]) == replica]
-        refuse_another_text([text_of(Path(folder))], recorded, results)
 
 
 def main(arguments=None):
@@ -324,9 +328,9 @@ def main(arguments=None):
             print(f"part {part}", flush=True)
             for jobs in study.stages(part):
                 failed += study.do(jobs, options.jobs)
-            gather(finished(OUTPUTS, study.known), results)
+            gather(finished(OUTPUTS), results)
             conversion_tables.write_all(scaling, results)
-    except (InputError, Stopped, OSError) as error:
+    except (InputError, OSError) as error:
         parser.error(error)
     sys.exit(1 if failed else 0)
 

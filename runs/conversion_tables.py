@@ -20,7 +20,8 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from one_shot import DEFAULT, SHARED, WAYS, read_one_shots
+from one_shot import SHARED, read_one_shots
+from other_conversions import DEFAULT, WAYS
 
 from common import ROOT, VARIANTS, Parser, write_text
 from report import LOOKS, save_figure, t_interval
@@ -72,7 +73,7 @@ def length(started, *place):
 
 
 def conversions(path, started):
-    """The conversions alone, of sources at their best rate, a row each; `end` is whether training had ended."""
+    """The conversions alone, of sources at their best rate, a row each; `end`: training had ended."""
     rows = []
     for record in read_one_shots(path):
         alias, shape, n, rate, seed = FROM_THE_START.fullmatch(record["source"]).groups()
@@ -120,7 +121,8 @@ def tables_of_conversion_alone(started, alone):
     end, along, ways = [], [], []
     for place, rows in alone.groupby(PLACE, sort=False):
         default, at_end = rows[rows["way"] == json.dumps(DEFAULT)], rows[rows["end"]]
-        end.append([*named(*place), *price_of(default[default["end"]], 5), *of_seeds(gap_of(started, *place))])
+        at_the_end = price_of(default[default["end"]], 5)
+        end.append([*named(*place), *at_the_end, *of_seeds(gap_of(started, *place))])
         if rows["tokens"].nunique() > 1:
             for tokens, here in default.groupby("tokens"):
                 along.append([*named(*place), f"{tokens // 1024:,}", *price_of(here)])
@@ -144,7 +146,8 @@ def trained_on_table(started, trained_on):
             continue
         source = trained_on.get((*place, at, "none", percent), {})  # it went on in the same way
         when = ["at the end", f"{percent} %"] if at == 100 else [f"at {at} %", f"{100 - at} %"]
-        shared = at_best(started, SHARED[place[0]], *place[1:]) if at < 100 else {}  # at the same total of tokens
+        # Beside sharing from the start where the total of tokens is the same.
+        shared = at_best(started, SHARED[place[0]], *place[1:]) if at < 100 else {}
         prices = [of_seeds(paired(curves, source, 0))[0], *of_seeds(paired(curves, source))]
         gaps = [of_seeds(gap_of(started, *place))[0], *of_seeds(paired(shared, curves))]
         rows.append([*named(*place), *when, how, *prices, *gaps])
@@ -158,7 +161,8 @@ def rates_table(started):
     for place, by_rate in sorted(started.items()):
         for rate, curves in sorted(by_rate.items()):
             losses = ", ".join(f"{curves[seed][-1][1]:.4f}" for seed in sorted(curves))
-            rows.append([*named(*place), f"{rate:g}e-3", losses, "best" if rate == best_rate(by_rate) else ""])
+            best = "best" if rate == best_rate(by_rate) else ""
+            rows.append([*named(*place), f"{rate:g}e-3", losses, best])
     return ["variant", *HEADERS[1:], "peak rate", "text loss of the seeds", ""], rows
 
 
@@ -170,7 +174,8 @@ def write_all(scaling, results):
     tables = dict(zip(titles, tables_of_conversion_alone(started, alone), strict=True))
     tables["Converted and trained on"] = trained_on_table(started, trained_on)
     tables["From the start"] = rates_table(started)
-    text = "# Tables of conversion\n\nLosses, prices and gaps in nats per token of text; ± is a 95 % t interval.\n"
+    text = "# Tables of conversion\n\n"
+    text += "Losses, prices and gaps in nats per token of text; ± is a 95 % t interval.\n"
     for title, (headers, rows) in tables.items():
         if rows:
             text += f"\n## {title}\n\n{tabulate(rows, headers, tablefmt='github', disable_numparse=True)}\n"
@@ -206,7 +211,8 @@ def draw(started, trained_on, alone, path):
             (100, "joint_svd", 10, "#CC79A7", "converted at 100 %, 10 % more"),
         ):
             for curve in trained_on.get((*place, at, how, percent), {}).values():
-                label = add_curve(ax, [(total * at / 100 + tokens, loss) for tokens, loss in curve], colour, label)
+                whole = [(total * at / 100 + tokens, loss) for tokens, loss in curve]
+                label = add_curve(ax, whole, colour, label)
 
         here = alone[(alone["way"] == json.dumps(DEFAULT)) & (alone[PLACE] == list(place)).all(axis=1)]
         here = here.sort_values("tokens")
@@ -215,7 +221,8 @@ def draw(started, trained_on, alone, path):
         for rows in by_seed:
             label = add_curve(ax, zip(rows["tokens"], rows["after"], strict=True), "#E69F00", label, ":")
         for variant, look in ((alias, "kqv"), (SHARED[alias], "kv")):
-            curves = [curve[1:] for curve in at_best(started, variant, shape, n).values()]  # not the untrained model
+            curves = at_best(started, variant, shape, n).values()
+            curves = [curve[1:] for curve in curves]  # not the untrained model
             if variant == alias and by_seed:  # more of its points
                 curves = [zip(rows["tokens"], rows["before"], strict=True) for rows in by_seed]
             label = f"{PAPER[variant]} from the start"

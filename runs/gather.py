@@ -3,14 +3,16 @@
     python runs/gather.py outputs_scaling --to results/scaling
     python runs/gather.py --to results/scaling --text scaling_data     # before anything is trained
 
-A line of runs.jsonl holds a run's name, variant, initial weights, hashes of its data, settings and log, and what
-convert_checkpoint.py printed of it; runs.csv has a row a run, for reading. A run of the same name is replaced. Runs
-on another text are refused, since they would not belong to the same grid: --text asks for that beforehand.
+A line of runs.jsonl holds a run's name, variant, initial weights, hashes of its data, settings and log, and
+what convert_checkpoint.py printed of it; runs.csv has a row a run, for reading. A run of the same name is
+replaced. Runs on another text are refused, since they would not belong to the same grid: --text asks for that
+beforehand.
 """
 
 import hashlib
 import json
 import sys
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,8 +27,9 @@ def refuse_another_text(texts, recorded, results):
     known = {record["training text"] for record in recorded}
     others = sorted(set(texts) - known)
     if known and others:
-        what = f"holds runs on other text ({', '.join(sorted(known))}) than is prepared here ({', '.join(others)})"
-        raise InputError(f"{results} {what}; keep these apart with RESULTS={results}_own")
+        texts = f"({', '.join(sorted(known))}) than is prepared here ({', '.join(others)})"
+        apart = f"keep these apart with RESULTS={results}_own"
+        raise InputError(f"{results} holds runs on other text {texts}; {apart}")
 
 
 def text_of(data):
@@ -35,26 +38,29 @@ def text_of(data):
     return hashlib.sha256(json.dumps(chunks, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def finished(outputs, known):
-    """The records of the complete runs among the folders in `outputs`; those in `known` are not read again."""
+def finished(outputs):
+    """The records of the complete runs among the folders in `outputs`."""
     for log in sorted(outputs.glob("*/metrics.jsonl")):
-        if log not in known and '"final"' in log.read_text(encoding="utf-8"):
-            record = read_run(log.parent)
-            conversion = log.parent / "conversion.txt"
-            if conversion.exists():
-                record["conversion"] = conversion.read_text(encoding="utf-8")
-            known[log] = record
-        if log in known:
-            yield known[log]
+        if '"final"' in log.read_text(encoding="utf-8"):
+            yield finished_run(log.parent.resolve())
+
+
+@cache
+def finished_run(folder):
+    """Its record, with what convert_checkpoint.py printed of it, if it was converted."""
+    conversion = folder / "conversion.txt"
+    converted = {"conversion": conversion.read_text(encoding="utf-8")} if conversion.exists() else {}
+    return read_run(folder) | converted
 
 
 def gather(found, results):
     """Add records to a study's files, in place of those of the same name."""
     runs = {record["name"]: record for record in [*read_runs(results), *found]}
+    runs = [runs[name] for name in sorted(runs)]
+    lines = [json.dumps(run, ensure_ascii=False, separators=(",", ":")) + "\n" for run in runs]
     results.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(runs[name], ensure_ascii=False, separators=(",", ":")) + "\n" for name in sorted(runs)]
     write_text(results / "runs.jsonl", "".join(lines))
-    write_text(results / "runs.csv", sheet([row(Run(runs[name])) for name in sorted(runs)]))
+    write_text(results / "runs.csv", sheet([row(Run(run)) for run in runs]))
 
 
 def row(run):
@@ -82,8 +88,9 @@ def main(arguments=None):
     parser.add_argument("--text", type=Path, metavar="DIR", help="data whose text the study has to have")
     options = parser.parse_args(arguments)
     try:
-        found = [record for outputs in options.outputs for record in finished(outputs, {})]
-        texts = [record["training text"] for record in found] + ([text_of(options.text)] if options.text else [])
+        found = [record for outputs in options.outputs for record in finished(outputs)]
+        texts = [record["training text"] for record in found]
+        texts += [text_of(options.text)] if options.text else []
         refuse_another_text(texts, read_runs(options.to), options.to)
         if options.outputs:
             gather(found, options.to)

@@ -1,4 +1,4 @@
-"""The initial weights of a run of runs/scaling.sh or conversion.py: QKV's of a seed, as far as the variant has them.
+"""The initial weights of a run of scaling.sh or conversion.py: QKV's of a seed, as far as a variant has them.
 
     python runs/initial_weights.py kv --model_config configs/model_config_scaling_64.yaml --seed 42 \
         --output start.pt

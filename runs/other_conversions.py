@@ -2,12 +2,13 @@
 
     python runs/other_conversions.py --method drop_v --checkpoint PATH --to kv --data DIR --output OUT
 
-takes convert_checkpoint.py's options beside its own, and writes the same kind of checkpoint.
+takes convert_checkpoint.py's options beside its own, and writes the same kind of checkpoint. WAYS are all
+that results/conversion compares.
 
     joint_svd   convert_checkpoint.py's choice, in the metric of --weighting
     drop_v      the keys as they are, for the values too
-    mean        the plain mean over the heads and, without cached values, over key and value: as Ainslie et al.
-                (2023) start the training of GQA from a model with full heads
+    mean        the plain mean over the heads and, without cached values, over key and value: as Ainslie et
+                al. (2023) start the training of GQA from a model with full heads
 
     gradient    convert_checkpoint.py's metric
     activation  what an error changes next alone, and every position counts alike
@@ -27,28 +28,79 @@ import convert_checkpoint as cc
 
 METHODS = ("joint_svd", "drop_v", "mean")
 WEIGHTINGS = ("gradient", "activation", "none")
+DEFAULT = {"method": "joint_svd", "weighting": "gradient", "tokens": 32768}
+WAYS = [DEFAULT | way for way in (
+    {"weighting": "activation"}, {"weighting": "none"}, {"method": "mean"}, {"method": "drop_v"},
+    {"tokens": 2048}, {"tokens": 8192}, {"tokens": 131072}, {"weighting": "activation", "tokens": 131072},
+    # other metrics: values count for half or twice as much, as much as the keys; positions count alike
+    {"weighting": "activation, values x 0.5"}, {"weighting": "activation, values x 2"},
+    {"weighting": "activation, values as keys"},
+    # the gradient with nothing of activation's metric, and no weight of positions beside it or none at all
+    {"weighting": "gradient, only it"}, {"weighting": "gradient, only it, positions alike"},
+    # other ways: the inputs of the layers that are converted already, and a fit behind the SVD
+    {"method": "joint_svd, layer by layer"}, {"method": "joint_svd, fitted"},
+)]  # fmt: skip
 
 
-class WeightedMoments(cc.Moments):
-    """Moments in the metric of a weighting."""
+class OtherMoments(cc.Moments):
+    """Moments in another metric, by its name; `keep` keeps all positions as well, for a fit."""
 
-    def __init__(self, heads, weighting):
+    def __init__(self, heads, weighting, keep=False):
         super().__init__(heads)
-        self.weighting = weighting
+        self.weighting, _, self.change = weighting.partition(", ")
+        self.positions = [] if keep else None
+
+    def add(self, kv, queries, gradients):
+        if self.positions is not None:
+            parts = (self.heads.by_block(tensor.double()).transpose(0, 1) for tensor in (kv, gradients))
+            self.positions.append(tuple(parts))
+        super().add(kv, queries, gradients)
 
     def position_weights(self, g):
-        return super().position_weights(g) if self.weighting == "gradient" else torch.ones_like(g[..., :1])
+        if self.weighting != "gradient" or self.change.endswith("positions alike"):
+            return torch.ones_like(g[..., :1])
+        return g.square().sum(-1, keepdim=True) if self.change == "only it" else super().position_weights(g)
 
     def metric(self, attention):
         if self.weighting == "none":
             return torch.eye(self.first.shape[1], dtype=torch.float64).expand_as(self.second)
-        if self.weighting == "activation":
-            return self.activation_metric(attention)
-        return super().metric(attention)
+        if self.change.startswith("only"):
+            return self.fisher
+        of_gradients = self.weighting == "gradient"
+        metric = super().metric(attention) if of_gradients else self.activation_metric(attention)
+        if not self.change.startswith("values"):
+            return metric
+        n = metric.shape[-1] // 2
+        if self.change == "values as keys":
+            energy = (metric @ self.covariance()).diagonal(dim1=1, dim2=2)
+            factor = energy[:, :n].sum(1) / energy[:, n:].sum(1)
+        else:  # a factor of the values, so its square in the metric
+            factor = torch.full((len(metric),), float(self.change.split()[-1]) ** 2)
+        scale = torch.ones(len(metric), 2 * n, dtype=metric.dtype)
+        scale[:, n:] = factor.sqrt()[:, None]
+        return metric * scale[:, :, None] * scale[:, None, :]
+
+    def fit(self, down, up):
+        """D and U that minimise the mean of (g^T (u - U D u))^2: what each position's own error costs."""
+        u, g = (torch.cat(parts, dim=1) for parts in zip(*self.positions, strict=True))
+        u = u - self.mean()[:, None]
+        g = g / (g * u).square().sum(dim=(1, 2), keepdim=True).sqrt()
+        down, up = down.clone().requires_grad_(), up.clone().requires_grad_()
+        search = {"max_iter": 30, "history_size": 10, "line_search_fn": "strong_wolfe"}
+        optimizer = torch.optim.LBFGS([down, up], **search)
+
+        def loss():
+            optimizer.zero_grad()
+            total = ((g * u).sum(-1) - ((g @ up) * (u @ down.mT)).sum(-1)).square().sum()
+            total.backward()
+            return total
+
+        optimizer.step(loss)
+        return down.detach(), up.detach()
 
 
 def average(attention, heads, covariance, metric, mean, method):
-    """(D, U, mean) as of convert_checkpoint.choose: the mean of the heads in a block, or of its first half."""
+    """(D, U, mean) as of convert_checkpoint.choose: the mean of a block's heads, or of its first half."""
     n_blocks, n_heads = heads.blocks.shape
     n_averaged = n_heads // 2 if method == "drop_v" else n_heads  # keys come first in a block
     share = torch.zeros(1, n_heads, dtype=torch.float64)
@@ -60,12 +112,48 @@ def average(attention, heads, covariance, metric, mean, method):
 
 
 def convert(model, to, config, loader, n_tokens=32768, method="joint_svd", weighting="gradient"):
-    """As convert_checkpoint.convert, by another method and in another metric."""
+    """As convert_checkpoint.convert, by another of the METHODS and in another metric."""
     if method == "drop_v" and "v" in cc.VARIANTS[to]["cached"]:
         raise cc.InputError(f"--method drop_v: {to} keeps its values; use joint_svd or mean")
     choose = cc.choose if method == "joint_svd" else partial(average, method=method)
-    moments_of = partial(WeightedMoments, weighting=weighting)
+    moments_of = partial(OtherMoments, weighting=weighting)
     return cc.convert(model, to, config, loader, n_tokens, moments_of, choose)
+
+
+def convert_by(way, model, to, config, loader_of):
+    """The state dict of the target by one of the WAYS; loader_of() is a new loader of the training data."""
+    method, weighting = way["method"], way["weighting"]
+    if method in METHODS and weighting in WEIGHTINGS:
+        return convert(model, to, config, loader_of(), way["tokens"], method, weighting)[0]
+    heads = cc.Heads(model.config, config.n_kv_groups or config.n_head, caches_values=False)
+    key_name = "c_k" if to in ("kv", "qgqa") else "c_kv"
+    one_by_one, fitted = method.endswith("layer by layer"), method.endswith("fitted")
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".attn." not in name}
+    moments = None
+    for number in range(config.n_layer):
+        if moments is None or one_by_one:
+            moments = [OtherMoments(heads, weighting, fitted) for _ in model.h]
+            cc.collect_moments(model, moments, loader_of(), way["tokens"])
+        sums, attention = moments[number], cc.AttentionWeights(model.state_dict(), number, heads)
+        down, up = cc.joint_svd(sums.covariance(), sums.metric(attention), heads.head_dim)
+        down, up = cc.even_rows(attention, down, up)
+        if fitted:
+            down, up = sums.fit(down, up)
+        converted = cc.absorb(attention, heads, down, up, sums.mean(), key_name)
+        weights |= {f"h.{number}.attn.{name}": tensor for name, tensor in converted.items()}
+        if one_by_one:
+            keep_what_is_kept(model.h[number].attn, heads, attention, up @ down, sums.mean())
+    return weights
+
+
+@torch.no_grad()
+def keep_what_is_kept(attn, heads, attention, projector, mean):
+    """Give the source's layer what is left of its keys and values u: projector (u - mean) + mean."""
+    _, projection = cc.projections(attn)
+    rows = len(projection.weight) - heads.kv_width + heads.by_block(torch.arange(heads.kv_width)).flatten()
+    bias = projector @ (attention.kv_bias - mean)[..., None]
+    projection.weight[rows] = (projector @ attention.kv_weight).flatten(0, 1).float()
+    projection.bias[rows] = (bias[..., 0] + mean).flatten().float()
 
 
 def main(arguments=None):

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from one_shot import DEFAULT, convert_by
+from other_conversions import DEFAULT, convert_by
 
 import convert_checkpoint as cc
 from common import Parser, script_of

@@ -4,10 +4,10 @@
 #   bash runs/scaling.sh               # two runs at a time, a thread each
 #   JOBS=8 bash runs/scaling.sh
 #
-# A run that is recorded in runs.jsonl, or complete in outputs_scaling, is not repeated, so a fresh clone continues where
-# the recorded results end. Ctrl-C (or SIGTERM to the training scripts) saves a checkpoint of each run under way and
-# ends; the same command continues from there. On another text than the recorded runs' (packages of other versions) it
-# says so before anything is trained; RESULTS=results/scaling_own begins a grid of its own.
+# A run that is recorded in runs.jsonl, or complete in outputs_scaling, is not repeated. Ctrl-C (or SIGTERM to
+# the training scripts) saves a checkpoint of each run under way; the same command continues from there. On
+# another text than the recorded runs' (packages of other versions) it says so before anything is trained;
+# RESULTS=results/scaling_own begins a grid of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -47,12 +47,12 @@ train() {
 
     local script groups=
     case $alias in
-        kqv) script=transformer_KQV_300_M.py ;;
-        qk) script=transformer_QK_300_M.py ;;
-        kv) script=transformer_KV_1_300_M.py ;;
-        k) script=transformer_K_300_M.py ;;
-        gqa) script=transformer_GQA_300_M.py groups=2 ;;
-        qmqa) script=transformer_QMQA_300_M.py ;;
+        kqv) script=KQV ;;
+        qk) script=QK ;;
+        kv) script=KV_1 ;;
+        k) script=K ;;
+        gqa) script=GQA groups=2 ;;
+        qmqa) script=QMQA ;;
     esac
     settings+=${groups:+ n_kv_groups=$groups}
 
@@ -65,8 +65,9 @@ train() {
 
     echo "training $name"
     local status=0
-    "$PYTHON" $script --model_config $model --train_config configs/train_config_scaling.yaml \
-        --output_dir $to --init_from $to.initial.pt $settings >> $to.log 2>&1 || status=$?
+    "$PYTHON" transformer_${script}_300_M.py --model_config $model \
+        --train_config configs/train_config_scaling.yaml --output_dir $to \
+        --init_from $to.initial.pt $settings >> $to.log 2>&1 || status=$?
     if [ $status -ne 0 ]; then
         echo "$name: $(tail -n 1 $to.log)" >&2
         [ $status -eq 2 ] || return 255  # stopped: xargs starts no other run
@@ -77,8 +78,7 @@ export -f train
 
 # cells WIDTH TOKENS_PER_PARAMETER RATES SEEDS ROW PROTOCOL ALIAS...: a line for each run
 cells() {
-    local width=$1 per_parameter=$2 rates=$3 seeds=$4 row=$5 protocol=$6
-    local seed rate alias
+    local width=$1 per_parameter=$2 rates=$3 seeds=$4 row=$5 protocol=$6 seed rate alias
     shift 6
     for seed in $seeds; do
         for rate in $rates; do
@@ -89,7 +89,7 @@ cells() {
     done
 }
 
-# All parts of results/scaling/PLAN.md but 6 for d128 at 20, and 8, whose rates come from the parts before them
+# The parts of results/scaling/PLAN.md but 6 for d128 at 20, and 8, whose rates come from the others
 grid() {
     # The gap over the tokens at the smallest size, and of other variants
     cells 64 80 "16 32 8" "42 43 44" 256 packed kqv

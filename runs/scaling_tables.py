@@ -1,4 +1,4 @@
-"""The runs of a grid over sizes, tokens, learning rates and rows -> the gap to QKV: its slope, its cost, its figures.
+"""The runs of a grid over sizes, tokens, rates and rows -> the gap to QKV: its slope, its cost, its figures.
 
     python runs/scaling_tables.py results/scaling
 
@@ -8,8 +8,8 @@ The complete runs are read as one grid, which results/scaling/README.md defines.
     converted      QKV made Q–K=V by convert_checkpoint.py, without training
     common rate    both at the peak learning rate at which QKV is best
     own rate       each at the rate at which it is best
-    intervals      in brackets, 95 % by a bootstrap over the seeds; of one cell with three, that is their range.
-                   "t" is that of Student's t over the seeds, far wider; ± is half the range
+    intervals      in brackets, 95 % by a bootstrap over the seeds; of one cell with three, that is their
+                   range. "t" is that of Student's t over the seeds, far wider; ± is half the range
     compute lost   the share of the variant's training compute that QKV does not need for the same loss
 
 Writes scaling_table.md, scaling_table.json and figures/ into the folder, or into --output_dir.
@@ -30,7 +30,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import analysis_computation_profiler as profiler
+from analysis_computation_profiler import theoretical_macs
 from common import VARIANTS, InputError, Parser
 from report import LOOKS, as_json, bootstrap, draw, listed, mean, t_interval, table, write_texts
 from results_table import find_runs
@@ -62,13 +62,13 @@ def cells_of(runs):
             "alias": run.alias,
             "variant": run.variant.paper,
             "size": f"d{model.n_embd}",
-            "parameters": model.n_layer * model.n_embd * (4 * model.n_embd + 2 * model.n_inner),  # of QKV's matrices
+            "parameters": model.n_layer * model.n_embd * (4 * model.n_embd + 2 * model.n_inner),  # QKV's
             "tokens": c.total_steps * c.tokens_per_step,  # padding included
             "row": c.seq_length,
             "protocol": run.protocol,
             "rate": c.learning_rate,
             "seed": run.seed,
-            "macs": profiler.theoretical_macs(run.variant, c.seq_length)["total"],
+            "macs": theoretical_macs(run.variant, c.seq_length)["total"],
         }
         rows.append(row)
         if run.alias == "kqv" and "conversion" in run.about:
@@ -76,10 +76,9 @@ def cells_of(runs):
             rows.append(row | after | {"text_loss": row["text_loss"] + price(run)})
     grid = pd.DataFrame(rows)
     twice = grid[grid.duplicated([*PLACE, "alias", "rate", "seed"])]
-    if len(twice):
-        what = twice.iloc[0]
-        where = f"{what['variant']}, {what['size']}, {what['tokens']:,} tokens, rate {what['rate']:g}"
-        raise InputError(f"the same run twice: {where}, seed {what['seed']}")
+    for _, run in twice.iterrows():
+        what = f"{run['variant']}, {run['size']}, {run['tokens']:,} tokens, rate {run['rate']:g}"
+        raise InputError(f"the same run twice: {what}, seed {run['seed']}")
     return [Cell(place, runs) for place, runs in grid.groupby(PLACE)]
 
 
@@ -97,15 +96,11 @@ def shared(run):
 
 def price(run):
     """What conversion cost, in nats, by what convert_checkpoint.py printed of the run's final model."""
-    found = CONVERSION.search(run.about["conversion"])
-    if not found:
-        raise InputError(f"{run.name}: expected what convert_checkpoint.py prints, with the text perplexities")
-    before, after = map(float, found.groups())
-    own = run.final["text_perplexity"]
-    if abs(before / own - 1) > 1e-3:
-        other = f"text perplexity {before:.4f}, not {own:.4f} as in this run"
-        raise InputError(f"{run.name}: converted was another model: {other}")
-    return math.log(after / before)
+    found, own = CONVERSION.search(run.about["conversion"]), run.final["text_perplexity"]
+    if not found or abs(float(found[1]) / own - 1) > 1e-3:
+        what = f"the text perplexity {own:.4f} before and another one after"
+        raise InputError(f"{run.name}: expected what convert_checkpoint.py prints, with {what}")
+    return math.log(float(found[2]) / float(found[1]))
 
 
 class Cell:
@@ -113,9 +108,9 @@ class Cell:
 
     def __init__(self, place, runs):
         self.parameters, self.tokens, self.protocol, self.row, self.size = place
-        self.tokens_per_parameter = float(f"{self.tokens / self.parameters:.2g}")  # whole steps may make 5 4.996
+        self.tokens_per_parameter = float(f"{self.tokens / self.parameters:.2g}")  # steps may make 5 4.996
         self.runs = runs
-        self.names = dict(zip(runs["alias"], runs["variant"], strict=True))  # by alias, as the paper writes them
+        self.names = dict(zip(runs["alias"], runs["variant"], strict=True))  # as the paper writes them
         self.of = cache(self.of)  # asked for many times
 
     def about(self, alias, *keys):
@@ -156,17 +151,17 @@ def compared(cells):
     return {alias: names[alias] for alias in (*VARIANTS, CONVERTED) if alias in names and alias != "kqv"}
 
 
-def repeated(cells):
-    """Those of the compared that were trained in more than one cell."""
-    return [alias for alias in compared(cells) if sum(alias in cell.names for cell in cells) > 1]
-
-
 def varied(cells):
-    """The cells of one size and number of tokens whose rows differ in content, with each variant that varies."""
+    """The cells of one size and number of tokens with rows of several kinds, and each variant of theirs."""
     for _, group in groupby(cells, key=lambda cell: (cell.size, cell.tokens)):
         group = list(group)
         if len({cell.protocol for cell in group}) > 1:
             yield from ((group, alias) for alias in repeated(group))
+
+
+def repeated(cells):
+    """Those of the compared that were trained in more than one cell."""
+    return [alias for alias in compared(cells) if sum(alias in cell.names for cell in cells) > 1]
 
 
 def slope_coefficients(groups, x, counts):
@@ -197,25 +192,27 @@ def slope(cells, alias, at, over):
         place = (cell.size, math.log(ratio)) if over == "tokens" else (ratio, math.log(cell.parameters))
         if gap:
             points.append((*place, gap))
-    groups, x, gaps = zip(*points, strict=True) if points else ((), (), ())
-    coefficients = slope_coefficients(groups, x, [len(gap) for gap in gaps])
+
+    def fitted(points, counts):
+        groups, x, _ = zip(*points, strict=True) if points else ((), (), ())
+        return slope_coefficients(groups, x, counts)
+
+    coefficients = fitted(points, [len(gap) for *_, gap in points])
     if coefficients is None:
         return None
-
     by_seed = {}
-    for seed in sorted(set().union(*gaps)):
-        mine = [(group, place, gap[seed]) for group, place, gap in points if seed in gap]
-        groups, x, values = zip(*mine, strict=True)
-        alone = slope_coefficients(groups, x, [1] * len(mine))
+    for seed in sorted(set().union(*(gap for *_, gap in points))):
+        mine = [point for point in points if seed in point[2]]
+        alone = fitted(mine, [1] * len(mine))
         if alone is not None:
-            by_seed[seed] = float(alone @ values)
-    samples = [list(gap.values()) for gap in gaps]
+            by_seed[seed] = float(alone @ [gap[seed] for *_, gap in mine])
+    samples = [list(gap.values()) for *_, gap in points]
     return {
         "slope": float(coefficients @ [fmean(values) for values in samples]),
         "slope_interval": bootstrap(samples, coefficients),
         "slope_by_seed": by_seed,
         "slope_t": t_interval(by_seed.values()),
-        "cells": len(gaps),
+        "cells": len(points),
         "seeds_at_the_ends": min(seeds_at[end] for end in ENDS),
     }
 
@@ -290,7 +287,8 @@ def gap_records(cells):
         if alias in cell.names:
             own = cell.gaps(alias, "own")
             record = cell.about(alias, "size", "parameters", "tokens_per_parameter", "tokens")
-            record |= {"seeds": list(own), "common_rate": cell.best_rate("kqv"), "own_rate": cell.best_rate(alias)}
+            record |= {"seeds": list(own)}
+            record |= {"common_rate": cell.best_rate("kqv"), "own_rate": cell.best_rate(alias)}
             record |= with_intervals("gap_common", cell.gaps(alias, "common"))
             record |= with_intervals("gap_own", own)
             records.append(record | {"compute_lost_percent": compute_lost(cells, cell, alias)})
@@ -340,7 +338,8 @@ def length_records(cells):
             if gaps := cell.gaps(alias, "common"):
                 record = cell.about(alias, "size", "protocol", "row")
                 padding = next(iter(cell.losses("kqv", key="padding_fraction").values()))
-                record |= {"seeds": list(gaps), "rate": cell.best_rate("kqv"), "padding_percent": 100 * padding}
+                record |= {"seeds": list(gaps), "rate": cell.best_rate("kqv")}
+                record |= {"padding_percent": 100 * padding}
                 record |= with_intervals("gap_all_positions", cell.gaps(alias, "common", "loss"))
                 record |= with_intervals("gap_common", gaps)
                 records.append(record | with_intervals("gap_own", cell.gaps(alias, "own")))
@@ -400,9 +399,10 @@ def notes(cells):
     return lines + ([f"At one rate alone: {'; '.join(alone)}."] if alone else [])
 
 
+RATIO = ("tokens per parameter", "tokens_per_parameter", "g")
 PARTS = [  # of a report: its key, a title, and the columns as report.table takes them
     ("gaps", "Gap of text perplexity to QKV: at QKV's best rate, and each at its own", [
-        ("", "variant"), ("size", "size"), ("tokens per parameter", "tokens_per_parameter", "g"), ("seeds", "seeds"),
+        ("", "variant"), ("size", "size"), RATIO, ("seeds", "seeds"),
         ("common rate", "common_rate", "g"), ("gap", "gap_common", "+.2f", " %"),
         ("own rate", "own_rate", "g"), ("gap", "gap_own", "+.2f", " %"), ("t", "gap_own_t", "+.2f", " %"),
         ("compute lost", "compute_lost_percent", ".1f", " %"),
@@ -424,13 +424,14 @@ PARTS = [  # of a report: its key, a title, and the columns as report.table take
         ("over text only", "fall_text", "+.2f"), ("t", "fall_text_t", "+.2f"),
     ]),
     ("rates", "Text loss by peak learning rate, nats per token (± half the range)", [
-        ("", "variant"), ("size", "size"), ("tokens per parameter", "tokens_per_parameter", "g"),
-        ("rate", "rate", "g"), ("seeds", "seeds"), ("text loss", "text_loss", ".4f"), ("", "best"),
+        ("", "variant"), ("size", "size"), RATIO, ("rate", "rate", "g"), ("seeds", "seeds"),
+        ("text loss", "text_loss", ".4f"), ("", "best"),
     ]),
 ]  # fmt: skip
 LEGEND = (
-    "In brackets: 95 % bootstrap intervals over seeds; t: 95 % intervals by Student's t. Compute lost: the share of a "
-    "variant's training compute that QKV of the same size saves when it trains to the same loss."
+    "In brackets: 95 % bootstrap intervals over seeds; t: 95 % intervals by Student's t. "
+    "Compute lost: the share of a variant's training compute that QKV of the same size saves "
+    "when it trains to the same loss."
 )
 
 
@@ -439,7 +440,8 @@ def as_markdown(parts):
     texts = []
     for key, title, columns in PARTS:
         if parts[key]:
-            texts += [f"### {title}", *([LEGEND] if key == "gaps" else []), table(columns, parts[key], "pipe")]
+            legend = [LEGEND] if key == "gaps" else []
+            texts += [f"### {title}", *legend, table(columns, parts[key], "pipe")]
     if parts["notes"]:
         texts.append("\n".join(f"- {line}" for line in parts["notes"]))
     return "\n\n".join(texts) + "\n"
@@ -457,7 +459,8 @@ def by(key, cells):
 
 def seed_line(ax, points, look, label, shaded=False):
     """A line through the means of [(x, values)], every value a dot; if shaded, with their interval."""
-    points = [(x, list(values)) for x, values in points if values]
+    points = [(x, list(values)) for x, values in points]
+    points = [(x, values) for x, values in points if values]
     if not points:
         return
     colour, marker, line = look
@@ -473,8 +476,8 @@ def seed_line(ax, points, look, label, shaded=False):
 
 def gap_line(ax, cells, alias, at, look, label, x="tokens_per_parameter", key="text_loss"):
     """The gap as a change of perplexity in percent, against a property of the cells."""
-    gaps = [(getattr(cell, x), cell.gaps(alias, at, key).values()) for cell in cells]
-    seed_line(ax, [(x, [percent(gap) for gap in of_seeds]) for x, of_seeds in gaps], look, label, shaded=True)
+    gaps = [(getattr(cell, x), map(percent, cell.gaps(alias, at, key).values())) for cell in cells]
+    seed_line(ax, gaps, look, label, shaded=True)
 
 
 def finish(ax, ticks, xlabel, ylabel):
@@ -486,6 +489,13 @@ def finish(ax, ticks, xlabel, ylabel):
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False)
+
+
+def finish_gaps(ax, cells):
+    ax.axhline(0, color="0.6", linewidth=0.8)
+    ax.set_ylim(top=1.35 * ax.get_ylim()[1])  # room for the legend
+    ticks = [cell.tokens_per_parameter for cell in cells]
+    finish(ax, ticks, "tokens per parameter, D / N", "text perplexity beyond QKV's, %")
 
 
 def trained_and_converted(ax, cells, at):
@@ -501,13 +511,6 @@ def other_variants(ax, cells, smallest, aliases):
     for alias in aliases:
         gap_line(ax, smallest, alias, "own", (*LOOKS[alias], "-"), compared(smallest)[alias])
     finish_gaps(ax, cells)
-
-
-def finish_gaps(ax, cells):
-    ax.axhline(0, color="0.6", linewidth=0.8)
-    ax.set_ylim(top=1.35 * ax.get_ylim()[1])  # room for the legend
-    ticks = [cell.tokens_per_parameter for cell in cells]
-    finish(ax, ticks, "tokens per parameter, D / N", "text perplexity beyond QKV's, %")
 
 
 def losses(ax, cells):
@@ -549,8 +552,9 @@ def rates(ax, cell):
 def lengths(ax, cells, key):
     """Q–K=V's gap against the length of rows, by their content."""
     for protocol, look, here in by("protocol", cells):
-        if key == "text_loss" or protocol != "padded, padding masked":  # which never learned to predict padding
-            gap_line(ax, here, "kv", "common", look, protocol, "row", key)
+        if key == "loss" and protocol == "padded, padding masked":
+            continue  # it never learned to predict padding
+        gap_line(ax, here, "kv", "common", look, protocol, "row", key)
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.set_ylim(bottom=-2)  # room for the legend
     finish(ax, [cell.row for cell in cells], "tokens in a row, T", "perplexity beyond QKV's, %")
@@ -571,11 +575,13 @@ def draw_all(folder, cells, all_cells):
     if with_gaps := [cell for cell in cells if cell.gaps("kv", "own")]:
         panels["gap_by_loss"] = [("each at its own best rate", partial(gap_by_loss, cells=with_gaps))]
     if swept := [cell for cell in cells if cell.runs.groupby("alias")["rate"].nunique().max() > 2]:
-        titles = [f"{cell.size}, {cell.tokens_per_parameter:g} tokens per parameter" for cell in swept]
-        panels["rates"] = [(title, partial(rates, cell=cell)) for title, cell in zip(titles, swept, strict=True)]
+        where = "{0.size}, {0.tokens_per_parameter:g} tokens per parameter".format
+        panels["rates"] = [(where(cell), partial(rates, cell=cell)) for cell in swept]
     if group := next((group for group, alias in varied(all_cells) if alias == "kv"), None):
-        for title, key in (("all positions", "loss"), ("text only", "text_loss")):
-            panels.setdefault("lengths", []).append((f"Q–K=V, over {title}", partial(lengths, cells=group, key=key)))
+        panels["lengths"] = [
+            ("Q–K=V, over all positions", partial(lengths, cells=group, key="loss")),
+            ("Q–K=V, over text only", partial(lengths, cells=group, key="text_loss")),
+        ]
     for name, fills in panels.items():
         draw(folder / f"{name}.png", fills)
 

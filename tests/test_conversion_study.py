@@ -43,16 +43,6 @@ def write(folder, records, name="runs.jsonl"):
     (folder / name).write_text("".join(f"{json.dumps(line)}\n" for line in records), encoding="utf-8")
 
 
-def test_the_best_rate_is_that_of_the_seeds_which_all_rates_have():
-    runs = [("4", 42, 2.0), ("8", 42, 1.9), ("16", 42, 2.1), ("8", 43, 2.5), ("16", 43, 1.0)]
-    records = [record(f"kqv_d64_n80_lr{rate}e-3_T256_packed_seed{seed}", [5.0, x]) for rate, seed, x in runs]
-    records.append(record("kqv_d64_n80_lr2e-3_T256_scored_seed42", [5.0, 0.1]))  # another protocol
-    records.append(record("kqv_d64_n80_lr0.5e-3_T256_packed_seed42", [0.1, 0.1]))
-    records[-1]["metrics"].pop()  # not finished
-    started, _ = conversion_tables.by_place(records)
-    assert conversion_tables.best_rate(started["kqv", "64", 80]) == 8
-
-
 def test_tables_hold_prices_gaps_and_intervals(tmp_path):
     """t with two degrees of freedom: 0.01, 0.02, 0.03 are 0.02 ± 4.303 x 0.01 / sqrt(3)."""
     scaling, results = tmp_path / "scaling", tmp_path / "conversion"
@@ -73,6 +63,11 @@ def test_tables_hold_prices_gaps_and_intervals(tmp_path):
             place = {"source": f"kqv_d64_n80_lr{rate}e-3_T256_packed_seed{seed}"}
             place |= {"checkpoint": f"checkpoint_step_{step}.pt", "way": DEFAULT}
             lines.append(place | {"before": 2.0, "after": 2.0 + price * step / 100 * rate / 8})
+    # No other protocol counts, no unfinished run, and no seed that was not run at every rate.
+    runs += [record("kqv_d64_n80_lr2e-3_T256_scored_seed42", [5.0, 0.1])]
+    runs += [record("kqv_d64_n80_lr0.5e-3_T256_packed_seed42", [0.1, 0.1])]
+    runs[-1]["metrics"].pop()
+    runs += [record("kqv_d64_n80_lr16e-3_T256_packed_seed45", [5.0, 0.1])]
     write(scaling, [run for run in runs if "_lr" in run["name"]])
     write(results, [run for run in runs if "_at" in run["name"]])
     write(results, lines, "one_shot.jsonl")

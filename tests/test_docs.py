@@ -1,10 +1,8 @@
 """README and the pages behind it: what they name exists, and CITATION.cff cites what the README cites."""
 
 import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -86,31 +84,6 @@ def test_names_in_the_code_that_a_page_explains_exist(page):
     assert not [name for name in names if not re.search(rf"{name}\b", written)]
 
 
-def commands():
-    """The lines of CONTRIBUTING.md's shell blocks, as words."""
-    for block in blocks((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), "bash"):
-        for line in block.splitlines():
-            yield shlex.split(line, comments=True)
-
-
-@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
-def test_a_command_for_contributors_names_what_exists(words):
-    """A target of the Makefile; or a Python file that has the options, or the test that -k asks for."""
-    words = [word for word in words if not re.fullmatch(r"[A-Z_]+=\w+", word)]
-    if words[0] == "make":
-        assert re.search(rf"^{words[1]}:.*## ", MAKEFILE, re.MULTILINE)
-        return
-    assert words[0] == ".venv/bin/python"
-    (name,) = [word for word in words if word.endswith(".py")]
-    text = (ROOT / name).read_text(encoding="utf-8")
-    if words[1:3] == ["-m", "pytest"]:
-        wanted = words[words.index("-k") + 1] if "-k" in words else "test"
-        assert re.search(rf"^def test_\w*{wanted.removeprefix('test')}", text, re.MULTILINE)
-    else:
-        for option in (word for word in words if word.startswith("--")):
-            assert f'"{option}"' in text
-
-
 def test_the_citation_is_the_readme_s():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["cff-version"] == "1.2.0"
@@ -126,16 +99,6 @@ def test_the_citation_is_the_readme_s():
     assert paper["collection-title"] == fields["booktitle"]
     assert (paper["publisher"]["name"], paper["volume"]) == (fields["series"], int(fields["volume"]))
     assert paper["url"] in README
-
-
-def test_the_workflow_runs_what_has_to_pass():
-    """With PyTorch's CPU build, at the version of requirements.txt, there before the rest is installed."""
-    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
-    (job,) = workflow["jobs"].values()
-    runs = [step["run"] for step in job["steps"] if "run" in step]
-    assert runs[-1] == ".ci/run" and (ROOT / ".ci/run").stat().st_mode & 0o111
-    assert any("/whl/cpu" in command and "requirements.txt" in command for command in runs[:-1])
-    assert Path(ROOT / "requirements.txt").read_text().count("\ntorch==") == 1
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("tests/benchmarks/*.py")), ids=lambda path: path.name)

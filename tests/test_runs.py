@@ -117,34 +117,28 @@ def test_every_run_is_one_that_its_training_script_takes(house, name):
 
 
 def test_no_run_and_no_conversion_is_repeated(small_house):
-    """Each end point of QKV is converted."""
+    """Each end point of QKV is converted; a run counts that is complete here, or recorded."""
     _, calls, first = run(small_house, "scaling")
     models = [call[call.index("--checkpoint") + 1] for call in calls if call[0] == "convert_checkpoint.py"]
     folders = [f"outputs_scaling/kqv_d64_n20_lr{rate}e-3_T256_packed_seed42" for rate in (4, 8)]
     assert models == [f"{folder}/final_model.pt" for folder in folders]
     assert "2.1 after" in (small_house / folders[0] / "conversion.txt").read_text(encoding="utf-8")
-    (small_house / folders[0] / "metrics.jsonl").unlink()
+    for name in folders:
+        (small_house / name / "metrics.jsonl").unlink()
+    (small_house / "results/scaling").mkdir(parents=True)
+    line = '{"name":"kqv_d64_n20_lr8e-3_T256_packed_seed42","variant":"KQV"}\n'
+    (small_house / "results/scaling/runs.jsonl").write_text(line, encoding="utf-8")
     done, calls, again = run(small_house, "scaling")
     assert done.returncode == 0 and again == first[:1]
     assert "convert_checkpoint.py" not in [call[0] for call in calls]
 
 
-def test_a_run_that_fails_is_named_and_the_others_go_on(small_house):
-    done, _, trained = run(small_house, "scaling", fail="kqv_d64_n20_lr8e-3_T256_packed_seed42", status=2)
-    assert done.returncode != 0 and len(trained) == 4
-    assert "kqv_d64_n20_lr8e-3_T256_packed_seed42: it failed" in done.stderr
-
-
-def test_a_run_that_is_stopped_stops_all(small_house):
-    done, _, trained = run(small_house, "scaling", fail="kv_d64_n20_lr4e-3_T256_packed_seed42", status=143)
-    assert done.returncode != 0 and len(trained) == 2
-
-
-def test_recorded_runs_are_not_repeated(small_house):
-    (small_house / "results/scaling").mkdir(parents=True)
-    line = '{"name":"kqv_d64_n20_lr4e-3_T256_packed_seed42","variant":"KQV"}\n'
-    (small_house / "results/scaling/runs.jsonl").write_text(line, encoding="utf-8")
-    assert len(run(small_house, "scaling")[2]) == 3
+@pytest.mark.parametrize(("status", "trained"), [(2, 4), (143, 2)], ids=["fails", "is stopped"])
+def test_after_a_run_that_fails_the_others_go_on_and_a_stop_stops_all(small_house, status, trained):
+    name = "kv_d64_n20_lr4e-3_T256_packed_seed42"  # the second of four
+    done, _, runs = run(small_house, "scaling", fail=name, status=status)
+    assert done.returncode != 0 and len(runs) == trained
+    assert f"{name}: it failed" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["scaling", "replicate"])

@@ -9,8 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, VARIANTS, script_of
-from hypothesis import given
-from hypothesis import strategies as st
 from test_results_table import read, write_folder
 
 sys.path.insert(0, str(ROOT / "runs"))
@@ -51,11 +49,14 @@ def noise(width, per_parameter, seed):
     return 0.0003 * math.sin(width + 7 * per_parameter + 13 * seed)
 
 
+CELLS = [place for place in product((64, 96), (5, 20, 80), (42, 43, 44)) if place != (96, 20, 44)]  # not even
+
+
 @pytest.fixture(scope="module")
 def widening(tmp_path_factory):
     """Q–K=V is 0.02 + 0.004 ln(D/N / 20) + noise above QKV at own rates; an octave off costs 0.01."""
     folder = tmp_path_factory.mktemp("grid")
-    for width, per_parameter, seed, rate in product((64, 96), (5, 20, 80), (42, 43, 44), RATES):
+    for (width, per_parameter, seed), rate in product(CELLS, RATES):
         qkv = 1 + 30 * (PARAMETERS[width] * per_parameter) ** -0.3
         gap = 0.02 + 0.004 * math.log(per_parameter / 20) + noise(width, per_parameter, seed)
         for alias, own in (("kqv", qkv), ("kv", qkv + gap)):
@@ -84,7 +85,7 @@ def least_squares(points):
 
 def test_the_slope_that_was_put_in_comes_out(report):
     points = []
-    for width, per_parameter, seed in product((64, 96), (5, 20, 80), (42, 43, 44)):
+    for width, per_parameter, seed in CELLS:
         gap = 0.02 + 0.004 * math.log(per_parameter / 20) + noise(width, per_parameter, seed)
         points.append((width, math.log(per_parameter), gap))
     found = report["slopes"][0]
@@ -94,26 +95,9 @@ def test_the_slope_that_was_put_in_comes_out(report):
     low, high = found["slope_interval"]
     assert low < found["slope"] < high and high - low < 0.002
     for seed, slope in found["slope_by_seed"].items():
-        mine = [p for p, other in zip(points, [42, 43, 44] * 6, strict=True) if other == seed]
+        mine = [point for point, (*_, other) in zip(points, CELLS, strict=True) if other == seed]
         assert slope == pytest.approx(least_squares(mine), rel=1e-6)
     assert found["verdict"] == "widens"
-
-
-@given(
-    st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 4), st.floats(-1, 1)), min_size=2, max_size=30)
-)
-def test_the_slope_of_uneven_cells_is_that_of_least_squares(points):
-    """Cells with several values and others with one, as where seeds are missing."""
-    cells = {}
-    for group, x, y in points:
-        cells.setdefault((group, x), []).append(y)
-    groups, x = zip(*cells, strict=True)
-    coefficients = scaling_tables.slope_coefficients(groups, x, [len(values) for values in cells.values()])
-    if coefficients is None:
-        assert len(cells) == len(set(groups))
-    else:
-        slope = coefficients @ [np.mean(values) for values in cells.values()]
-        assert slope == pytest.approx(least_squares(points), abs=1e-9)
 
 
 def slope_between(first, at_first, last, at_last):
@@ -145,16 +129,14 @@ def test_the_verdict_is_that_of_the_criteria(at_5, at_80, verdict):
 
 
 def test_gaps_at_the_common_rate_and_at_own_rates(report):
+    """Q–K=V's best rate is the highest of those tried, which is said."""
     gap = next(g for g in report["gaps"] if (g["size"], g["tokens_per_parameter"]) == ("d64", 20))
     assert (gap["common_rate"], gap["own_rate"], gap["seeds"]) == (0.004, 0.008, [42, 43, 44])
     own = 0.02 + sum(noise(64, 20, seed) for seed in (42, 43, 44)) / 3
     assert gap["gap_own"] == pytest.approx(100 * (math.exp(own) - 1))
     assert gap["gap_common"] == pytest.approx(100 * (math.exp(own + 0.01) - 1))
     seeds = [100 * (math.exp(0.02 + noise(64, 20, seed)) - 1) for seed in (42, 43, 44)]
-    assert gap["gap_own_interval"] == pytest.approx([min(seeds), max(seeds)])  # all alike: 1 in 27 draws, above 2.5 %
-
-
-def test_a_best_rate_at_the_edge_of_those_tried_is_said(report):
+    assert gap["gap_own_interval"] == pytest.approx([min(seeds), max(seeds)])  # alike: 1 in 27 draws, above 2.5 %
     edges = [note for note in report["notes"] if "at the edge" in note]
     assert len(edges) == 6 and all(note.startswith("Q–K=V") for note in edges)
 
@@ -168,6 +150,7 @@ def test_the_best_rate_goes_by_the_seeds_that_all_rates_have(tmp_path):
     report = report_of(tmp_path)
     (gap,) = report["gaps"]
     assert (gap["common_rate"], gap["own_rate"], gap["seeds"]) == (0.004, 0.004, [42])
+    assert not [note for note in report["notes"] if "at the edge" in note]
 
 
 def test_the_compute_lost_is_read_off_qkvs_curve(tmp_path):
@@ -181,16 +164,6 @@ def test_the_compute_lost_is_read_off_qkvs_curve(tmp_path):
     per_token = {alias: 2 * (size + 2 * 256 * 64) + 320 * 64 for alias, size in products.items()}
     expected = 100 * (1 - 0.8 * per_token["kqv"] / per_token["kv"])
     assert report["gaps"][0]["compute_lost_percent"] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("loss", [3.0, 2.0, 1.0, 2.5, 1.2, 4.0, 0.5])
-def test_tokens_for_a_loss_on_the_points_between_them_and_beyond(loss):
-    """A power law is a line in the logarithms."""
-    power = [(10.0 * (3.0 / x) ** 2, x) for x in (3.0, 2.0, 1.0)]
-    assert scaling_tables.tokens_for(loss, power) == pytest.approx(10.0 * (3.0 / loss) ** 2)
-    assert scaling_tables.tokens_for(loss, [(10.0, 1.0), (20.0, 1.1)]) is None
-    assert scaling_tables.tokens_for(loss, [(10.0, 1.0)]) is None
-    assert scaling_tables.tokens_for(1.7, [(1e6, 2.0), (4e6, 1.9999)]) is None  # beyond every number
 
 
 def test_the_length_of_rows_by_protocol(tmp_path):
