@@ -124,6 +124,29 @@ def read_checkpoint(alias: str, path: Path | str) -> dict:
         raise InputError(str(error)) from error
 
 
+def open_checkpoint(alias: str, path: Path | str) -> tuple:
+    """The contents of a checkpoint, ours or released, and the training script's model with its weights.
+
+    ValueError where the alias or the file is not what it should be, or a weight is not finite.
+    """
+    contents, model = read_checkpoint(alias, path), script_of(alias).load_model(path)
+    refuse_what_is_not_finite(model, path)
+    return contents, model
+
+
+def refuse_what_is_not_finite(model, path: Path | str) -> None:
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise InputError(f"{path}: {name} holds values that are not finite; take an earlier checkpoint")
+
+
+def cache_bytes(alias: str, config) -> tuple[int, int]:
+    """Bytes that a token takes in the KV cache in bf16, and what it takes in QKV, K and V of all heads."""
+    head_bytes = 2 * config.n_layer * config.n_embd // config.n_head
+    heads = config.n_kv_groups or config.n_head
+    return len(VARIANTS[alias]["cached"]) * heads * head_bytes, 2 * config.n_head * head_bytes
+
+
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line that a kill cut short is left out."""
     return script_of("kqv").read_metrics(path)

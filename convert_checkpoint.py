@@ -38,13 +38,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import GPT2LMHeadModel
-from transformers.utils import logging
 
 from common import (  # isort: skip
-    VARIANTS, InputError, Parser, report, script_of, show_what_the_terminal_can, write_atomically,
+    VARIANTS, InputError, Parser, cache_bytes, open_checkpoint, report, script_of,
+    show_what_the_terminal_can, write_atomically,
 )  # fmt: skip
-from export_hf import cache_bytes, open_checkpoint, read_folder, tokenizer_entries
 
 TARGETS = {  # what each variant can become
     "kqv": ("kv", "gqa", "mqa", "qgqa", "qmqa"),
@@ -346,6 +344,13 @@ def read_gpt2(folder):
 
     The vocabulary is not padded.
     """
+    from transformers import GPT2LMHeadModel  # seconds, which other sources need not wait
+    from transformers.utils import logging
+
+    from export_hf import read_folder, tokenizer_entries
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     gpt2 = read_folder(folder, GPT2LMHeadModel)
     script, c = SCRIPTS["kqv"], gpt2.config
     expected = {
@@ -592,8 +597,6 @@ def main(arguments=None, convert=convert, method="joint_svd", weighting="gradien
     add("--device", default=device, help="to calibrate and evaluate on (default: %(default)s)")
     options = parser.parse_args(arguments)
     show_what_the_terminal_can()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
         run(options, convert, {"method": method, "weighting": weighting})
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ script's logits.
 --to_checkpoint turns such a folder, fine-tuned elsewhere, into a final_model.pt for this repository's tools.
 The tokenizer goes with it, so that added tokens and a chat template are there again in the next export.
 
-Contents: checkpoints, tokenizer, model card, checkpoint -> folder, folder -> checkpoint, command line.
+Contents: the same model, tokenizer, model card, checkpoint -> folder, folder -> checkpoint, command line.
 """
 
 import hashlib
@@ -32,8 +32,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.utils import logging
 
 from common import (  # isort: skip
-    GPT2_PATTERN, GPT2_SHA256, ROOT, VARIANTS, InputError, Parser, Tokenizer, load_tokenizer, read_checkpoint,
-    read_metrics, report, script_of, show_what_the_terminal_can, tokenizer_of,
+    GPT2_PATTERN, GPT2_SHA256, ROOT, VARIANTS, InputError, Parser, Tokenizer, cache_bytes, load_tokenizer,
+    open_checkpoint, read_metrics, refuse_what_is_not_finite, report, script_of, show_what_the_terminal_can,
+    tokenizer_of,
 )  # fmt: skip
 from modeling_qkv import QKVConfig, QKVForCausalLM
 
@@ -57,23 +58,7 @@ UNKNOWN = "not known"
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints
-
-
-def open_checkpoint(alias: str, path: Path) -> tuple[dict, torch.nn.Module]:
-    """The contents of a checkpoint, ours or released, and the training script's model with its weights.
-
-    ValueError where the alias or the file is not what it should be, or a weight is not finite.
-    """
-    contents, model = read_checkpoint(alias, path), script_of(alias).load_model(path)
-    refuse_what_is_not_finite(model, path)
-    return contents, model
-
-
-def refuse_what_is_not_finite(model: torch.nn.Module, path: Path) -> None:
-    for name, weight in model.state_dict().items():
-        if not weight.isfinite().all():
-            raise InputError(f"{path}: {name} holds values that are not finite; take an earlier checkpoint")
+# The same model, here and in transformers
 
 
 def in_transformers(model: torch.nn.Module, **settings) -> QKVForCausalLM:
@@ -223,13 +208,6 @@ def model_card(exported, contents: dict, path: Path, name: str | None, tokenizer
         own_names=tokenizer and tokenizer.eos_token == END_OF_TEXT,
         settings=settings_of(train_config),
     )
-
-
-def cache_bytes(alias: str, config) -> tuple[int, int]:
-    """Bytes that a token takes in the KV cache in bf16, and what it takes in QKV, K and V of all heads."""
-    head_bytes = torch.bfloat16.itemsize * config.n_layer * config.n_embd // config.n_head
-    heads = config.n_kv_groups or config.n_head
-    return len(VARIANTS[alias]["cached"]) * heads * head_bytes, 2 * config.n_head * head_bytes
 
 
 def evaluation_of(path: Path, step: int | None) -> dict:

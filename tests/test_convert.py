@@ -414,6 +414,7 @@ def test_a_released_checkpoint_does_not_name_its_variant(alias, to, data_dir, tm
         cc.main([str(each) for each in (*given, "--data", data_dir / "train")])
         found[name] = torch.load(tmp_path / "o.pt", weights_only=True)
     assert found["released.pt"]["init_from"] == "released.pt" and "init_from" not in found["ours.pt"]
+    assert len({each["converted_from"]["variant"] for each in found.values()}) == 1
     one, other = (each["model_state_dict"] for each in found.values())
     torch.testing.assert_close(one, other, atol=0, rtol=0)
 
