@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, start, wait_until_held
 from filelock import FileLock
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_dataset_download import files_of, random_texts, refused, run, texts_of, write_jsonl
 
@@ -171,6 +171,20 @@ def test_a_hub_source_that_breaks_off_is_read_on_from_its_file(tmp_path, monkeyp
     assert files_of(output) == files_of(tmp_path / "whole")
 
 
+@contextlib.contextmanager
+def hub_of(rows):
+    """The rows of a generator function as every data set of the hub."""
+    import datasets
+
+    def builder(name, config, revision):
+        stream = datasets.IterableDataset.from_generator(rows)
+        return SimpleNamespace(hash="c0ffee", as_streaming_dataset=lambda: {"train": stream})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load_dataset_builder", builder)
+        yield patch
+
+
 @settings(max_examples=4, deadline=None)
 @given(
     failures=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 3)), max_size=6),
@@ -180,7 +194,6 @@ def test_a_hub_source_that_breaks_off_is_read_on_from_its_file(tmp_path, monkeyp
 def test_rows_that_fail_anywhere(failures, chunk, batch):
     """Errors of every library at any row, with any chunk and batch size: the files are always the same."""
     import aiohttp
-    import datasets
     from huggingface_hub.errors import HTTPError
 
     raised = [HTTPError("reset"), aiohttp.ClientPayloadError("cut"), TimeoutError("slow"), KeyboardInterrupt()]
@@ -194,12 +207,7 @@ def test_rows_that_fail_anywhere(failures, chunk, batch):
                 raise raised[failure[1]]
             yield {"text": text}
 
-    def builder(name, config, revision):
-        stream = datasets.IterableDataset.from_generator(rows)
-        return SimpleNamespace(hash="c0ffee", as_streaming_dataset=lambda: {"train": stream})
-
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load_dataset_builder", builder)
+    with tempfile.TemporaryDirectory() as folder, hub_of(rows) as patch:
         options = ("--chunk_tokens", chunk)
         while True:
             patch.setattr(dataset_download, "BATCH_DOCUMENTS", batch)
@@ -281,13 +289,20 @@ def test_metadata_of_any_other_shape(options, content, reason, source, tmp_path,
     assert f"{path}: not what this script writes" in message and reason in message
 
 
-@settings(max_examples=10, deadline=None)
+@pytest.mark.parametrize("of_the_hub", [False, True])
+@settings(max_examples=6, deadline=None)
 @given(stops=st.lists(st.integers(0, 60), max_size=8), chunk=st.integers(100, 4_000))
-def test_stopped_at_any_step(stops, chunk):
-    """Killed before any of the renames that make a file final, again and again."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        source, output = write_jsonl(Path(folder) / "texts.jsonl", TEXTS[:60]), Path(folder) / "out"
-        replace = os.replace
+@example(stops=[3, 7, 9, 11], chunk=200)
+def test_stopped_at_any_step(of_the_hub, stops, chunk):
+    """Before any of the renames that make a file final, again and again."""
+
+    def rows():
+        yield from ({"text": text} for text in TEXTS[:60])
+
+    options = ("--chunk_tokens", chunk)
+    with tempfile.TemporaryDirectory() as folder, hub_of(rows) as patch:
+        source = "owner/name" if of_the_hub else write_jsonl(Path(folder) / "texts.jsonl", TEXTS[:60])
+        output, whole, replace = Path(folder) / "out", Path(folder) / "whole", os.replace
         for stop in stops:
             calls = iter(range(1_000))
 
@@ -298,12 +313,10 @@ def test_stopped_at_any_step(stops, chunk):
 
             patch.setattr(os, "replace", stop_later)
             try:
-                run(source, output, "--chunk_tokens", chunk, validation=1_000)
+                run(source, output, *options, validation=1_000)
             except SystemExit as stopped:
                 assert stopped.code == 130
-        patch.undo()
-        run(source, output, "--chunk_tokens", chunk, validation=1_000)
-        run(source, Path(folder) / "whole", "--chunk_tokens", chunk, validation=1_000)
-        assert files_of(output) == files_of(Path(folder) / "whole")
-
-
+        patch.setattr(os, "replace", replace)
+        run(source, output, *options, validation=1_000)
+        run(source, whole, *options, validation=1_000)
+        assert files_of(output) == files_of(whole)
