@@ -1,4 +1,4 @@
-"""The study of conversion: its schedule, tables of made-up runs, other ways of conversion, Slim attention."""
+"""The study of conversion: its schedule, tables of made-up runs, other ways of conversion."""
 
 import json
 import re
@@ -8,18 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from conftest import ROOT, script_of
-from test_convert import PAIRS, attention_to_the_first, build, logits_of, random_loader, save, tie_values
+from test_convert import PAIRS, build, logits_of, random_loader, save, tie_values
 from test_results_table import evaluation, write_folder
 
 sys.path.insert(0, str(ROOT / "runs"))
 import conversion
 import conversion_tables
 import one_shot
-import resting_head
-import slim_attention
 
 import convert_checkpoint as cc
 from common import VARIANTS
@@ -105,17 +102,6 @@ def test_every_way_is_exact_where_it_can_be(alias, to, way):
     assert exact == way["method"].startswith("joint_svd")
 
 
-def test_a_head_is_made_to_rest_on_the_first_position(data_dir, tmp_path, capsys):
-    path = save("kqv", build("kqv", initializer_range=0.1), tmp_path / "source.pt")
-    model = script_of("kqv").load_model(path)
-    resting_head.make_head_rest(model, random_loader(n_rows=40))
-    assert attention_to_the_first("kqv", model, random_loader()[0][0], 1) > 0.99
-    capsys.readouterr()  # what the preparation of the data printed
-    resting_head.main([str(path), "--data", str(data_dir)])
-    weightings = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "nats after" in line]
-    assert weightings == ["gradient", "gradient, only it", "activation"]
-
-
 def test_one_shot_goes_on_where_it_stopped(data_dir, tmp_path):
     folder, file = tmp_path / "kqv_d64_n80_lr8e-3_T256_packed_seed42", tmp_path / "one_shot.jsonl"
     folder.mkdir()
@@ -130,27 +116,6 @@ def test_one_shot_goes_on_where_it_stopped(data_dir, tmp_path):
     expected = script.evaluate(script.load_model(path), loader)["text_loss"]
     assert lines[0]["before"] == pytest.approx(expected, rel=1e-6)
     assert lines[0]["after"] != lines[0]["before"]
-
-
-@pytest.mark.parametrize("T", [1, 7, 32])
-def test_slim_attention_is_exact_with_keys_alone_in_the_cache(T):
-    """Also in pieces: T tokens of prefill, and then one at a time."""
-    model = build("kqv", initializer_range=0.2)
-    input_ids = torch.randint(257, (2, 32), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, _ = model(input_ids)
-        k_weights = [block.attn.c_attn.weight.chunk(3)[1].double() for block in model.h]
-        condition = max(torch.linalg.cond(weight).item() for weight in k_weights)
-        slim_attention.make_slim(model)
-        tolerance = 1e-6 * condition * expected.abs().max()
-        assert tolerance < 0.05 * expected.abs().max()
-        assert (model(input_ids)[0] - expected).abs().max() < tolerance
-        cache = script_of("kv").KVCache(32)
-        logits = [model(input_ids[:, :T], cache=cache)[0]]
-        assert len(cache.layers[0]) == 1
-        for i in range(T, 32):
-            logits.append(model(input_ids[:, i : i + 1], cache=cache)[0])
-        assert (torch.cat(logits, dim=1) - expected).abs().max() < tolerance
 
 
 # ---- the schedule
