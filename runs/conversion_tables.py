@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from one_shot import SHARED, read_one_shots
 from other_conversions import DEFAULT, WAYS
 
-from common import ROOT, VARIANTS, Parser, write_text
+from common import ROOT, VARIANTS, InputError, Parser, write_text
 from report import LOOKS, save_figure, t_interval
 from results_table import read_runs
 
@@ -57,7 +57,7 @@ def best_rate(by_rate):
     """The rate of the lowest final loss, in the mean over the seeds that all rates have."""
     seeds = set.intersection(*({*by_seed} for by_seed in by_rate.values()))
     if not seeds:
-        raise ValueError("no seed was run at every rate")
+        raise InputError("no seed was run at every rate, so that there is no best one")
     return min(by_rate, key=lambda rate: fmean(by_rate[rate][seed][-1][1] for seed in seeds))
 
 
@@ -273,7 +273,10 @@ def main(arguments=None):
         default = os.environ.get(study, ROOT / "results" / {"results": "conversion"}.get(name, name))
         parser.add_argument(f"--{name}", type=Path, default=default, metavar="DIR")
     options = parser.parse_args(arguments)
-    write_all(options.scaling, options.results)
+    try:
+        write_all(options.scaling, options.results)
+    except (InputError, OSError) as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":
