@@ -34,6 +34,7 @@ SIZES = ("300M", "1.2B")
 # -----------------------------------------------------------------------------
 # Errors and the command line
 
+
 class InputError(ValueError):
     """Something the user can put right: an argument, a file, a source that cannot be reached."""
 
@@ -329,8 +330,9 @@ def read_tokenizer_json(path: Path) -> dict[bytes, int]:
     if not usual or level.get("type") != "ByteLevel" or level.get("add_prefix_space"):
         refuse(f"its pre_tokenizer is {json.dumps(split)[:200]}")
     for part, harmless in (("normalizer", None), ("post_processor", "ByteLevel")):  # which moves offsets alone
-        if contents.get(part) and contents[part].get("type") != harmless:
-            refuse(f"its {part} is {contents[part].get('type')}")
+        found = contents.get(part) or {"type": harmless}
+        if found.get("type") != harmless and found.get("special_tokens") != {}:  # a template that adds no token
+            refuse(f"its {part} is {found.get('type')}")
     if ordinary := [content for content, token in added.items() if not token.get("special")]:
         refuse(f"its added token {ordinary[0]!r} is not a special one")
 
