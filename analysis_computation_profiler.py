@@ -1,7 +1,7 @@
 """Parameters, operations and KV cache of every variant: by formula, counted, and measured on this machine.
 
     python analysis_computation_profiler.py                                # Tables 5 and 6, and the cache
-    python analysis_computation_profiler.py --sizes 1.2B --memory 80GB --format markdown --figures figures
+    python analysis_computation_profiler.py --sizes 1.2B --memory 80GB --format markdown
     python analysis_computation_profiler.py decode --variants kqv kv gqa --contexts 2048 8192 --batches 1 8
     python analysis_computation_profiler.py train --sizes 300M --format csv > train.csv
 
@@ -617,18 +617,6 @@ FORMATS = {
 }
 
 
-def draw_pareto(path, variants):
-    """Published perplexity against the cache of a token, with a panel for each size."""
-    fills = []
-    for size, of_size in variants.items():
-        points = [(v.cache_bytes(), v.published("perplexity"), None, v.paper, v.alias) for v in of_size]
-        if points := [point for point in points if point[1]]:
-            fill = partial(report.pareto, points=points, ylabel="published validation perplexity")
-            fills.append((size, fill))
-    if fills:
-        report.draw(path, fills)
-
-
 # -----------------------------------------------------------------------------
 # Command line
 
@@ -699,7 +687,6 @@ def command_line():
     add("--contexts", default=PAPER_CONTEXTS, **contexts)
     memory = "for weights and caches, such as 24GiB (default: 40GB)"
     add("--memory", type=memory_size, default=40 * 10**9, metavar="SIZE", help=memory)
-    add("--figures", type=Path, metavar="DIR", help="write the figure pareto.png there")
     add("--output_dir", type=Path, default=Path(), metavar="DIR", help="of the JSON (default: here)")
     add = measurement("decode", "prefill and decode through the KV cache", "tokens decoded in a turn")
     add("--contexts", **contexts)
@@ -733,9 +720,8 @@ def complete(options):
 
 
 def run_accounts(options):
-    """The records of an analysis without measuring; writes the JSON and the figures."""
-    for folder in filter(None, (options.output_dir, options.figures)):
-        folder.mkdir(parents=True, exist_ok=True)
+    """The records of an analysis without measuring; writes the JSON."""
+    options.output_dir.mkdir(parents=True, exist_ok=True)
     variants = chosen(options.sizes, options.variants, {})
     everyone = [variant for of_size in variants.values() for variant in of_size]
     # Tracing and reading traces is Python's work: two processes take half the time.
@@ -756,8 +742,6 @@ def run_accounts(options):
     for size in [] if options.variants else options.sizes or ["300M"]:
         path = options.output_dir / f"comprehensive_flop_analysis_{size}.json"
         write_text(path, report.as_json(by_size[size]))
-    if options.figures:
-        draw_pareto(options.figures / "pareto.png", variants)
     return records
 
 

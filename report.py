@@ -148,26 +148,3 @@ def draw(path, fills):
 
 def save_figure(path, figure):
     write_atomically(path, partial(figure.savefig, format="png"))
-
-
-def pareto(ax, points, ylabel):
-    """Losses against the cache that a token takes, and a line through those that no other beats in both.
-
-    A point is the bytes, the loss, half of its range or None, a name and an alias.
-    """
-    front = []
-    for size, loss in sorted(point[:2] for point in points):
-        if not front or loss < front[-1][1]:
-            front.append((size, loss))
-    ax.plot(*zip(*front, strict=True), color="0.7", zorder=1)
-    for size, loss, spread, name, alias in points:
-        colour, marker = LOOKS[alias]
-        ax.errorbar(size, loss, spread, color=colour, marker=marker, markersize=8, capsize=3)
-        ax.annotate(name, (size, loss), (7, 5), textcoords="offset points")
-    sizes = sorted({size for size, *_ in points})
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
-    ax.minorticks_off()
-    ax.margins(x=0.15, y=0.1)
-    ax.set_xlabel("KV cache in bf16, bytes per token")
-    ax.set_ylabel(ylabel)

@@ -361,14 +361,25 @@ def curves(ax, table):
 
 
 def pareto(ax, table):
-    """Text loss beyond QKV's against a token's KV cache."""
+    """Text loss beyond QKV's against a token's KV cache, and a line through what no other beats in both."""
     key = "text_loss_vs_qkv"
-    rows = [row for row in table["rows"] if row[key] is not None or row["variant"] == "QKV"]
-    points = [
-        (row["cache_bytes_per_token"], row[key] or 0.0, row[f"{key}_spread"], row["variant"], row["alias"])
-        for row in rows
-    ]
-    report.pareto(ax, points, "text loss beyond QKV's, nats per token")
+    rows = [row | {key: row[key] or 0.0} for row in table["rows"] if row[key] is not None or row["variant"] == "QKV"]
+    front = []
+    for size, loss in sorted((row["cache_bytes_per_token"], row[key]) for row in rows):
+        if not front or loss < front[-1][1]:
+            front.append((size, loss))
+    ax.plot(*zip(*front, strict=True), color="0.7", zorder=1)
+    for row in rows:
+        (colour, marker), place = report.LOOKS[row["alias"]], (row["cache_bytes_per_token"], row[key])
+        ax.errorbar(*place, row[f"{key}_spread"], color=colour, marker=marker, markersize=8, capsize=3)
+        ax.annotate(row["variant"], place, (7, 5), textcoords="offset points")
+    sizes = sorted({row["cache_bytes_per_token"] for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
+    ax.minorticks_off()
+    ax.margins(x=0.15, y=0.1)
+    ax.set_xlabel("KV cache in bf16, bytes per token")
+    ax.set_ylabel("text loss beyond QKV's, nats per token")
 
 
 def write_all(folder, tables):

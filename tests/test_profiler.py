@@ -15,7 +15,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import ROOT, VARIANTS
-from matplotlib.image import imread
 from torch.utils.flop_counter import FlopCounterMode
 
 import analysis_computation_profiler as profiler
@@ -197,14 +196,13 @@ def test_default_run_writes_the_committed_file(tmp_path):
 
 
 def test_a_part_of_the_variants_overwrites_no_file(tmp_path, monkeypatch, capsys):
-    """And prints the published figures of Q=K=V; the figure is drawn."""
+    """And prints the published figures of Q=K=V."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(profiler, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     monkeypatch.setattr(profiler, "SEQUENCE_LENGTHS", [128])
-    part = ["--sizes", "300M", "--variants", "k", "--figures", "figures", "--format", "json"]
+    part = ["--sizes", "300M", "--variants", "k", "--format", "json"]
     status, out, _ = run(*part, capsys=capsys)
-    assert (status, [path.name for path in tmp_path.rglob("*")]) == (0, ["figures", "pareto.png"])
-    assert imread(tmp_path / "figures/pareto.png").std() > 0.05  # not a blank page
+    assert (status, list(tmp_path.iterdir())) == (0, [])
     printed, (parameters, attention, by_T) = json.loads(out), PUBLISHED["K"]
     assert [(row["total"], row["attention"]) for row in printed["parameters"]] == [(parameters, attention)]
     counted = [(row["fvcore_macs"], row["profiled_flops"]) for row in printed["compute"]]
@@ -425,7 +423,7 @@ def test_disagreeing_accounts_end_with_status_1(records, monkeypatch, capsys):
         (["--memory", "40"], "expected an amount such as 40GB or 24GiB, got '40'"),
         (["--contexts", "0"], "expected a whole number above 0, got '0'"),
         (["--output_dir", "FILE"], "FILE"),
-        (["--figures", "FILE/folder"], "FILE/folder"),
+        (["--output_dir", "FILE/folder"], "FILE/folder"),
         (["train", "--contexts", "9"], "unrecognized arguments: --contexts 9"),
         (["decode", "--set", "seed=7"], "seed=7: expected KEY=VALUE"),
         (["decode", "--set", "n_embd=["], "n_embd=[: expected KEY=VALUE"),
