@@ -21,7 +21,7 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from one_shot import SHARED, read_one_shots
-from other_conversions import DEFAULT, WAYS
+from other_conversions import DEFAULT, TRIED, WAYS
 
 from common import ROOT, VARIANTS, InputError, Parser, write_text
 from report import LOOKS, save_figure, t_interval
@@ -127,7 +127,7 @@ def tables_of_conversion_alone(started, alone):
             for tokens, here in default.groupby("tokens"):
                 along.append([*named(*place), f"{tokens // 1024:,}", *price_of(here)])
         if at_end["way"].nunique() > 1:
-            for way in (DEFAULT, *WAYS):
+            for way in (DEFAULT, *WAYS, *TRIED):
                 here = at_end[at_end["way"] == json.dumps(way)]
                 how = [way["method"], way["weighting"], f"{way['tokens']:,}"]
                 ways += [[*named(*place), *how, *price_of(here)]] if len(here) else []
@@ -182,8 +182,6 @@ def write_all(scaling, results):
     (results / "figures").mkdir(exist_ok=True)
     write_text(results / "results.md", text)
     draw(started, trained_on, alone, results / "figures/conversion.png")
-    if alone["shape"].str.startswith("96h").any():
-        draw_widths(alone, results / "figures/widths.png")
 
 
 def draw(started, trained_on, alone, path):
@@ -243,28 +241,6 @@ def add_curve(ax, curve, colour, label, linestyle="-"):
     tokens, losses = zip(*curve, strict=True)
     look = {"color": colour, "linewidth": 1, "marker": ".", "label": label}
     ax.plot([n / 1e6 for n in tokens], [math.exp(loss) for loss in losses], linestyle, **look)
-
-
-def draw_widths(alone, path):
-    """A figure: the price of conversion alone against the width of a head at d96, a line for each seed."""
-    default = alone["end"] & (alone["way"] == json.dumps(DEFAULT)) & (alone["alias"] == "kqv")
-    alone = alone[default & alone["shape"].str.fullmatch(r"96(h\d+)?")]
-    heads = alone["shape"].str.partition("h")[2].replace("", "6").astype(int)
-    alone = alone.assign(width=96 // heads).sort_values("width")
-    figure = Figure(figsize=(6, 4), layout="constrained", dpi=120)
-    ax = figure.subplots()
-    for n, colour in ((20, "#0072B2"), (60, "#E69F00")):
-        label = f"{n} tokens per parameter"
-        for _, rows in alone[alone["n"] == n].groupby("seed"):
-            ax.plot(rows["width"], rows["price"], ".-", color=colour, linewidth=1, label=label)
-            label = None
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xticks([12, 16, 24, 32, 48], ["12", "16", "24", "32", "48"], minor=False)
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.set(xlabel="width of a head", ylabel="price of conversion, nats")
-    ax.legend(frameon=False, fontsize="small")
-    save_figure(path, figure)
 
 
 def main(arguments=None):

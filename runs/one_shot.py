@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from other_conversions import DEFAULT, WAYS, convert_by
+from other_conversions import DEFAULT, WAYS, convert
 
 import convert_checkpoint as cc
 from common import Parser, script_of
@@ -39,13 +39,11 @@ def one_shot(checkpoint, data, ways, record_path):
     config = cc.target_config(alias, model.config, to, None)
     val_loader = cc.open_data(data / "validation", contents, config, batch_tokens=4096)
     before = script.evaluate(model, val_loader)["text_loss"]
-
-    def calibration():
-        return cc.open_data(data / "train", contents, config, seed=42)
-
     for way in missing(checkpoint, ways, record_path):
+        loader = cc.open_data(data / "train", contents, config, seed=42)
+        how = loader, way["tokens"], way["method"], way["weighting"]
         target = getattr(script_of(to), cc.VARIANTS[to]["class"])(config)
-        target.load_state_dict(convert_by(way, script.load_model(checkpoint), to, config, calibration))
+        target.load_state_dict(convert(script.load_model(checkpoint), to, config, *how)[0])
         after = script_of(to).evaluate(target.eval(), val_loader)["text_loss"]
         place = {"source": checkpoint.parent.name, "checkpoint": checkpoint.name}
         with open(record_path, "a", encoding="utf-8") as file:

@@ -37,24 +37,17 @@ WAYS = [DEFAULT | way for way in (
     {"weighting": "activation, values as keys"},
     # the gradient with nothing of activation's metric, and no weight of positions beside it or none at all
     {"weighting": "gradient, only it"}, {"weighting": "gradient, only it, positions alike"},
-    # other ways: the inputs of the layers that are converted already, and a fit behind the SVD
-    {"method": "joint_svd, layer by layer"}, {"method": "joint_svd, fitted"},
 )]  # fmt: skip
+# Recorded, by commit 0a383c6: on the inputs of the layers that are converted already, and a fit behind the SVD.
+TRIED = [DEFAULT | {"method": f"joint_svd, {how}"} for how in ("layer by layer", "fitted")]
 
 
 class OtherMoments(cc.Moments):
-    """Moments in another metric, by its name; `keep` keeps all positions as well, for a fit."""
+    """Moments in another metric, by its name."""
 
-    def __init__(self, heads, weighting, keep=False):
+    def __init__(self, heads, weighting):
         super().__init__(heads)
         self.weighting, _, self.change = weighting.partition(", ")
-        self.positions = [] if keep else None
-
-    def add(self, kv, queries, gradients):
-        if self.positions is not None:
-            parts = (self.heads.by_block(tensor.double()).transpose(0, 1) for tensor in (kv, gradients))
-            self.positions.append(tuple(parts))
-        super().add(kv, queries, gradients)
 
     def position_weights(self, g):
         if self.weighting != "gradient" or self.change.endswith("positions alike"):
@@ -80,24 +73,6 @@ class OtherMoments(cc.Moments):
         scale[:, n:] = factor.sqrt()[:, None]
         return metric * scale[:, :, None] * scale[:, None, :]
 
-    def fit(self, down, up):
-        """D and U that minimise the mean of (g^T (u - U D u))^2: what each position's own error costs."""
-        u, g = (torch.cat(parts, dim=1) for parts in zip(*self.positions, strict=True))
-        u = u - self.mean()[:, None]
-        g = g / (g * u).square().sum(dim=(1, 2), keepdim=True).sqrt()
-        down, up = down.clone().requires_grad_(), up.clone().requires_grad_()
-        search = {"max_iter": 30, "history_size": 10, "line_search_fn": "strong_wolfe"}
-        optimizer = torch.optim.LBFGS([down, up], **search)
-
-        def loss():
-            optimizer.zero_grad()
-            total = ((g * u).sum(-1) - ((g @ up) * (u @ down.mT)).sum(-1)).square().sum()
-            total.backward()
-            return total
-
-        optimizer.step(loss)
-        return down.detach(), up.detach()
-
 
 def average(attention, heads, covariance, metric, mean, method):
     """(D, U, mean) as of convert_checkpoint.choose: the mean of a block's heads, or of its first half."""
@@ -118,42 +93,6 @@ def convert(model, to, config, loader, n_tokens=32768, method="joint_svd", weigh
     choose = cc.choose if method == "joint_svd" else partial(average, method=method)
     moments_of = partial(OtherMoments, weighting=weighting)
     return cc.convert(model, to, config, loader, n_tokens, moments_of, choose)
-
-
-def convert_by(way, model, to, config, loader_of):
-    """The state dict of the target by one of the WAYS; loader_of() is a new loader of the training data."""
-    method, weighting = way["method"], way["weighting"]
-    if method in METHODS and weighting in WEIGHTINGS:
-        return convert(model, to, config, loader_of(), way["tokens"], method, weighting)[0]
-    heads = cc.Heads(model.config, config.n_kv_groups or config.n_head, caches_values=False)
-    key_name = "c_k" if to in ("kv", "qgqa") else "c_kv"
-    one_by_one, fitted = method.endswith("layer by layer"), method.endswith("fitted")
-    weights = {name: tensor for name, tensor in model.state_dict().items() if ".attn." not in name}
-    moments = None
-    for number in range(config.n_layer):
-        if moments is None or one_by_one:
-            moments = [OtherMoments(heads, weighting, fitted) for _ in model.h]
-            cc.collect_moments(model, moments, loader_of(), way["tokens"])
-        sums, attention = moments[number], cc.AttentionWeights(model.state_dict(), number, heads)
-        down, up = cc.joint_svd(sums.covariance(), sums.metric(attention), heads.head_dim)
-        down, up = cc.even_rows(attention, down, up)
-        if fitted:
-            down, up = sums.fit(down, up)
-        converted = cc.absorb(attention, heads, down, up, sums.mean(), key_name)
-        weights |= {f"h.{number}.attn.{name}": tensor for name, tensor in converted.items()}
-        if one_by_one:
-            keep_what_is_kept(model.h[number].attn, heads, attention, up @ down, sums.mean())
-    return weights
-
-
-@torch.no_grad()
-def keep_what_is_kept(attn, heads, attention, projector, mean):
-    """Give the source's layer what is left of its keys and values u: projector (u - mean) + mean."""
-    _, projection = cc.projections(attn)
-    rows = len(projection.weight) - heads.kv_width + heads.by_block(torch.arange(heads.kv_width)).flatten()
-    bias = projector @ (attention.kv_bias - mean)[..., None]
-    projection.weight[rows] = (projector @ attention.kv_weight).flatten(0, 1).float()
-    projection.bias[rows] = (bias[..., 0] + mean).flatten().float()
 
 
 def main(arguments=None):

@@ -95,7 +95,7 @@ def test_every_way_is_exact_where_it_can_be(alias, to, way):
     tie_values(model)
     expected = logits_of(model)
     config = cc.target_config(alias, model.config, to, None)
-    weights = one_shot.convert_by(way | {"tokens": 400}, model, to, config, random_loader)
+    weights, *_ = one_shot.convert(model, to, config, random_loader(), 400, way["method"], way["weighting"])
     target = getattr(script_of(to), VARIANTS[to]["class"])(config).eval()
     target.load_state_dict(weights)
     exact = (logits_of(target) - expected).abs().max() < 1e-3 * expected.abs().max()
