@@ -156,7 +156,7 @@ class SharedKVCache(DynamicCache):
 
 @torch.no_grad()
 def rotate(s, cos, sin, norm, out):
-    """The keys of s [B, KV heads, S, head_dim], on a CPU in blocks that stay in its cache."""
+    """The keys of s [B, KV heads, S, head_dim], on a CPU in blocks that fit the processor's cache."""
     half, numbers = s.shape[-1] // 2, s.shape[0] * s.shape[1] * s.shape[-1]
     size = s.shape[-2] if s.is_cuda else max(2**20 // numbers, 16)
     for i in range(0, s.shape[-2], size):
@@ -228,9 +228,9 @@ def read_documents(paths, seed=0):
 
 
 def read_rows(paths, tokenizer, count, length=ROW, most=0, seed=0):
-    """int64 [count, length], up to `most` where there are: rows drawn from the first four times as many.
+    """int64 [N, length]: `count` rows, or as many as there are up to `most`, drawn from the first four times as many.
 
-    A row is what follows in the documents one after another, behind a begin-of-text token if the tokenizer puts one.
+    The documents are joined; each row is the next stretch, after a begin-of-text token if the tokenizer adds one.
     """
     tokens, end, first = [], [tokenizer.eos_token_id], tokenizer("a")["input_ids"][0]
     begin = [first] if first == tokenizer.bos_token_id else []
@@ -408,7 +408,7 @@ def fit_layers(original, student, rows, shared, epochs, folder, rate=FIT_RATE):
                     y = attend(new, row_of(after, n), arguments[i])
                 loss = (y.float() - row_of(target, n).float()).pow(2).mean() / power
                 loss.backward()
-                step(optimizer, (k + 1) / len(order))
+                step(optimizer, (k + 0.5) / len(order))
                 bar.set_postfix(error=f"{loss.item():.4f}", refresh=False)
             save(new.self_attn.state_dict(), path)
         with torch.no_grad(), precision(original, fast=True):
@@ -438,7 +438,7 @@ def train(original, student, rows, path, rate=TRAIN_RATE, every=600):
         wanted, got = (x[0].float().log_softmax(-1) for x in (wanted, got))
         loss = F.kl_div(got, wanted, log_target=True, reduction="sum") / row.numel()
         loss.backward()
-        step(optimizer, (n + 1) / len(rows))
+        step(optimizer, (n + 0.5) / len(rows))
         bar.set_postfix(kl=f"{loss.item():.4f}", refresh=False)
         if time.monotonic() - saved > every or n + 1 == len(rows):
             weights = {k: v for k, v in student.state_dict().items() if ".self_attn." in k}
@@ -470,7 +470,7 @@ CARD = """# {name}, key and value shared
 Made from {name}, whose licence applies, with share_kv.py. In {shared} of {layers} layers `v_proj` equals `k_proj`: the
 value is the key before its norm and rotation. With a cache that keeps one tensor for both, a token takes
 {after:,} bytes instead of {before:,} ({share:.0%}) in {dtype}{window}. Text: {tokens:,} tokens (sha256 of the
-token ids {digest}), fitted in {epochs} passes, trained on {train:,}.
+token ids {digest}), of which {train:,} for training end to end; passes of the fit: {epochs}.
 
 {table}
 transformers loads the folder as the {architecture} that it is, without remote code and with a cache of the usual size.
@@ -510,7 +510,7 @@ def convert(a):
     if a.cache < 0.5 or number < 1:
         most = 1 - 0.5 / len(candidates)
         raise ValueError(f"--cache {a.cache}: from 0.5 (all layers shared) to {most:.3g} (one of {len(candidates)})")
-    fit_rows, train_rows = max(a.tokens // length, 1), a.train_tokens // length
+    fit_rows, train_rows = max(a.tokens // length, 1), -(-a.train_tokens // length)
     rows = read_rows(a.text, tokenizer, fit_rows + train_rows, length)
     held_out = read_rows([a.eval_text], tokenizer, 1, length, most=64) if a.eval_text else None
 
@@ -573,13 +573,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True, help="folder or hub id of a transformers model")
     text = "plain text, or .jsonl with a field text (chats: the text that the chat template makes), or folders of both"
-    parser.add_argument("--text", required=True, nargs="+", help=f"{text}; read until there is four times enough")
+    parser.add_argument("--text", required=True, nargs="+", help=f"{text}; reading stops at four times what is needed")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--tokens", type=int, default=65536, help="of calibration text (default 65536)")
     parser.add_argument("--cache", type=float, default=0.5, help="share of the cache that is left (default 0.5)")
     parser.add_argument("--fit_epochs", type=int, default=3, help="passes of the fit; 0: the closed form alone")
     parser.add_argument("--train_tokens", type=int, default=0, help="of text to train all attention on after the fit")
-    parser.add_argument("--eval_text", help="text of which the perplexity is printed, before and after each stage")
+    parser.add_argument("--eval_text", help="text whose perplexity is printed before and after each stage")
     try:
         convert(parser.parse_args(argv))
     except (ValueError, OSError) as e:

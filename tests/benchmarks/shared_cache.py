@@ -78,7 +78,7 @@ def measure(dtype, length, layers, steps):
 
 
 def peak(kind, dtype, length, layers):
-    """In a process of its own: memory above the loaded model's after filling a cache and decoding 8 tokens, in MB."""
+    """In a process of its own: memory above the loaded model's after filling a cache and decoding 8 tokens, in MiB."""
     model = make_model(dtype, layers)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak begins again
     before = peak_kb()
@@ -115,7 +115,7 @@ def main():
             for kind in ("stock", "shared"):
                 command = [sys.executable, __file__, "--peak", kind, "--dtypes", dtype, "--positions", str(length)]
                 run = subprocess.run([*command, "--layers", str(a.layers)], capture_output=True, text=True, check=True)
-                row[f"peak MB, {kind}"] = float(run.stdout)
+                row[f"peak MiB, {kind}"] = float(run.stdout)
             print(json.dumps(row), flush=True)
             result["rows"].append(row)
     if a.output:
